@@ -1,0 +1,28 @@
+"""fused_lm: fused attention and norms for training language models, as torch operators and
+modules.
+"""
+
+from fused_lm import nn
+from fused_lm.dispatch import use_backend
+from fused_lm.explain import why
+from fused_lm.ops.attention import attention, attention_weights
+from fused_lm.ops.attention_layouts import attention_decode, attention_varlen
+from fused_lm.ops.layernorm import layer_norm, rms_norm
+from fused_lm.ops.registration import make_rng
+from fused_lm.ops.sdpa import scaled_dot_product_attention
+from fused_lm.version import __version__
+
+__all__ = [
+    "__version__",
+    "attention",
+    "attention_decode",
+    "attention_varlen",
+    "attention_weights",
+    "layer_norm",
+    "make_rng",
+    "nn",
+    "rms_norm",
+    "scaled_dot_product_attention",
+    "use_backend",
+    "why",
+]

@@ -1,0 +1,50 @@
+"""``fused_lm.why``: which backend a call would run on, and the reason of every other."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from fused_lm import dispatch
+from fused_lm.ops.attention import attention, attention_weights
+from fused_lm.ops.attention_checks import checked_call, checked_weights_call
+from fused_lm.ops.layernorm import layer_norm, rms_norm
+from fused_lm.ops.layernorm_checks import checked_call as checked_norm_call
+
+
+class _Operator(NamedTuple):
+    public: Callable[..., Any]
+    checked: Callable[..., Any]
+
+
+_OPERATORS = {
+    "attention": _Operator(attention, checked_call),
+    "attention_weights": _Operator(attention_weights, checked_weights_call),
+    "layer_norm": _Operator(layer_norm, checked_norm_call),
+    "rms_norm": _Operator(rms_norm, checked_norm_call),
+}
+
+
+def why(op: str, *args: Any, **kwargs: Any) -> dispatch.Explanation:
+    """Every backend's verdict on ``fused_lm.<op>(*args, **kwargs)``, without running it.
+
+    Args:
+        op: ``"attention"``, ``"attention_weights"``, ``"layer_norm"`` or ``"rms_norm"``.
+        args, kwargs: As given to the operator; they are checked as it checks them.
+    Returns:
+        An :class:`~fused_lm.dispatch.Explanation`; ``print`` it.
+    Raises:
+        ValueError: Unknown operator, or what the operator itself raises.
+    """
+    if op not in _OPERATORS:
+        raise ValueError(
+            f"fused_lm has no operator {op!r}; expected one of: {', '.join(_OPERATORS)}"
+        )
+    bound = inspect.signature(_OPERATORS[op].public).bind(*args, **kwargs)
+    bound.apply_defaults()
+    taken = inspect.signature(_OPERATORS[op].checked).parameters
+    arguments = {name: bound.arguments.get(name) for name in taken}
+    if op == "rms_norm" and arguments["eps"] is None:
+        arguments["eps"] = 0.0
+    return dispatch.explain(op, _OPERATORS[op].checked(**arguments))

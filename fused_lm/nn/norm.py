@@ -1,0 +1,54 @@
+"""LayerNorm and RMSNorm: torch's modules with the fused operators inside."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fused_lm.ops.layernorm import layer_norm, rms_norm
+
+
+class LayerNorm(nn.LayerNorm):
+    """Drop-in for ``torch.nn.LayerNorm``: same constructor, parameters, ``state_dict``, errors.
+
+    Several normalised dims are flattened into one. Under autocast it behaves as torch's (fp32 on
+    CUDA).
+
+    >>> norm = fused_lm.nn.LayerNorm(768)
+    >>> y = norm(torch.randn(2, 16, 768))
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [*, normalized_shape] -> the same shape."""
+        if len(self.normalized_shape) == 1 and input.shape[-1:] == self.normalized_shape:
+            if input.shape[-1] == 0:
+                return super().forward(input)
+            y = layer_norm(input, self.weight, self.bias, eps=self.eps)
+            return y  # type: ignore[return-value]
+        if not _ends_with(input, self.normalized_shape) or math.prod(self.normalized_shape) == 0:
+            return super().forward(input)  # torch's own error text
+        rows = input.flatten(-len(self.normalized_shape))
+        weight, bias = (None if p is None else p.flatten() for p in (self.weight, self.bias))
+        return layer_norm(rows, weight, bias, eps=self.eps).view(input.shape)  # type: ignore[union-attr]
+
+
+class RMSNorm(nn.RMSNorm):
+    """Drop-in for ``torch.nn.RMSNorm``: same constructor, parameters, ``state_dict``, errors.
+
+    >>> norm = fused_lm.nn.RMSNorm(768)
+    >>> y = norm(torch.randn(2, 16, 768))
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [*, normalized_shape] -> the same shape."""
+        if not _ends_with(x, self.normalized_shape) or math.prod(self.normalized_shape) == 0:
+            return super().forward(x)  # torch's own error text
+        rows = x.flatten(-len(self.normalized_shape))
+        weight = None if self.weight is None else self.weight.flatten()
+        return rms_norm(rows, weight, eps=self.eps).view(x.shape)  # type: ignore[union-attr]
+
+
+def _ends_with(x: Tensor, shape: tuple[int, ...]) -> bool:
+    return x.dim() >= len(shape) > 0 and x.shape[-len(shape) :] == torch.Size(shape)

@@ -1,0 +1,242 @@
+"""``attention`` and ``attention_weights``: the public functions and the way of a call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_lm import dispatch
+from fused_lm.ops import registration
+from fused_lm.ops.attention_checks import (
+    AttentionCall,
+    AttentionWeightsCall,
+    checked_call,
+    checked_weights_call,
+)
+from fused_lm.pytorch import attention as pytorch_attention
+from fused_lm.reference import attention as reference
+
+OPS = ("attention", "attention_weights")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention, fused: ``softmax(q k^T * scale + bias) v`` without storing the T x S
+    matrix.
+
+    Args:
+        q: [B, H, T, D] bf16 | fp16 | fp32 | fp64, any strides (a last dim that isn't contiguous is
+            copied).
+        k: [B, Hkv, S, D], dtype of q; Hkv divides H (grouped-query attention).
+        v: [B, Hkv, S, Dv], dtype of q.
+        mask: bool, broadcastable to [B, H, T, S]; True = attend.
+        key_mask: bool [B, S]; True = attend.
+        bias: float, broadcastable to [B, H, T, S]; added to the scores, has a gradient.
+        causal: False, ``"top_left"`` (row t sees keys up to t, torch's ``is_causal``) or
+            ``"bottom_right"`` (up to t + S - T, FlashAttention); True where T == S and both agree.
+        window: (left, right), inclusive, None = unbounded: row t sees keys t - left .. t + right
+            around the causal diagonal (bottom-right where ``causal`` is False and T != S).
+        scale: Multiplies q.k before the softmax. Default ``D ** -0.5``.
+        softcap: c > 0 turns each scaled score x into ``c * tanh(x / c)`` before bias and masks.
+        dropout_p: Probability to drop a weight, in [0, 1].
+        rng: int64 [4] from :func:`fused_lm.make_rng` to fix the dropout mask; drawn if a kernel
+            needs it.
+        return_lse: Also return the log-sum-exp of the scores; it can be differentiated.
+    Returns:
+        [B, H, T, Dv], dtype of q. With ``return_lse``: also lse [B, H, T] fp32 (fp64 for fp64),
+        natural log. Rows without a visible key are 0 with lse = -inf and zero gradients, never NaN.
+    Accuracy: |err| <= 2 x the error of the same-dtype torch reference (fused_lm/tolerance.py).
+    Memory: 4*B*H*T bytes beyond the output in the kernels; the reference stores the T x S matrix.
+    Backends: triton (Ampere and later), pytorch, reference.
+    Raises: ValueError on shape or value, TypeError on dtype or device mix, RuntimeError if a forced
+        backend refuses.
+    Source: Dao 2023 (arXiv:2307.08691) alg. 1; Milakov & Gimelshein 2018 (arXiv:1805.02867).
+    """
+    call = checked_call(
+        q, k, v, mask, key_mask, bias, causal, window, scale, softcap, dropout_p, rng, return_lse
+    )
+    backend = dispatch.choose("attention", call)
+    if backend == "pytorch":
+        return pytorch_attention.attention(
+            *call[:6], call.lower, call.upper, call.scale, call.dropout_p
+        )
+    out, lse = _run(_prepared(call), backend)
+    return (out, lse) if return_lse else out
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+    average_heads: bool = True,
+) -> Tensor:
+    """The weights that :func:`attention` multiplied v with, by a second pass from its ``lse``.
+
+    Args:
+        q, k, mask, key_mask, bias, causal, window, scale, softcap: As given to :func:`attention`.
+        lse: [B, H, T], as it returned it.
+        dropout_p, rng: As given to it; with dropout, ``rng`` is required (else the mask would be
+            another).
+        average_heads: Mean over heads, which never builds [B, H, T, S].
+    Returns:
+        [B, T, S], or [B, H, T, S] without averaging, dtype of q; after dropout, as
+        ``nn.MultiheadAttention`` returns them. Rows without a visible key are 0.
+    Gradients go through the reference.   Backends: triton, reference.
+    Raises: ValueError on shape or value, TypeError on dtype or device mix, RuntimeError if a forced
+        backend refuses.
+    """
+    call = checked_weights_call(
+        q,
+        k,
+        lse,
+        mask,
+        key_mask,
+        bias,
+        causal,
+        window,
+        scale,
+        softcap,
+        dropout_p,
+        rng,
+        average_heads,
+    )
+    backend = dispatch.choose("attention_weights", call)
+    call = _autocast(call)
+    differentiable = (call.q, call.k, call.lse, call.bias)
+    if registration.through_reference(differentiable):
+        return reference.attention_weights_forward(*call)
+    op = torch.ops.fused_lm.attention_weights_fwd.default
+    if registration.needs_gradient(differentiable):
+        return op(*call, backend)
+    return registration.below_autograd(op, *call, backend)
+
+
+def _prepared(call: AttentionCall) -> AttentionCall:
+    """What only a kernel needs: the dropout state and one dtype under autocast."""
+    if call.dropout_p > 0.0 and call.rng is None:
+        call = call._replace(rng=registration.make_rng(call.q.device))
+    return _autocast(call)
+
+
+def _autocast(call: Any) -> Any:
+    dtype = registration.autocast_dtype(call.q.device)
+    if dtype is None or call.q.dtype == torch.float64:
+        return call
+    if isinstance(call, AttentionCall):
+        call = call._replace(v=call.v.to(dtype))
+    return call._replace(q=call.q.to(dtype), k=call.k.to(dtype))
+
+
+def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
+    arguments = call[:-1]
+    differentiable = (call.q, call.k, call.v, call.bias)
+    if registration.through_reference(differentiable):
+        return reference.attention_forward(*arguments)
+    op = torch.ops.fused_lm.attention_fwd.default
+    if not registration.needs_gradient(differentiable):
+        return registration.below_autograd(op, *arguments, backend)
+    if torch.compiler.is_compiling():
+        return op(*arguments, backend)
+    return _Attention.apply(*arguments, backend)
+
+
+class _Attention(torch.autograd.Function):
+    """The eager path: forward(ctx, ...) style, because ``setup_context`` costs 20 us a call
+    more.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        out, lse = torch.ops.fused_lm.attention_fwd.default(*args)
+        _setup_context(ctx, args, (out, lse))
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        return _backward(ctx, *gradients)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, mask, key_mask, bias, rng, *ctx.rest = inputs
+    ctx.save_for_backward(q, k, v, *output, mask, key_mask, bias, rng)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    """Gradients of the 13 inputs: q, k, v and bias have one."""
+    nothing: tuple[None, ...] = (None,) * 7
+    q, k, v, out, lse, mask, key_mask, bias, rng = ctx.saved_tensors
+    if dout is None and dlse is None:
+        return (None, None, None, None, None, None, *nothing)
+    if dout is None:
+        dout = torch.zeros_like(out)
+    *options, backend = ctx.rest
+    needs_dbias = bool(ctx.needs_input_grad[5])
+    op = torch.ops.fused_lm.attention_bwd.default
+    arguments = (dout, dlse, q, k, v, out, lse, mask, key_mask, bias, rng, *options, needs_dbias)
+    if torch.is_grad_enabled():
+        gradients = op(*arguments, backend)
+    else:
+        gradients = registration.below_autograd(op, *arguments, backend)
+    dq, dk, dv, dbias = gradients
+    return (dq, dk, dv, None, None, dbias if needs_dbias else None, *nothing)
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    B, H, T, _ = q.shape
+    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(B, H, T, v.shape[3]), q.new_empty(B, H, T, dtype=accumulator)
+
+
+def _fake_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    bias, needs_dbias = rest[4], rest[-2]
+    dbias = bias.new_empty(bias.shape) if needs_dbias else q.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+
+
+def _fake_weights(q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> Tensor:
+    B, H, T, _ = q.shape
+    average_heads = rest[-2]
+    return q.new_empty((B, T, k.shape[2]) if average_heads else (B, H, T, k.shape[2]))
+
+
+registration.implement("attention_fwd", "attention", "attention_forward")
+registration.implement("attention_bwd", "attention", "attention_backward")
+registration.implement("attention_weights_fwd", "attention", "attention_weights_forward")
+registration.register_fake("attention_fwd", _fake_forward)
+registration.register_fake("attention_bwd", _fake_backward)
+registration.register_fake("attention_weights_fwd", _fake_weights)
+registration.register_autograd("attention_fwd", _backward, _setup_context)
+registration.register_reference_gradient("attention_bwd", reference.attention_backward)
+registration.register_reference_gradient(
+    "attention_weights_fwd", reference.attention_weights_forward
+)
+__all__ = ["AttentionCall", "AttentionWeightsCall", "attention", "attention_weights"]

@@ -1,0 +1,317 @@
+"""Checks of an attention call, once, before any allocation; what each backend refuses.
+
+The two spellings of causal and the window become one band: row t sees keys ``t + lower .. t +
+    upper``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_lm import dispatch, records
+from fused_lm.ops.checks import (
+    FLOATS,
+    check_dropout,
+    check_rng,
+    check_same_device,
+    shapes_of,
+    triton_refusal,
+)
+
+MAX_HEAD_DIM = 512
+CAUSAL = (False, True, "top_left", "bottom_right")
+
+
+class AttentionCall(NamedTuple):
+    """Checked arguments of one call, in the order of ``torch.ops.fused_lm.attention_fwd``."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    key_mask: Tensor | None
+    bias: Tensor | None
+    rng: Tensor | None
+    lower: int | None
+    upper: int | None
+    scale: float
+    softcap: float
+    dropout_p: float
+    return_lse: bool
+
+
+class AttentionWeightsCall(NamedTuple):
+    """Checked arguments of one call, in the order of
+    ``torch.ops.fused_lm.attention_weights_fwd``.
+    """
+
+    q: Tensor
+    k: Tensor
+    lse: Tensor
+    mask: Tensor | None
+    key_mask: Tensor | None
+    bias: Tensor | None
+    rng: Tensor | None
+    lower: int | None
+    upper: int | None
+    scale: float
+    softcap: float
+    dropout_p: float
+    average_heads: bool
+
+
+def checked_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    causal: bool | str,
+    window: tuple[int | None, int | None] | None,
+    scale: float | None,
+    softcap: float,
+    dropout_p: float,
+    rng: Tensor | None,
+    return_lse: bool,
+) -> AttentionCall:
+    """The call with masks in four dims, the band, and the default scale; raises as the public op
+    says.
+    """
+    if not (q.dim() == 4 and v.dtype is q.dtype and v.device == q.device and _fits(q, k)):
+        _check_query_and_key(q, k, {"q": q, "k": k, "v": v})
+    if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            "v must be [B, Hkv, S, Dv] with batch, heads and length of k, got "
+            + shapes_of(q=q, k=k, v=v)
+        )
+    if mask is not None or key_mask is not None or bias is not None:
+        mask, key_mask, bias = _checked_masks(q, k, mask, key_mask, bias)
+    lower, upper = None, None
+    if causal is not False or window is not None:
+        lower, upper = _band(q.shape[2], k.shape[2], causal, window)
+    if softcap or dropout_p or rng is not None:
+        _check_numbers(softcap, dropout_p, rng, q)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    return AttentionCall(
+        q, k, v, mask, key_mask, bias, rng, lower, upper, scale, softcap, dropout_p, return_lse
+    )
+
+
+def checked_weights_call(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    causal: bool | str,
+    window: tuple[int | None, int | None] | None,
+    scale: float | None,
+    softcap: float,
+    dropout_p: float,
+    rng: Tensor | None,
+    average_heads: bool,
+) -> AttentionWeightsCall:
+    """As :func:`checked_call`, for ``attention_weights``."""
+    _check_query_and_key(q, k, {"q": q, "k": k})
+    if lse.shape != q.shape[:3] or lse.dtype not in FLOATS:
+        raise ValueError(f"lse must be float [B, H, T] of q, got {shapes_of(q=q, k=k, lse=lse)}")
+    if dropout_p > 0.0 and rng is None:
+        raise ValueError("attention_weights with dropout needs the rng that attention was given")
+    mask, key_mask, bias = _checked_masks(q, k, mask, key_mask, bias)
+    lower, upper = _band(q.shape[2], k.shape[2], causal, window)
+    _check_numbers(softcap, dropout_p, rng, q)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    return AttentionWeightsCall(
+        q, k, lse, mask, key_mask, bias, rng, lower, upper, scale, softcap, dropout_p, average_heads
+    )
+
+
+def _fits(q: Tensor, k: Tensor) -> bool:
+    """The common case in few steps; :func:`_check_query_and_key` finds the words for the others."""
+    B, H, _, D = q.shape
+    same = k.dtype is q.dtype and k.device == q.device and q.dtype in FLOATS
+    return same and k.dim() == 4 and k.shape[::3] == (B, D) and k.shape[1] == H and D > 0
+
+
+def _check_query_and_key(q: Tensor, k: Tensor, tensors: dict[str, Tensor]) -> None:
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(f"attention takes [B, H, T, D] tensors, got {shapes_of(**tensors)}")
+    check_same_device(tensors)
+    dtype = q.dtype
+    same = all(t.dtype == dtype for t in tensors.values())
+    if dtype not in FLOATS or not (same or torch.is_autocast_enabled(q.device.type)):
+        raise TypeError(
+            "attention takes q, k and v of one dtype of float16, bfloat16, float32, float64, got "
+            + ", ".join(f"{name} {t.dtype}" for name, t in tensors.items())
+        )
+    B, H, _, D = q.shape
+    if k.shape[0] != B or k.shape[3] != D or D == 0:
+        raise ValueError(
+            "q [B, H, T, D] and k [B, Hkv, S, D] must share B and D >= 1, got "
+            + shapes_of(**tensors)
+        )
+    Hkv = k.shape[1]
+    if Hkv != H and (Hkv == 0 or H % Hkv != 0):
+        raise ValueError(f"the heads of k must divide the heads of q, got {shapes_of(**tensors)}")
+
+
+def _checked_masks(
+    q: Tensor, k: Tensor, mask: Tensor | None, key_mask: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise TypeError(
+                f"mask must be bool (True = attend), got {mask.dtype}; pass float masks as bias"
+            )
+        mask = _four_dims("mask", mask, q, k)
+    if key_mask is not None:
+        if key_mask.dtype != torch.bool:
+            raise TypeError(f"key_mask must be bool (True = attend), got {key_mask.dtype}")
+        check_same_device({"q": q, "key_mask": key_mask})
+        if key_mask.shape != (q.shape[0], k.shape[2]):
+            raise ValueError(
+                f"key_mask must be [B, S], got {shapes_of(key_mask=key_mask, q=q, k=k)}"
+            )
+    if bias is not None:
+        if bias.dtype not in FLOATS:
+            raise TypeError(f"bias must be a float tensor, got {bias.dtype}; pass bool as mask")
+        bias = _four_dims("bias", bias, q, k)
+    return mask, key_mask, bias
+
+
+def _four_dims(name: str, t: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    check_same_device({"q": q, name: t})
+    full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    offset = 4 - t.dim()
+    fits = offset >= 0 and all(
+        size in (1, wanted) for size, wanted in zip(t.shape, full[offset:], strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"{name} must be broadcastable to [B, H, T, S] = {list(full)}, got "
+            + shapes_of(**{name: t})
+        )
+    return t[(None,) * offset] if offset else t
+
+
+def _band(
+    T: int, S: int, causal: bool | str, window: tuple[int | None, int | None] | None
+) -> tuple[int | None, int | None]:
+    if causal not in CAUSAL:
+        raise ValueError(
+            f"causal must be False, True, 'top_left' or 'bottom_right', got {causal!r}"
+        )
+    if causal is True and T != S:
+        raise ValueError(
+            f"causal=True is ambiguous for T = {T} queries and S = {S} keys: say causal='top_left' "
+            "(row t sees keys up to t) or causal='bottom_right' (row t sees keys up to t + S - T)"
+        )
+    diagonal = 0 if causal == "top_left" or causal is True else S - T
+    if window is None:
+        return None, diagonal
+    left, right = _checked_window(window)
+    if causal:
+        right = 0
+    return (
+        None if left is None else diagonal - left,
+        None if right is None else diagonal + right,
+    )
+
+
+def _checked_window(window: Any) -> tuple[int | None, int | None]:
+    try:
+        left, right = window
+        sizes = [side for side in (left, right) if side is not None]
+        if any(isinstance(side, bool) or side < 0 or int(side) != side for side in sizes):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"window must be (left, right), each None or an int >= 0, got {window!r}"
+        ) from None
+    return left, right
+
+
+def _check_numbers(softcap: float, dropout_p: float, rng: Tensor | None, q: Tensor) -> None:
+    if softcap < 0.0 or math.isinf(softcap) or softcap != softcap:
+        raise ValueError(f"softcap must be finite and >= 0 (0 = none), got {softcap}")
+    check_dropout(dropout_p)
+    if rng is not None:
+        check_rng(rng, q)
+
+
+def _pytorch_refuses(call: AttentionCall) -> str | None:
+    if call.return_lse:
+        return "PyTorch's operator does not return lse"
+    if call.softcap > 0.0:
+        return "PyTorch's operator has no softcap"
+    if call.rng is not None and call.dropout_p > 0.0:
+        return "PyTorch's operator draws its own dropout mask, not that of rng"
+    return None
+
+
+def _triton_refuses(call: Any) -> str | None:
+    if call.q.dtype == torch.float64:
+        return "the Triton kernels compute in fp32; float64 runs through the reference"
+    largest = call.q.shape[3]
+    if isinstance(call, AttentionCall) and call.v.shape[3] > largest:
+        largest = call.v.shape[3]
+    if largest > MAX_HEAD_DIM:
+        return f"the Triton kernels take head dims up to {MAX_HEAD_DIM}, got {largest}"
+    return triton_refusal(call.q)
+
+
+def _shape_class(call: Any) -> tuple[str, int]:
+    """Family: head dim and what costs extra; size: keys a row can see, by comparison with
+    constants.
+    """
+    D, S = call.q.shape[3], call.k.shape[2]
+    width = next((limit for limit in (64, 128, 256) if limit >= D), MAX_HEAD_DIM)
+    kinds = []
+    if call.mask is not None or call.key_mask is not None:
+        kinds.append("mask")
+    if call.bias is not None:
+        kinds.append("bias")
+    if call.lower is not None or call.upper is not None:
+        kinds.append("band")
+    if call.softcap > 0.0:
+        kinds.append("softcap")
+    if call.dropout_p > 0.0:
+        kinds.append("dropout")
+    size = sum(1 for limit in (512, 2048, 8192) if limit < S)
+    return f"d{width}-{'-'.join(kinds) or 'plain'}", size
+
+
+def _never(call: Any) -> str | None:
+    return None
+
+
+_KERNELS = tuple(
+    f"triton_kernels/{name}.py"
+    for name in (
+        "attention",
+        "attention_common",
+        "attention_fwd",
+        "attention_bwd",
+        "attention_weights",
+        "attention_tuning",
+        "philox",
+    )
+)
+dispatch.TABLE["attention"] = (
+    dispatch.Impl("triton", _triton_refuses, needs_record=True),
+    dispatch.Impl("pytorch", _pytorch_refuses),
+    dispatch.Impl("reference", _never),
+)
+dispatch.TABLE["attention_weights"] = (
+    dispatch.Impl("triton", _triton_refuses, needs_record=True),
+    dispatch.Impl("reference", _never),
+)
+for _op in ("attention", "attention_weights"):
+    records.SHAPE_CLASSES[_op] = _shape_class
+    records.KERNEL_SOURCES[_op, "triton"] = _KERNELS

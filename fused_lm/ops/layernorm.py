@@ -1,0 +1,319 @@
+"""``layer_norm`` and ``rms_norm``: the public functions and the way of a call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_lm import dispatch
+from fused_lm.ops import registration
+from fused_lm.ops.layernorm_checks import NormCall, checked_call
+from fused_lm.pytorch import layernorm as pytorch_layernorm
+from fused_lm.reference import layernorm as reference
+
+OPS = ("layer_norm", "rms_norm")
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+    return_residual: bool = False,
+    out_dtype: torch.dtype | None = None,
+    residual_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """LayerNorm over the last dim, fused with dropout and the residual add before it.
+
+    ``stream = residual + dropout(x); y = (stream - mean) / sqrt(var + eps) * weight + bias``
+
+    Args:
+        x: [..., C] bf16 | fp16 | fp32 | fp64, C >= 1.
+        weight, bias: [C], any float dtype, or None.
+        eps: Added to the variance.
+        residual: Shape of x, any float dtype, or None.
+        dropout_p: Probability to drop an element of x, in [0, 1].
+        rng: int64 [4] from :func:`fused_lm.make_rng` to fix the dropout mask; drawn if a kernel
+            needs it.
+        return_residual: Also return the stream.
+        out_dtype: Of y. Default: dtype of x.
+        residual_dtype: Of the stream. Default: what torch's ``residual + x`` returns, without a
+            residual x's.
+    Returns:
+        y [..., C], or (y, stream).
+    Accuracy: statistics in fp32 of the stream as stored; |err| <= 2 x the error of the same-dtype
+        torch reference.
+    Memory: 8 bytes a row beyond the outputs.   Backends: triton, pytorch, reference.
+    Raises: ValueError on shape or value, TypeError on dtype or device mix, RuntimeError if a forced
+        backend refuses.
+    Source: Ba, Kiros, Hinton 2016 (arXiv:1607.06450).
+    """
+    call = checked_call(x, residual, weight, bias, rng, eps, dropout_p, out_dtype, residual_dtype)
+    backend = dispatch.choose("layer_norm", call)
+    if backend == "pytorch":
+        y, stream = pytorch_layernorm.layer_norm(x, weight, bias, eps, residual, dropout_p)
+        y = y if y.dtype == call.out_dtype else y.to(call.out_dtype)
+    else:
+        y, stream = _run(call, backend, rms=False)
+    return (y, stream) if return_residual else y
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    eps: float | None = None,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng: Tensor | None = None,
+    return_residual: bool = False,
+    out_dtype: torch.dtype | None = None,
+    residual_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """RMSNorm over the last dim: ``stream / sqrt(mean(stream^2) + eps) * weight``.
+
+    Arguments, result and errors as :func:`layer_norm`; ``eps`` defaults to
+    ``torch.finfo(x.dtype).eps``. Source: Zhang, Sennrich 2019 (arXiv:1910.07467).
+    """
+    eps = torch.finfo(x.dtype).eps if eps is None and x.dtype.is_floating_point else eps
+    call = checked_call(x, residual, weight, None, rng, eps, dropout_p, out_dtype, residual_dtype)
+    backend = dispatch.choose("rms_norm", call)
+    if backend == "pytorch":
+        y, stream = pytorch_layernorm.rms_norm(x, weight, call.eps, residual, dropout_p)
+        y = y if y.dtype == call.out_dtype else y.to(call.out_dtype)
+    else:
+        y, stream = _run(call, backend, rms=True)
+    return (y, stream) if return_residual else y
+
+
+def _run(call: NormCall, backend: str, rms: bool) -> tuple[Tensor, Tensor]:
+    """Rows flattened to [N, C], the operator, and the caller's shape again."""
+    shape = call.x.shape
+    rng = call.rng
+    if call.dropout_p == 0.0:
+        rng = None
+    elif rng is None:
+        rng = registration.make_rng(call.x.device)
+    x = call.x.reshape(-1, shape[-1])
+    residual = None if call.residual is None else call.residual.reshape(-1, shape[-1])
+    head = (x, residual, call.weight)
+    tail = (rng, call.eps, call.dropout_p, call.out_dtype, call.residual_dtype)
+    arguments = (*head, *tail) if rms else (*head, call.bias, *tail)
+    op, function, forward = _OPS[rms]
+    differentiable = (x, residual, call.weight, call.bias)
+    if registration.through_reference(differentiable):
+        y, stream, *_ = forward(*arguments)
+    elif not registration.needs_gradient(differentiable):
+        y, stream, *_ = registration.below_autograd(op(), *arguments, backend)
+    elif torch.compiler.is_compiling():
+        y, stream, *_ = op()(*arguments, backend)
+    else:
+        y, stream, *_ = function.apply(*arguments, backend)
+    stream = call.x.to(call.residual_dtype) if stream.dim() == 1 else stream.view(shape)
+    return y.view(shape), stream
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        outputs = torch.ops.fused_lm.layer_norm_fwd.default(*args)
+        _setup_layer_norm(ctx, args, outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        return _backward_layer_norm(ctx, *gradients)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        outputs = torch.ops.fused_lm.rms_norm_fwd.default(*args)
+        _setup_rms_norm(ctx, args, outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        return _backward_rms_norm(ctx, *gradients)
+
+
+def _setup_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, bias, rng, _, ctx.dropout_p, *_, ctx.backend = inputs
+    _, stream, *statistics = output
+    _save(ctx, x, residual, stream, statistics, (weight, bias, rng))
+
+
+def _setup_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, rng, _, ctx.dropout_p, *_, ctx.backend = inputs
+    _, stream, *statistics = output
+    _save(ctx, x, residual, stream, statistics, (weight, rng))
+
+
+def _save(
+    ctx: Any,
+    x: Tensor,
+    residual: Tensor | None,
+    stream: Tensor,
+    statistics: list[Tensor],
+    parameters: tuple[Tensor | None, ...],
+) -> None:
+    """Saves the stream, which is x itself where the operator returned an empty one."""
+    ctx.x_dtype = x.dtype
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    normalised = x if stream.dim() == 1 else stream
+    ctx.mark_non_differentiable(*statistics, *([stream] if stream.dim() == 1 else []))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(normalised, *statistics, *parameters)
+
+
+def _backward_layer_norm(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+    """Gradients of the 10 inputs: x, residual, weight and bias have one."""
+    stream, mean, rstd, weight, bias, rng = ctx.saved_tensors
+    dx, dresidual, dweight, dbias = _call_backward(
+        ctx,
+        torch.ops.fused_lm.layer_norm_bwd.default,
+        gradients,
+        (stream, weight, bias, mean, rstd, rng),
+        stream,
+    )
+    return (
+        dx,
+        dresidual,
+        None if weight is None else dweight,
+        None if bias is None else dbias,
+        *(None,) * 6,
+    )
+
+
+def _backward_rms_norm(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+    """Gradients of the 9 inputs: x, residual and weight have one."""
+    stream, rstd, weight, rng = ctx.saved_tensors
+    dx, dresidual, dweight = _call_backward(
+        ctx,
+        torch.ops.fused_lm.rms_norm_bwd.default,
+        gradients,
+        (stream, weight, rstd, rng),
+        stream,
+    )
+    return dx, dresidual, None if weight is None else dweight, *(None,) * 6
+
+
+def _call_backward(
+    ctx: Any,
+    op: Any,
+    gradients: tuple[Tensor | None, ...],
+    saved: tuple[Tensor | None, ...],
+    stream: Tensor,
+) -> tuple[Tensor | None, ...]:
+    dy, dstream = gradients[0], gradients[1]
+    if dy is None:
+        dy = torch.zeros_like(stream)
+    if dstream is not None and dstream.dim() == 1:
+        dstream = None
+    arguments = (dy, dstream, *saved, ctx.dropout_p, ctx.x_dtype, ctx.residual_dtype, ctx.backend)
+    if torch.is_grad_enabled():
+        dx, dresidual, *parameters = op(*arguments)
+    else:
+        dx, dresidual, *parameters = registration.below_autograd(op, *arguments)
+    if ctx.residual_dtype is None:
+        return dx, None, *parameters
+    return dx, dx if dresidual.dim() == 1 else dresidual, *parameters
+
+
+def _fake_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, *rest: Any, statistics: int
+) -> tuple[Tensor, ...]:
+    *_, rng, _, _, out_dtype, residual_dtype, _ = rest
+    N = x.shape[0]
+    empty = residual is None and rng is None
+    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        x.new_empty(x.shape, dtype=out_dtype),
+        x.new_empty((0,) if empty else x.shape, dtype=residual_dtype),
+        *(x.new_empty(N, dtype=accumulator) for _ in range(statistics)),
+    )
+
+
+def _fake_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor | None, *rest: Any) -> Any:
+    return _fake_forward(x, residual, weight, *rest, statistics=2)
+
+
+def _fake_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor | None, *rest: Any) -> Any:
+    return _fake_forward(x, residual, weight, *rest, statistics=1)
+
+
+def _fake_backward(
+    dy: Tensor, parameters: tuple[Tensor | None, ...], rest: tuple[Any, ...]
+) -> tuple[Tensor, ...]:
+    rng, _, x_dtype, residual_dtype, _ = rest
+    same = residual_dtype is None or (rng is None and residual_dtype == x_dtype)
+    return (
+        dy.new_empty(dy.shape, dtype=x_dtype),
+        dy.new_empty((0,) if same else dy.shape, dtype=residual_dtype or x_dtype),
+        *(dy.new_empty(0) if p is None else p.new_empty(p.shape) for p in parameters),
+    )
+
+
+def _fake_layer_norm_backward(
+    dy: Tensor,
+    dstream: Tensor | None,
+    stream: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    *rest: Any,
+) -> Any:
+    return _fake_backward(dy, (weight, bias), rest)
+
+
+def _fake_rms_norm_backward(
+    dy: Tensor,
+    dstream: Tensor | None,
+    stream: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    *rest: Any,
+) -> Any:
+    return _fake_backward(dy, (weight,), rest)
+
+
+for _op, _backward_formula, _setup, _fake, _fake_bwd, _reference in (
+    (
+        "layer_norm",
+        _backward_layer_norm,
+        _setup_layer_norm,
+        _fake_layer_norm,
+        _fake_layer_norm_backward,
+        reference.layer_norm_backward_of_stream,
+    ),
+    (
+        "rms_norm",
+        _backward_rms_norm,
+        _setup_rms_norm,
+        _fake_rms_norm,
+        _fake_rms_norm_backward,
+        reference.rms_norm_backward_of_stream,
+    ),
+):
+    registration.implement(f"{_op}_fwd", "layernorm", f"{_op}_forward")
+    registration.implement(f"{_op}_bwd", "layernorm", f"{_op}_backward")
+    registration.register_fake(f"{_op}_fwd", _fake)
+    registration.register_fake(f"{_op}_bwd", _fake_bwd)
+    registration.register_autograd(f"{_op}_fwd", _backward_formula, _setup)
+    registration.register_reference_gradient(f"{_op}_bwd", _reference)
+
+_OPS = {
+    False: (
+        lambda: torch.ops.fused_lm.layer_norm_fwd.default,
+        _LayerNorm,
+        reference.layer_norm_forward,
+    ),
+    True: (lambda: torch.ops.fused_lm.rms_norm_fwd.default, _RMSNorm, reference.rms_norm_forward),
+}

@@ -1,0 +1,134 @@
+"""Checks of a norm's call, once, before any allocation; what each backend refuses."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_lm import dispatch, records
+from fused_lm.ops.checks import (
+    FLOATS,
+    check_dropout,
+    check_rng,
+    check_same_device,
+    shapes_of,
+    triton_refusal,
+)
+
+
+class NormCall(NamedTuple):
+    """Checked arguments of one call of ``layer_norm`` or ``rms_norm`` (bias None)."""
+
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    rng: Tensor | None
+    eps: float
+    dropout_p: float
+    out_dtype: torch.dtype
+    residual_dtype: torch.dtype
+
+
+def checked_call(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rng: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    out_dtype: torch.dtype | None,
+    residual_dtype: torch.dtype | None,
+) -> NormCall:
+    """The call with its dtypes filled in; raises as the public functions say."""
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"a norm takes x [..., C] with C >= 1, got {shapes_of(x=x)}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"a norm takes float tensors, got x {x.dtype}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(
+            f"residual must have the shape of x, got {shapes_of(x=x, residual=residual)}"
+        )
+    for name, t in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if t is None:
+            continue
+        if t.dtype not in FLOATS:
+            raise TypeError(f"a norm takes float tensors, got {name} {t.dtype}")
+        if t.device != x.device:
+            check_same_device({"x": x, name: t})
+        if name != "residual" and (t.dim() != 1 or t.shape[0] != x.shape[-1]):
+            raise ValueError(f"{name} must be [C], got {shapes_of(**{'x': x, name: t})}")
+    if dropout_p:
+        check_dropout(dropout_p)
+    if rng is not None:
+        check_rng(rng, x)
+    if out_dtype is None:
+        out_dtype = _default_out_dtype(x)
+    if residual_dtype is None:
+        residual_dtype = (
+            x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+        )
+    if out_dtype not in FLOATS or residual_dtype not in FLOATS:
+        raise TypeError(f"a norm's outputs are float, got {out_dtype} and {residual_dtype}")
+    return NormCall(x, residual, weight, bias, rng, eps, dropout_p, out_dtype, residual_dtype)
+
+
+def _default_out_dtype(x: Tensor) -> torch.dtype:
+    """CUDA's autocast runs norms in fp32 and returns fp32; elsewhere the dtype of x is kept."""
+    if x.is_cuda and x.dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
+        return torch.float32
+    return x.dtype
+
+
+def _pytorch_refuses(call: NormCall) -> str | None:
+    if call.rng is not None and call.dropout_p > 0.0:
+        return "PyTorch's dropout draws its own mask, not that of rng"
+    stream = call.x.dtype
+    if call.residual is not None:
+        stream = torch.promote_types(stream, call.residual.dtype)
+    if call.out_dtype != stream and call.out_dtype != _default_out_dtype(call.x):
+        return f"PyTorch's norm returns the dtype of its input, {stream}, not {call.out_dtype}"
+    if call.residual_dtype != stream:
+        return f"PyTorch's add returns {stream}, not {call.residual_dtype}"
+    dtypes = {t.dtype for t in (call.weight, call.bias) if t is not None}
+    on_cpu = call.x.device.type == "cpu"
+    wide_parameters = on_cpu and stream.itemsize == 2 and dtypes == {torch.float32}
+    if dtypes <= {stream} or wide_parameters or _default_out_dtype(call.x) != call.x.dtype:
+        return None
+    return f"PyTorch's norm can't mix a {stream} input with parameters of another dtype"
+
+
+def _triton_refuses(call: NormCall) -> str | None:
+    if torch.float64 in (call.x.dtype, call.out_dtype, call.residual_dtype):
+        return "the Triton kernels compute in fp32; float64 runs through the reference"
+    return triton_refusal(call.x)
+
+
+def _shape_class(call: NormCall) -> tuple[str, int]:
+    """Family: what is fused; size: width, by comparison with constants."""
+    kinds = [name for name, on in (("add", call.residual is not None),) if on]
+    if call.dropout_p > 0.0:
+        kinds.append("dropout")
+    C = call.x.shape[-1]
+    return "-".join(kinds) or "plain", sum(1 for limit in (1024, 4096, 16384) if limit < C)
+
+
+def _never(call: NormCall) -> str | None:
+    return None
+
+
+_KERNELS = tuple(
+    f"triton_kernels/{name}.py"
+    for name in ("layernorm", "layernorm_fwd", "layernorm_bwd", "layernorm_tuning", "philox")
+)
+for _op in ("layer_norm", "rms_norm"):
+    dispatch.TABLE[_op] = (
+        dispatch.Impl("triton", _triton_refuses, needs_record=True),
+        dispatch.Impl("pytorch", _pytorch_refuses),
+        dispatch.Impl("reference", _never),
+    )
+    records.SHAPE_CLASSES[_op] = _shape_class
+    records.KERNEL_SOURCES[_op, "triton"] = _KERNELS

@@ -1,0 +1,180 @@
+"""What every operator shares: backends behind one opaque op, autograd on it, and the exits to the
+reference.
+
+The way of a call below dispatch:
+
+- eager, no gradient: the op, below the autograd key
+- eager, gradient: an old-style ``autograd.Function`` around the op (a third of the cost of
+  registered autograd)
+- compile, export, second derivatives: the op with its registered autograd formula
+- ``torch.func`` transforms, forward-mode AD, foreign tensor subclasses: the reference, plain
+  PyTorch
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_lm.ops.schemas import LIBRARY
+
+_PACKAGES = {"triton": "triton_kernels"}
+"""Backends whose package has another name (``import triton`` inside ``fused_lm/triton`` would read
+badly).
+"""
+
+
+def backend_module(backend: str, file: str) -> Any:
+    """The module ``file`` of a backend, imported at first use (Triton is heavy)."""
+    return importlib.import_module(f"fused_lm.{_PACKAGES.get(backend, backend)}.{file}")
+
+
+def implement(op: str, file: str, function: str) -> None:
+    """Routes ``torch.ops.fused_lm.<op>`` to ``function`` of the backend that its last argument
+    names.
+    """
+    functions: dict[str, Callable[..., Any]] = {}
+
+    def run(*args: Any) -> Any:
+        *rest, backend = args
+        call = functions.get(backend)
+        if call is None:
+            call = functions[backend] = getattr(backend_module(backend, file), function)
+        device = next(a for a in rest if isinstance(a, Tensor)).device.type
+        if torch.is_autocast_enabled(device):  # an operator's arithmetic is its own
+            with torch.autocast(device, enabled=False):
+                return call(*rest)
+        return call(*rest)
+
+    run.__name__ = op
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(op, run, key)
+
+
+def register_autograd(
+    op: str, backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> None:
+    """The formula that ``torch.compile`` and ``torch.export`` trace."""
+    torch.library.register_autograd(
+        f"fused_lm::{op}", backward, setup_context=setup_context, lib=LIBRARY
+    )
+
+
+def register_fake(op: str, fake: Callable[..., Any]) -> None:
+    """Shapes, dtypes and devices of the outputs, without data."""
+    torch.library.register_fake(f"fused_lm::{op}", fake, lib=LIBRARY)
+
+
+def register_reference_gradient(op: str, function: Callable[..., Any]) -> None:
+    """Derivatives of an op through plain PyTorch: for backward ops this gives second
+    derivatives.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.tensor_at = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
+        ctx.rest = [None if isinstance(value, Tensor) else value for value in inputs]
+        ctx.save_for_backward(*(inputs[i] for i in ctx.tensor_at))
+
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        arguments = list(ctx.rest)
+        for i, tensor in zip(ctx.tensor_at, ctx.saved_tensors, strict=True):
+            arguments[i] = tensor
+        wanted = [i for i in ctx.tensor_at if ctx.needs_input_grad[i]]
+        result = _vjp(function, arguments[:-1], wanted, gradients)
+        return tuple(result.get(i) for i in range(len(arguments)))
+
+    register_autograd(op, backward, setup_context)
+
+
+def _vjp(
+    function: Callable[..., Any],
+    arguments: list[Any],
+    wanted: Sequence[int],
+    gradients: Sequence[Tensor | None],
+) -> dict[int, Tensor | None]:
+    """Vector-Jacobian product of ``function`` for the arguments at ``wanted``, by plain
+    autograd.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        for i in wanted:
+            tensor = arguments[i]
+            arguments[i] = tensor if create_graph else tensor.detach().requires_grad_()
+        outputs = function(*arguments)
+        if isinstance(outputs, Tensor):
+            outputs = (outputs,)
+        pairs = [
+            (output, gradient)
+            for output, gradient in zip(outputs, gradients, strict=True)
+            if gradient is not None and output.requires_grad
+        ]
+        if not pairs:
+            return {}
+        found = torch.autograd.grad(
+            [output for output, _ in pairs],
+            [arguments[i] for i in wanted],
+            [gradient for _, gradient in pairs],
+            allow_unused=True,
+            create_graph=create_graph,
+        )
+    return dict(zip(wanted, found, strict=True))
+
+
+def through_reference(tensors: Sequence[Tensor | None]) -> bool:
+    """True where an opaque operator can't follow: transforms, forward-mode AD, foreign
+    subclasses.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return any(t is not None and type(t) not in _PLAIN and _is_foreign(t) for t in tensors)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _is_foreign(t: Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return not isinstance(t, FakeTensor | torch.nn.Parameter | torch.nn.Buffer)
+
+
+def needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
+    """True if autograd must record a call on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def below_autograd(op: Callable[..., Any], *args: Any) -> Any:
+    """Calls an op that needs no gradient without the cost of its registered autograd formula."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype autocast would cast to on this device, None outside of autocast."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def make_rng(device: torch.device | str, head_offset: int = 0, row_offset: int = 0) -> Tensor:
+    """A dropout state drawn from torch's generator of ``device``: int64 [4].
+
+    The four numbers are (seed, offset, head offset, row offset): ranks that hold a slice of the
+    heads or of the rows pass where their slice starts and draw from equal generators, and the mask
+    is that of one device. Safe under CUDA graphs, ``torch.compile`` and activation checkpointing.
+    """
+    random = torch.randint(0, 2**62, (2,), dtype=torch.int64, device=device)
+    # Padding fills on the device; a tensor made of Python numbers would be a copy from the host,
+    # which a CUDA graph can't capture.
+    with_head = torch.nn.functional.pad(random, (0, 1), value=head_offset)
+    return torch.nn.functional.pad(with_head, (0, 1), value=row_offset)

@@ -1,0 +1,65 @@
+"""Every operator schema of ``torch.ops.fused_lm``, defined once, at import.
+
+Implementations are registered elsewhere: by ``ops/`` for the Python backends, by the C++ extension
+    for
+CUDA. A second definition of a schema does not raise, it kills the process, so nothing else may
+define one.
+
+``backend`` names the implementation that dispatch chose; it is an argument because a compiled graph
+must run what was chosen when it was traced. Absent outputs are empty tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+_SCORE = (
+    "Tensor? mask, Tensor? key_mask, Tensor? bias, Tensor? rng,"
+    " SymInt? lower, SymInt? upper, float scale, float softcap"
+)
+
+SCHEMAS = {
+    "attention_fwd": (
+        f"(Tensor q, Tensor k, Tensor v, {_SCORE}, float dropout_p, str backend)"
+        " -> (Tensor out, Tensor lse)"
+    ),
+    "attention_bwd": (
+        "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+        f" {_SCORE}, float dropout_p, bool needs_dbias, str backend)"
+        " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)"
+    ),
+    "attention_weights_fwd": (
+        f"(Tensor q, Tensor k, Tensor lse, {_SCORE}, float dropout_p, bool average_heads,"
+        " str backend) -> Tensor"
+    ),
+    "layer_norm_fwd": (
+        "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float eps,"
+        " float dropout_p, ScalarType out_dtype, ScalarType residual_dtype, str backend)"
+        " -> (Tensor y, Tensor stream, Tensor mean, Tensor rstd)"
+    ),
+    "layer_norm_bwd": (
+        "(Tensor dy, Tensor? dstream, Tensor stream, Tensor? weight, Tensor? bias, Tensor mean,"
+        " Tensor rstd, Tensor? rng, float dropout_p, ScalarType x_dtype,"
+        " ScalarType? residual_dtype, str backend)"
+        " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
+    ),
+    "rms_norm_fwd": (
+        "(Tensor x, Tensor? residual, Tensor? weight, Tensor? rng, float eps, float dropout_p,"
+        " ScalarType out_dtype, ScalarType residual_dtype, str backend)"
+        " -> (Tensor y, Tensor stream, Tensor rstd)"
+    ),
+    "rms_norm_bwd": (
+        "(Tensor dy, Tensor? dstream, Tensor stream, Tensor? weight, Tensor rstd, Tensor? rng,"
+        " float dropout_p, ScalarType x_dtype, ScalarType? residual_dtype, str backend)"
+        " -> (Tensor dx, Tensor dresidual, Tensor dweight)"
+    ),
+}
+
+SCHEMA_HASH = hashlib.sha256(repr(sorted(SCHEMAS.items())).encode()).hexdigest()[:16]
+"""Built into the C++ extension; a mismatch at load means a stale build."""
+
+LIBRARY = torch.library.Library("fused_lm", "DEF")
+for _name, _schema in SCHEMAS.items():
+    LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -1,0 +1,70 @@
+"""``torch.nn.functional.scaled_dot_product_attention`` behind the arguments of
+:func:`fused_lm.attention`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fused_lm.reference.attention import visible
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    lower: int | None,
+    upper: int | None,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    """Shapes and meaning as in the reference; a float mask is built only where a bias asks for
+    one.
+    """
+    grouped = k.shape[1] != q.shape[1]
+    if mask is None and key_mask is None and bias is None:
+        T, S = q.shape[2], k.shape[2]
+        last_row_sees_all = T == 1 and upper is not None and upper >= S - 1
+        if lower is None and (upper is None or last_row_sees_all):
+            return F.scaled_dot_product_attention(
+                q, k, v, None, dropout_p, False, scale=scale, enable_gqa=grouped
+            )
+        if lower is None and type(upper) is int and upper == 0:
+            return F.scaled_dot_product_attention(
+                q, k, v, None, dropout_p, True, scale=scale, enable_gqa=grouped
+            )
+    allowed = merged_mask(q, k, mask, key_mask, lower, upper)
+    if bias is not None:
+        bias = bias.to(q.dtype)
+        allowed = bias if allowed is None else bias.masked_fill(~allowed, float("-inf"))
+    return F.scaled_dot_product_attention(
+        q, k, v, allowed, dropout_p, False, scale=scale, enable_gqa=grouped
+    )
+
+
+def merged_mask(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+    lower: int | None,
+    upper: int | None,
+) -> Tensor | None:
+    """Every mask of a call as one boolean tensor broadcastable to [B, H, T, S], True = attend."""
+    parts = [] if mask is None else [mask]
+    if key_mask is not None:
+        parts.append(key_mask[:, None, None, :])
+    band = visible(q.shape[2], k.shape[2], lower, upper, q.device)
+    if band is not None:
+        parts.append(band)
+    if not parts:
+        return None
+    merged = parts[0]
+    for part in parts[1:]:
+        merged = torch.logical_and(merged, part)
+    return merged

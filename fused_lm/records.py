@@ -1,0 +1,200 @@
+"""Evidence: which kernel, on which GPU, was right and at least as fast as PyTorch.
+
+A record is one line of a JSON file. Records ship in ``fused_lm/verified.json``, and ``fused-lm
+verify`` writes the same on the user's own GPU into :func:`user_file`. Both are read once, at the
+first call that asks; a broken user file is reported and left out, never fatal.
+
+A kernel is named by the hash of its source without comments, docstrings and layout, with Triton's
+minor version: what changes the compiled kernel changes the hash, what explains it doesn't.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = 1
+_PACKAGE = Path(__file__).parent
+
+SHAPE_CLASSES: dict[str, Callable[[Any], tuple[str, int]]] = {}
+"""Operator -> function of a call that returns (family, size index); filled by ``ops/``."""
+
+KERNEL_SOURCES: dict[tuple[str, str], tuple[str, ...]] = {}
+"""(operator, backend) -> files below the package whose code is the kernel; filled by ``ops/``."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measured fact.
+
+    Attributes:
+        op, backend, kernel: What ran; ``kernel`` is :func:`kernel_id`.
+        gpu: ``torch.cuda.get_device_name``.
+        mode: ``"infer"`` (forward) or ``"train"`` (forward and backward).
+        dtype: Like ``"bfloat16"``.
+        family, size: The shape class, see :data:`SHAPE_CLASSES`.
+        parity: Every output and gradient was within tolerance.
+        ratio: Time of PyTorch divided by ours, in the same run; >= 1 is at least as fast.
+    """
+
+    op: str
+    backend: str
+    kernel: str
+    gpu: str
+    mode: str
+    dtype: str
+    family: str
+    size: int
+    parity: bool
+    ratio: float
+
+
+def user_file() -> Path:
+    """Where ``fused-lm verify`` writes: ``$XDG_CACHE_HOME/fused_lm/verified.json``."""
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(cache) / "fused_lm" / "verified.json"
+
+
+def shape_class(op: str, call: Any) -> str:
+    """The shape class of a call as one word, like ``d64-plain/2``."""
+    family, size = SHAPE_CLASSES[op](call)
+    return f"{family}/{size}"
+
+
+def missing(
+    op: str, backend: str, device_index: int, dtype: str, family: str, size: int, mode: str
+) -> str | None:
+    """None if a record lets ``auto`` take the kernel, else a sentence that says why not.
+
+    A size that was not measured takes the verdict of its nearest smaller neighbour.
+    """
+    gpu = torch.cuda.get_device_name(device_index)
+    sizes = _table().get((op, backend, kernel_id(op, backend), gpu, mode, dtype, family), {})
+    measured = [s for s in sizes if s <= size]
+    if not measured:
+        if not any(key[3] == gpu for key in _table()):
+            _say_once(
+                f"{gpu} has no record yet, so PyTorch's operators run. Run `fused-lm verify` once."
+            )
+        return (
+            f"no record of {op} ({mode}, {dtype}, {family}/{size}) on {gpu}: run `fused-lm verify`"
+        )
+    record = sizes[max(measured)]
+    if not record.parity:
+        return f"the record on {gpu} says that it failed parity ({family}/{record.size})"
+    if record.ratio < 1.0:
+        speed = f"{record.ratio:.2f} of PyTorch's speed"
+        return f"the record on {gpu} says {speed} ({family}/{record.size})"
+    return None
+
+
+# torch.compile takes the answer as a constant instead of tracing into files and hashes. The
+# decorator torch.compiler.assume_constant_result does the same but imports all of torch._dynamo.
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def kernel_id(op: str, backend: str) -> str:
+    """Hash of the kernel's code (comments, docstrings and layout don't count) and Triton's minor
+    version.
+    """
+    digest = hashlib.sha256(_triton_minor().encode())
+    for name in KERNEL_SOURCES[op, backend]:
+        digest.update(_code_of((_PACKAGE / name).read_text()).encode())
+    return digest.hexdigest()[:16]
+
+
+def load(path: Path) -> list[Record]:
+    """The records in a file.
+
+    Raises:
+        ValueError: Not a record file of this format, in one sentence.
+    """
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']}")
+        return [Record(**line) for line in content["records"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not a record file of format {FORMAT}: {error}") from error
+
+
+def save(path: Path, records: Iterable[Record]) -> None:
+    """Writes records atomically, sorted, one a line."""
+    lines = sorted(json.dumps(asdict(record), sort_keys=True) for record in records)
+    body = ",\n".join("  " + line for line in lines)
+    text = f'{{"format": {FORMAT}, "records": [\n{body}\n]}}\n' if lines else EMPTY
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+    _table.cache_clear()
+
+
+EMPTY = f'{{"format": {FORMAT}, "records": []}}\n'
+
+
+def _key(record: Record) -> tuple[str, ...]:
+    return (
+        record.op,
+        record.backend,
+        record.kernel,
+        record.gpu,
+        record.mode,
+        record.dtype,
+        record.family,
+    )
+
+
+@functools.cache
+def _table() -> dict[tuple[str, ...], dict[int, Record]]:
+    table: dict[tuple[str, ...], dict[int, Record]] = {}
+    found = load(_PACKAGE / "verified.json")
+    if user_file().is_file():
+        try:
+            found += load(user_file())
+        except ValueError as error:
+            warnings.warn(f"fused_lm ignores its own records: {error}", stacklevel=2)
+    for record in found:
+        table.setdefault(_key(record), {})[record.size] = record
+    return table
+
+
+def _code_of(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            body[:] = [child for child in body if not _is_text(child)] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def _is_text(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def _triton_minor() -> str:
+    try:
+        return ".".join(importlib.metadata.version("triton").split(".")[:2])
+    except importlib.metadata.PackageNotFoundError:
+        return "no triton"
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(f"fused_lm: {message}", stacklevel=2)
