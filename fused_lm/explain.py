@@ -37,14 +37,20 @@ def why(op: str, *args: Any, **kwargs: Any) -> dispatch.Explanation:
     Raises:
         ValueError: Unknown operator, or what the operator itself raises.
     """
+    return dispatch.explain(op, call_of(op, *args, **kwargs))
+
+
+def call_of(op: str, *args: Any, **kwargs: Any) -> Any:
+    """The checked arguments of ``fused_lm.<op>(*args, **kwargs)``, as dispatch and records see
+    them.
+    """
     if op not in _OPERATORS:
-        raise ValueError(
-            f"fused_lm has no operator {op!r}; expected one of: {', '.join(_OPERATORS)}"
-        )
+        names = ", ".join(_OPERATORS)
+        raise ValueError(f"fused_lm has no operator {op!r}; expected one of: {names}")
     bound = inspect.signature(_OPERATORS[op].public).bind(*args, **kwargs)
     bound.apply_defaults()
     taken = inspect.signature(_OPERATORS[op].checked).parameters
     arguments = {name: bound.arguments.get(name) for name in taken}
     if op == "rms_norm" and arguments["eps"] is None:
         arguments["eps"] = 0.0
-    return dispatch.explain(op, _OPERATORS[op].checked(**arguments))
+    return _OPERATORS[op].checked(**arguments)

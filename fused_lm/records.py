@@ -26,6 +26,8 @@ import torch
 
 FORMAT = 1
 _PACKAGE = Path(__file__).parent
+SHIPPED = _PACKAGE / "verified.json"
+"""Records that come with the package."""
 
 SHAPE_CLASSES: dict[str, Callable[[Any], tuple[str, int]]] = {}
 """Operator -> function of a call that returns (family, size index); filled by ``ops/``."""
@@ -145,7 +147,8 @@ def save(path: Path, records: Iterable[Record]) -> None:
 EMPTY = f'{{"format": {FORMAT}, "records": []}}\n'
 
 
-def _key(record: Record) -> tuple[str, ...]:
+def key_of(record: Record) -> tuple[Any, ...]:
+    """What a record is about, all but its size, see :func:`_table`."""
     return (
         record.op,
         record.backend,
@@ -160,14 +163,14 @@ def _key(record: Record) -> tuple[str, ...]:
 @functools.cache
 def _table() -> dict[tuple[str, ...], dict[int, Record]]:
     table: dict[tuple[str, ...], dict[int, Record]] = {}
-    found = load(_PACKAGE / "verified.json")
+    found = load(SHIPPED)
     if user_file().is_file():
         try:
             found += load(user_file())
         except ValueError as error:
             warnings.warn(f"fused_lm ignores its own records: {error}", stacklevel=2)
     for record in found:
-        table.setdefault(_key(record), {})[record.size] = record
+        table.setdefault(key_of(record), {})[record.size] = record
     return table
 
 

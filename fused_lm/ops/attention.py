@@ -74,7 +74,7 @@ def attention(
     backend = dispatch.choose("attention", call)
     if backend == "pytorch":
         return pytorch_attention.attention(
-            *call[:6], call.lower, call.upper, call.scale, call.dropout_p
+            q, k, v, call.mask, key_mask, call.bias, call.lower, call.upper, call.scale, dropout_p
         )
     out, lse = _run(_prepared(call), backend)
     return (out, lse) if return_lse else out

@@ -82,13 +82,13 @@ def checked_call(
     """The call with masks in four dims, the band, and the default scale; raises as the public op
     says.
     """
-    if not (q.dim() == 4 and v.dtype is q.dtype and v.device == q.device and _fits(q, k)):
+    if not _alike(q, k, v):
         _check_query_and_key(q, k, {"q": q, "k": k, "v": v})
-    if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
-        raise ValueError(
-            "v must be [B, Hkv, S, Dv] with batch, heads and length of k, got "
-            + shapes_of(q=q, k=k, v=v)
-        )
+        if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
+            raise ValueError(
+                "v must be [B, Hkv, S, Dv] with batch, heads and length of k, got "
+                + shapes_of(q=q, k=k, v=v)
+            )
     if mask is not None or key_mask is not None or bias is not None:
         mask, key_mask, bias = _checked_masks(q, k, mask, key_mask, bias)
     lower, upper = None, None
@@ -132,11 +132,20 @@ def checked_weights_call(
     )
 
 
-def _fits(q: Tensor, k: Tensor) -> bool:
-    """The common case in few steps; :func:`_check_query_and_key` finds the words for the others."""
-    B, H, _, D = q.shape
-    same = k.dtype is q.dtype and k.device == q.device and q.dtype in FLOATS
-    return same and k.dim() == 4 and k.shape[::3] == (B, D) and k.shape[1] == H and D > 0
+def _alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """The commonest call, in few steps, because eager users pay for each one."""
+    shape, dtype, device = q.shape, q.dtype, q.device
+    return (
+        len(shape) == 4
+        and shape[3] > 0
+        and k.shape == shape
+        and v.shape == shape
+        and dtype in FLOATS
+        and k.dtype is dtype
+        and v.dtype is dtype
+        and k.device == device
+        and v.device == device
+    )
 
 
 def _check_query_and_key(q: Tensor, k: Tensor, tensors: dict[str, Tensor]) -> None:
@@ -298,6 +307,7 @@ _KERNELS = tuple(
         "attention_common",
         "attention_fwd",
         "attention_bwd",
+        "attention_dbias",
         "attention_weights",
         "attention_tuning",
         "philox",

@@ -46,14 +46,15 @@ def checked_call(
     """The call with its dtypes filled in; raises as the public functions say."""
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"a norm takes x [..., C] with C >= 1, got {shapes_of(x=x)}")
-    if x.dtype not in FLOATS:
-        raise TypeError(f"a norm takes float tensors, got x {x.dtype}")
+    dtype = x.dtype
+    if dtype not in FLOATS:
+        raise TypeError(f"a norm takes float tensors, got x {dtype}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(
             f"residual must have the shape of x, got {shapes_of(x=x, residual=residual)}"
         )
     for name, t in (("weight", weight), ("bias", bias), ("residual", residual)):
-        if t is None:
+        if t is None or (t is weight and _alike(t, x)) or (t is bias and _alike(t, x)):
             continue
         if t.dtype not in FLOATS:
             raise TypeError(f"a norm takes float tensors, got {name} {t.dtype}")
@@ -76,6 +77,15 @@ def checked_call(
     return NormCall(x, residual, weight, bias, rng, eps, dropout_p, out_dtype, residual_dtype)
 
 
+def _alike(parameter: Tensor, x: Tensor) -> bool:
+    """The commonest parameter, in few steps, because eager users pay for each one."""
+    return (
+        parameter.dtype is x.dtype
+        and parameter.shape == x.shape[-1:]
+        and parameter.device == x.device
+    )
+
+
 def _default_out_dtype(x: Tensor) -> torch.dtype:
     """CUDA's autocast runs norms in fp32 and returns fp32; elsewhere the dtype of x is kept."""
     if x.is_cuda and x.dtype != torch.float64 and torch.is_autocast_enabled("cuda"):
@@ -87,13 +97,17 @@ def _pytorch_refuses(call: NormCall) -> str | None:
     if call.rng is not None and call.dropout_p > 0.0:
         return "PyTorch's dropout draws its own mask, not that of rng"
     stream = call.x.dtype
+    parameters = (call.weight, call.bias)
+    plain = call.out_dtype is stream is call.residual_dtype and call.residual is None
+    if plain and all(p is None or p.dtype is stream for p in parameters):
+        return None
     if call.residual is not None:
         stream = torch.promote_types(stream, call.residual.dtype)
     if call.out_dtype != stream and call.out_dtype != _default_out_dtype(call.x):
         return f"PyTorch's norm returns the dtype of its input, {stream}, not {call.out_dtype}"
     if call.residual_dtype != stream:
         return f"PyTorch's add returns {stream}, not {call.residual_dtype}"
-    dtypes = {t.dtype for t in (call.weight, call.bias) if t is not None}
+    dtypes = {t.dtype for t in parameters if t is not None}
     on_cpu = call.x.device.type == "cpu"
     wide_parameters = on_cpu and stream.itemsize == 2 and dtypes == {torch.float32}
     if dtypes <= {stream} or wide_parameters or _default_out_dtype(call.x) != call.x.dtype:

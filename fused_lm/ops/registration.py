@@ -28,6 +28,10 @@ badly).
 """
 
 
+FUNCTIONS: dict[str, dict[str, Callable[..., Any]]] = {}
+"""Operator -> backend -> function, filled at first use."""
+
+
 def backend_module(backend: str, file: str) -> Any:
     """The module ``file`` of a backend, imported at first use (Triton is heavy)."""
     return importlib.import_module(f"fused_lm.{_PACKAGES.get(backend, backend)}.{file}")
@@ -37,7 +41,7 @@ def implement(op: str, file: str, function: str) -> None:
     """Routes ``torch.ops.fused_lm.<op>`` to ``function`` of the backend that its last argument
     names.
     """
-    functions: dict[str, Callable[..., Any]] = {}
+    functions = FUNCTIONS.setdefault(op, {})
 
     def run(*args: Any) -> Any:
         *rest, backend = args

@@ -27,16 +27,11 @@ def attention(
     one.
     """
     grouped = k.shape[1] != q.shape[1]
-    if mask is None and key_mask is None and bias is None:
-        T, S = q.shape[2], k.shape[2]
-        last_row_sees_all = T == 1 and upper is not None and upper >= S - 1
-        if lower is None and (upper is None or last_row_sees_all):
+    if mask is None and key_mask is None and bias is None and lower is None:
+        sees_all = upper is None or (q.shape[2] == 1 and upper >= k.shape[2] - 1)
+        if sees_all or (type(upper) is int and upper == 0):
             return F.scaled_dot_product_attention(
-                q, k, v, None, dropout_p, False, scale=scale, enable_gqa=grouped
-            )
-        if lower is None and type(upper) is int and upper == 0:
-            return F.scaled_dot_product_attention(
-                q, k, v, None, dropout_p, True, scale=scale, enable_gqa=grouped
+                q, k, v, None, dropout_p, not sees_all, scale=scale, enable_gqa=grouped
             )
     allowed = merged_mask(q, k, mask, key_mask, lower, upper)
     if bias is not None:

@@ -1,0 +1,100 @@
+"""``fused-lm parity``: every operator on every backend and dtype that runs here, against fp64."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+
+from fused_lm.commands.errors import UserError
+from fused_lm.dispatch import BACKENDS
+
+NAME = "parity"
+HELP = "hold every operator x backend x dtype that runs here against fp64"
+DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
+QUICK_DTYPES = ("float32", "bfloat16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cuda or cpu; default: cuda where there is one")
+    parser.add_argument(
+        "--backend", action="append", choices=BACKENDS, help="only this (repeatable)"
+    )
+    parser.add_argument(
+        "--dtype", action="append", choices=DTYPE_NAMES, help="only this (repeatable)"
+    )
+    parser.add_argument("--quick", action="store_true", help=f"only {' and '.join(QUICK_DTYPES)}")
+    parser.add_argument("--json", metavar="FILE", help="write the results as JSON lines")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0 if every verdict is ok, else 1."""
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from fused_lm.parity.cases import SMALL
+    from fused_lm.parity.run import run_case, runnable, use_interpreter_without_gpu
+
+    device = chosen_device(args.device)
+    if device.type == "cpu":
+        use_interpreter_without_gpu()
+        import_triton_if_there()
+    dtypes = tuple(args.dtype or (QUICK_DTYPES if args.quick else DTYPE_NAMES))
+    jobs = [
+        (case, backend, dtype)
+        for case in SMALL
+        for backend in args.backend or BACKENDS
+        for dtype in dtypes
+        if runnable(case, backend, dtype, device)
+    ]
+    if not jobs:
+        raise UserError("nothing of what was asked for runs here; see: fused-lm doctor")
+    console = Console()
+    results = [
+        run_case(case, backend, dtype, device)
+        for case, backend, dtype in track(jobs, "parity", console=console, transient=True)
+    ]
+    table = Table("operator", "case", "backend", "dtype", "worst", "error", "allowed", "verdict")
+    for r in results:
+        verdict = "[green]ok" if r.ok else "[red]FAIL"
+        where = r.backend if r.device != "interpreter" else f"{r.backend} (interpreter)"
+        numbers = (f"{r.error:.1e}", f"{r.allowed:.1e}")
+        table.add_row(r.op, r.case, where, r.dtype, r.worst, *numbers, verdict)
+    console.print(table)
+    failed = [r for r in results if not r.ok]
+    for r in failed:
+        console.print(f"[red]{r.op} {r.case} {r.backend} {r.dtype}: {r.problem}", markup=True)
+    console.print(f"{len(results) - len(failed)} of {len(results)} within tolerance of fp64")
+    if args.json:
+        write_lines(args.json, [json.dumps(r.as_dict()) for r in results])
+    return 1 if failed else 0
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device asked for, or the best there is."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"--device {name} is not a device: expected cuda, cuda:N or cpu") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; see: fused-lm doctor")
+    return device
+
+
+def import_triton_if_there() -> None:
+    """The interpreter is on only once triton is imported."""
+    import contextlib
+
+    with contextlib.suppress(ImportError):
+        from fused_lm.triton_kernels import attention  # noqa: F401
+
+
+def write_lines(path: str, lines: list[str]) -> None:
+    """Writes a text file; UserError where it can't be."""
+    try:
+        with open(path, "w") as file:
+            file.write("".join(line + "\n" for line in lines))
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror}") from error

@@ -1,0 +1,122 @@
+"""The process in which ``verify`` runs its jobs: parity of a case, then its time against PyTorch's.
+
+``python -m fused_lm.parity.worker --device cuda --start 0 --stop 9 --results FILE``; see
+:mod:`.supervise`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import fused_lm
+from fused_lm import records
+from fused_lm.explain import call_of
+from fused_lm.parity.cases import SMALL, AttentionCase, Case, verify_cases
+from fused_lm.parity.run import DTYPES, run_case, use_interpreter_without_gpu
+from fused_lm.parity.timing import interleaved_medians
+
+BACKEND = "triton"
+CONTEXT_LOST = 3
+"""Exit status after a CUDA error: the process's context is gone, the next job needs a new one."""
+LONG = 4096
+"""Rows from which parity looks at one batch entry and one head: its fp64 scores are T x S."""
+
+
+def jobs_for(device: str) -> list[tuple[Case, str]]:
+    """Cases and dtypes in order of worth; the same list in parent and worker."""
+    if device == "cpu":
+        return [(case, dtype) for dtype in ("float32", "bfloat16") for case in SMALL]
+    cases = verify_cases()
+    return [(case, dtype) for dtype in ("bfloat16", "float16", "float32") for case in cases]
+
+
+def run_job(case: Case, dtype: str, device: torch.device) -> dict[str, Any]:
+    """Parity and, on a GPU, the ratio of PyTorch's time to ours for inference and training."""
+    result = run_case(_slice(case), BACKEND, dtype, device)
+    report = {**result.as_dict(), "case": case.name, "parity": result.ok}
+    problem = case.build(DTYPES[dtype], torch.device("meta"))
+    call = call_of(case.op, **problem.arguments)
+    report["family"], report["size"] = records.SHAPE_CLASSES[case.op](call)
+    if device.type == "cuda":
+        report["gpu"] = torch.cuda.get_device_name(device)
+        report["kernel"] = records.kernel_id(case.op, BACKEND)
+        if result.ok:
+            report["times"] = _times(case, dtype, device)
+    return report
+
+
+def _slice(case: Case) -> Case:
+    """What parity can afford of a case: batch and heads are copies of one another."""
+    if not isinstance(case, AttentionCase) or case.B * case.H <= 4:
+        return case
+    few = 1 if case.T > LONG else 2
+    group = case.H // case.Hkv
+    return replace(case, B=few, H=few * group, Hkv=few)
+
+
+def _times(case: Case, dtype: str, device: torch.device) -> dict[str, dict[str, float]]:
+    problem = case.build(DTYPES[dtype], device)
+    leaves = [t.detach().requires_grad_() for t in problem.inputs]
+
+    def forward(backend: str, function: Any) -> Any:
+        def run() -> None:
+            with fused_lm.use_backend(backend), torch.no_grad():
+                function(*problem.inputs)
+
+        return run
+
+    def step(backend: str, function: Any) -> Any:
+        def run() -> None:
+            with fused_lm.use_backend(backend):
+                outputs = function(*leaves)
+            torch.autograd.grad(outputs[0], leaves, torch.ones_like(outputs[0]))
+
+        return run
+
+    found = {}
+    for mode, make in (("infer", forward), ("train", step)):
+        ours_us, theirs_us = interleaved_medians(
+            [make(BACKEND, problem.theirs), make("pytorch", problem.theirs)]
+        )
+        found[mode] = {"ours_us": ours_us, "pytorch_us": theirs_us, "ratio": theirs_us / ours_us}
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--start", type=int, required=True)
+    parser.add_argument("--stop", type=int, required=True)
+    parser.add_argument("--results", required=True)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if device.type == "cpu":
+        use_interpreter_without_gpu()
+        import fused_lm.triton_kernels.attention  # noqa: F401
+    jobs = jobs_for(device.type)
+    with open(args.results, "a") as results:
+        for index in range(args.start, min(args.stop, len(jobs))):
+            report = run_job(*jobs[index], device)
+            results.write(json.dumps({"job": index, **report}) + "\n")
+            results.flush()
+            if device.type == "cuda" and not _context_alive():
+                return CONTEXT_LOST
+    return 0
+
+
+def _context_alive() -> bool:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

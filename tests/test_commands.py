@@ -1,0 +1,193 @@
+"""doctor, parity and verify: what they print, their exit codes, and what a crash leaves."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fused_lm import cli, records
+from fused_lm.commands import doctor
+from fused_lm.commands.verify import _merge, records_of
+from fused_lm.ops import registration
+from fused_lm.parity import run as parity_run
+from fused_lm.parity.cases import SMALL, AttentionCase, NormCase, verify_cases
+from fused_lm.parity.supervise import supervise
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["environment"]["torch"] == torch.__version__
+    runs = {row["operator"]: row["runs"] for row in report["operators"]}
+    assert set(runs) == {"attention", "attention_weights", "layer_norm", "rms_norm"}
+    assert all(row["reasons"] for row in report["operators"])
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "attention_weights" in text and torch.__version__ in text
+
+
+def test_doctor_names_the_command_that_mends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor, "_driver", lambda: "999.1")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    faults = {fault["what"]: fault for fault in doctor.examine()["faults"]}
+    assert faults["torch 2.9.1+cpu is older than 2.10"]["breaks"]
+    mends = [fault["mend"] for fault in faults.values()]
+    assert "pip install 'fused_lm[triton]'" in mends
+    assert "pip install --force-reinstall torch" in mends
+    assert doctor.examine()["broken"]
+
+
+def test_doctor_works_without_rich(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("rich", "rich.console", "rich.table"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert cli.main(["doctor"]) == 0
+    assert "attention_weights" in capsys.readouterr().out
+
+
+def test_parity_says_ok(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "parity.jsonl"
+    arguments = ["parity", "--device", "cpu", "--backend", "reference", "--dtype", "float32"]
+    assert cli.main([*arguments, "--json", str(file)]) == 0
+    assert f"{len(SMALL)} of {len(SMALL)} within tolerance" in capsys.readouterr().out
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(lines) == len(SMALL) and all(line["problem"] is None for line in lines)
+
+
+def test_parity_sees_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fused_lm.triton_kernels import layernorm
+
+    right = layernorm.rms_norm_backward
+
+    def wrong(*args: Any) -> Any:
+        dx, dresidual, dweight = right(*args)
+        return dx, dresidual, dweight * 1.001
+
+    case = NormCase("rms_norm")
+    device = torch.device("cpu")
+    assert parity_run.run_case(case, "triton", "float32", device).ok
+    monkeypatch.setitem(registration.FUNCTIONS["rms_norm_bwd"], "triton", wrong)
+    result = parity_run.run_case(case, "triton", "float32", device)
+    assert not result.ok and result.worst == "dweight" and "worst at" in str(result.problem)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parity_of_the_triton_kernels(dtype: str) -> None:
+    for case in SMALL[::3]:
+        result = parity_run.run_case(case, "triton", dtype, torch.device("cpu"))
+        assert result.ok, result.problem
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["parity", "--device", "cuda"], "torch sees no GPU here"),
+        (["parity", "--device", "gpu7"], "is not a device: expected cuda, cuda:N or cpu"),
+        (["parity", "--device", "cpu", "--backend", "triton", "--dtype", "float64"], "nothing"),
+        (["parity", "--device", "cpu", "--backend", "reference", "--dtype", "float32", "--json",
+          "/dev/null/x"], "can't write /dev/null/x"),
+        (["verify", "--device", "cpu", "--limit", "0"], "nothing to verify"),
+        (["verify", "--device", "cpu", "--limit", "1", "--out", "/dev/null/x"], "can't write to"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_sentence(
+    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and text in error and error.count("\n") == 1
+
+
+def test_verify_on_a_cpu_writes_no_record(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    assert cli.main(["verify", "--device", "cpu", "--limit", "2", "--out", str(out)]) == 0
+    assert "no record is written" in capsys.readouterr().out
+    results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [result["case"] for result in results] == [case.name for case in SMALL[:2]]
+    assert all(result["parity"] and result["device"] == "interpreter" for result in results)
+    assert (out / "environment.json").is_file()
+    assert not records.user_file().exists()
+
+
+WORKER = """
+import argparse, json, os, time
+parser = argparse.ArgumentParser()
+parser.add_argument("--start", type=int); parser.add_argument("--results")
+args = parser.parse_args()
+for job in range(args.start, 5):
+    if job == 1:
+        print("CUDA error: an illegal memory access", flush=True)
+        os.abort()
+    if job == 3:
+        time.sleep(1000)
+    with open(args.results, "a") as file:
+        file.write(json.dumps({"job": job, "problem": None}) + chr(10))
+"""
+
+
+def test_stages_survive_a_crash_and_a_hang(tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    found = supervise([sys.executable, "-c", WORKER], 5, file, job_seconds=3.0, total_seconds=60.0)
+    assert [result["job"] for result in found] == [0, 1, 2, 3, 4]
+    assert [result["problem"] is None for result in found] == [True, False, True, False, True]
+    assert "exit status -6; CUDA error: an illegal memory access" in found[1]["problem"]
+    assert "no answer in 3 s" in found[3]["problem"]
+    assert [json.loads(line) for line in file.read_text().splitlines()] == found
+
+
+def test_supervise_ends_in_time(tmp_path: Path) -> None:
+    worker = "import time; time.sleep(1000)"
+    found = supervise([sys.executable, "-c", worker], 2, tmp_path / "r", 100.0, total_seconds=1.0)
+    assert found == []
+
+
+def test_records_of_raw_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    raw = {
+        "job": 0, "op": "attention", "backend": "triton", "kernel": "k", "gpu": "G",
+        "dtype": "bfloat16", "family": "d64-band", "size": 1, "parity": True, "problem": None,
+        "times": {"infer": {"ratio": 1.25}, "train": {"ratio": 0.5}},
+    }  # fmt: skip
+    failed = {**raw, "family": "d128-band", "parity": False, "times": {}}
+    lost = {"job": 2, "problem": "exit status -6"}
+    made = records_of([raw, failed, lost])
+    assert [(r.mode, r.parity, r.ratio) for r in made] == [
+        ("infer", True, 1.25), ("train", True, 0.5), ("infer", False, 0.0), ("train", False, 0.0),
+    ]  # fmt: skip
+    assert _merge(made) == 4
+    slower = records.Record(**{**made[0].__dict__, "ratio": 0.9})
+    assert _merge([slower, made[0]]) == 1
+    stored = {(r.family, r.mode): r.ratio for r in records.load(records.user_file())}
+    assert stored["d64-band", "infer"] == 0.9 and stored["d64-band", "train"] == 0.5
+
+
+def test_verify_cases_build_for_every_class() -> None:
+    """Shapes only: every case of a GPU run must build and be classified."""
+    from fused_lm.explain import call_of
+
+    classes = set()
+    for case in verify_cases():
+        problem = case.build(torch.bfloat16, torch.device("meta"))
+        classes.add(
+            (case.op, *records.SHAPE_CLASSES[case.op](call_of(case.op, **problem.arguments)))
+        )
+    assert ("attention", "d64-band", 1) in classes and (
+        "attention",
+        "d128-band-dropout",
+        2,
+    ) in classes
+    assert ("layer_norm", "add-dropout", 0) in classes
+    assert any(isinstance(case, AttentionCase) and case.S == 16384 for case in verify_cases())

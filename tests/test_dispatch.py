@@ -1,0 +1,229 @@
+"""Dispatch: who runs, who refuses in which words, and the records that let auto take a kernel."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fused_lm
+from fused_lm import dispatch, records
+from fused_lm.explain import call_of
+from fused_lm.ops import attention as attention_ops
+from fused_lm.ops import layernorm as layernorm_ops
+
+GPU = "Test GPU 9000"
+q = torch.zeros(1, 2, 8, 16)
+
+
+def _chosen(op: str, *args: Any, **kwargs: Any) -> str:
+    return dispatch.choose(op, call_of(op, *args, **kwargs))
+
+
+def test_auto_on_a_cpu_is_pytorch() -> None:
+    assert _chosen("attention", q, q, q, causal=True) == "pytorch"
+    assert _chosen("layer_norm", q) == "pytorch"
+
+
+def test_auto_falls_back_to_the_reference() -> None:
+    assert _chosen("attention", q, q, q, softcap=1.0) == "reference"
+    assert _chosen("attention", q, q, q, return_lse=True) == "reference"
+    assert _chosen("layer_norm", q, out_dtype=torch.bfloat16) == "reference"
+    assert (
+        _chosen("rms_norm", q, residual=q.bfloat16(), residual_dtype=torch.bfloat16) == "reference"
+    )
+
+
+def test_forced_and_refused_lists_every_reason() -> None:
+    with fused_lm.use_backend("triton"), pytest.raises(RuntimeError) as caught:
+        fused_lm.attention(q.double(), q.double(), q.double())
+    text = str(caught.value)
+    assert "backend 'triton' can't run this call of attention" in text
+    assert "float64 runs through the reference" in text
+    assert "pytorch" in text and "reference" in text and "q [1, 2, 8, 16] float64" in text
+    with fused_lm.use_backend("pytorch"), pytest.raises(RuntimeError, match="has no softcap"):
+        fused_lm.attention(q, q, q, softcap=2.0)
+
+
+def test_backends_nest_and_come_back() -> None:
+    with fused_lm.use_backend("reference"):
+        with fused_lm.use_backend("triton"):
+            assert dispatch.current_backend() == "triton"
+        assert dispatch.current_backend() == "reference"
+        with pytest.raises(ZeroDivisionError), fused_lm.use_backend("auto"):
+            _ = 1 // 0
+        assert dispatch.current_backend() == "reference"
+    with pytest.raises(ValueError, match="no backend 'cudnn'; expected one of: triton, pytorch"):
+        fused_lm.use_backend("cudnn").__enter__()
+
+
+def test_why_says_what_runs_and_what_not() -> None:
+    explanation = fused_lm.why("attention", q, q, q, softcap=1.0)
+    assert explanation.backend == "reference"
+    assert [verdict.runs for verdict in explanation.verdicts] == [False, False, True]
+    assert "-> reference" in str(explanation) and "no softcap" in str(explanation)
+    assert fused_lm.why("rms_norm", q).backend == "pytorch"
+    with pytest.raises(ValueError, match="no operator 'softmax'"):
+        fused_lm.why("softmax", q)
+
+
+def test_every_operator_is_in_the_table() -> None:
+    assert set(dispatch.TABLE) == {*attention_ops.OPS, *layernorm_ops.OPS}
+    for op, impls in dispatch.TABLE.items():
+        assert impls[-1].name == "reference", op
+        assert {impl.name for impl in impls} <= set(dispatch.BACKENDS)
+        assert records.SHAPE_CLASSES[op] is not None
+        for impl in impls:
+            assert impl.needs_record == ((op, impl.name) in records.KERNEL_SOURCES)
+
+
+def test_backends_have_one_signature_per_operator() -> None:
+    import inspect
+
+    from fused_lm.ops.registration import backend_module
+
+    for file, ops in (("attention", attention_ops.OPS), ("layernorm", layernorm_ops.OPS)):
+        modules = [backend_module(backend, file) for backend in ("reference", "triton")]
+        for op in ops:
+            for suffix in ("forward", "backward"):
+                found = [getattr(module, f"{op}_{suffix}", None) for module in modules]
+                signatures = [list(inspect.signature(f).parameters) for f in found if f is not None]
+                assert all(signature == signatures[0] for signature in signatures), (op, suffix)
+                if op != "attention_weights":  # its gradient goes through the reference
+                    assert len(signatures) == 2, (op, suffix)
+
+
+@pytest.fixture
+def gpu_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A machine with a GPU named GPU and an empty cache folder; returns a function that adds
+    records.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: GPU)
+    records._table.cache_clear()
+    records._say_once.cache_clear()
+
+    def add(**changes: Any) -> None:
+        record = {
+            "op": "attention", "backend": "triton",
+            "kernel": records.kernel_id("attention", "triton"),
+            "gpu": GPU, "mode": "infer", "dtype": "bfloat16", "family": "d64-band", "size": 1,
+            "parity": True, "ratio": 1.5, **changes,
+        }  # fmt: skip
+        path = records.user_file()
+        old = records.load(path) if path.is_file() else []
+        records.save(path, [*old, records.Record(**record)])
+
+    yield add
+    records._table.cache_clear()
+
+
+def _missing(size: int = 1, family: str = "d64-band", mode: str = "infer") -> str | None:
+    return records.missing("attention", "triton", 0, "bfloat16", family, size, mode)
+
+
+def test_a_record_lets_auto_take_the_kernel(gpu_records: Any) -> None:
+    with pytest.warns(UserWarning, match="Run `fused-lm verify` once"):
+        assert "no record of attention" in str(_missing())
+    gpu_records()
+    assert _missing(size=1) is None
+    assert _missing(size=3) is None, "a larger size takes the verdict of its smaller neighbour"
+    assert "no record" in str(_missing(size=0))
+    assert "no record" in str(_missing(mode="train"))
+    assert "no record" in str(_missing(family="d128-band"))
+
+
+def test_slow_wrong_and_stale_kernels_are_not_taken(gpu_records: Any) -> None:
+    gpu_records(size=1)
+    gpu_records(size=2, ratio=0.8)
+    gpu_records(size=3, parity=False)
+    gpu_records(family="d128-band", kernel="0123456789abcdef")
+    assert _missing(size=1) is None
+    assert "0.80 of PyTorch's speed" in str(_missing(size=2))
+    assert "failed parity" in str(_missing(size=3))
+    assert "no record" in str(_missing(family="d128-band"))
+
+
+def test_a_broken_user_file_is_left_out(gpu_records: Any) -> None:
+    path = records.user_file()
+    path.parent.mkdir(parents=True)
+    for content in ("{", '{"format": 99, "records": []}', '{"format": 1, "records": [{}]}', "[]"):
+        path.write_text(content)
+        records._table.cache_clear()
+        with pytest.warns(UserWarning, match="ignores its own records"):
+            records._table()
+
+
+def test_shipped_records_are_those_of_the_raw_results() -> None:
+    """verified.json is generated from benchmarks/results, never written by hand; none are there
+    yet.
+    """
+    raw = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("**/results.jsonl"))
+    from fused_lm.commands.verify import records_of
+
+    proven = [r for path in raw for r in records_of([json.loads(x) for x in path.open()])]
+    assert sorted(map(str, records.load(records.SHIPPED))) == sorted(map(str, proven))
+
+
+def test_kernel_id_sees_code_and_not_comments() -> None:
+    base = "def f(x):\n    return x + 1\n"
+    same = '"""Doc."""\n\n\ndef f(x):\n    """Doc."""\n    # why\n    return (x + 1)\n'
+    assert records._code_of(base) == records._code_of(same)
+    assert records._code_of(base) != records._code_of(base.replace("1", "2"))
+    for op, backend in records.KERNEL_SOURCES:
+        assert len(records.kernel_id(op, backend)) == 16
+
+
+def test_every_kernel_file_is_part_of_a_kernel_id() -> None:
+    folder = Path(records.__file__).parent / "triton_kernels"
+    hashed = {name.split("/")[1] for names in records.KERNEL_SOURCES.values() for name in names}
+    no_kernel = {"__init__.py", "interpreter.py", "compile_check.py", "attention_instantiations.py"}
+    assert {path.name for path in folder.glob("*.py")} - no_kernel == hashed
+
+
+def test_records_are_constants_for_compile(gpu_records: Any) -> None:
+    """Dynamo must not trace into files and hashes."""
+    gpu_records()
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if _missing() is None else x - 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.zeros(2)), torch.ones(2))
+
+
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_environment_variables() -> None:
+    call = "import torch, fused_lm; q = torch.ones(1, 1, 2, 4); fused_lm.attention(q, q, q)"
+    logged = _python(call + "; fused_lm.attention(q, q, q)", FUSED_LM_LOG="1").stderr
+    assert logged.count("attention d64-plain/0 torch.float32 cpu pytorch") == 1
+    forced = _python(
+        "import fused_lm; print(fused_lm.dispatch.current_backend())", FUSED_LM_BACKEND="reference"
+    )
+    assert forced.stdout.strip() == "reference"
+    assert "expected one of" in _python("import fused_lm", FUSED_LM_BACKEND="fastest").stderr
+
+
+def test_import_is_light() -> None:
+    heavy = "('triton', 'torch._dynamo', 'torch._inductor', 'rich', 'matplotlib', 'safetensors')"
+    code = (
+        "import torch, sys; before = set(sys.modules); import fused_lm;"
+        f"print([m for m in {heavy} if m in sys.modules and m not in before])"
+    )
+    done = _python(code)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
