@@ -92,7 +92,7 @@ def checked_call(
     if mask is not None or key_mask is not None or bias is not None:
         mask, key_mask, bias = _checked_masks(q, k, mask, key_mask, bias)
     lower, upper = None, None
-    if causal is not False or window is not None:
+    if causal or window is not None:
         lower, upper = _band(q.shape[2], k.shape[2], causal, window)
     if softcap or dropout_p or rng is not None:
         _check_numbers(softcap, dropout_p, rng, q)
@@ -124,7 +124,9 @@ def checked_weights_call(
     if dropout_p > 0.0 and rng is None:
         raise ValueError("attention_weights with dropout needs the rng that attention was given")
     mask, key_mask, bias = _checked_masks(q, k, mask, key_mask, bias)
-    lower, upper = _band(q.shape[2], k.shape[2], causal, window)
+    lower, upper = None, None
+    if causal or window is not None:
+        lower, upper = _band(q.shape[2], k.shape[2], causal, window)
     _check_numbers(softcap, dropout_p, rng, q)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     return AttentionWeightsCall(
@@ -212,6 +214,7 @@ def _four_dims(name: str, t: Tensor, q: Tensor, k: Tensor) -> Tensor:
 def _band(
     T: int, S: int, causal: bool | str, window: tuple[int | None, int | None] | None
 ) -> tuple[int | None, int | None]:
+    """(lower, upper) of a call that is causal or has a window."""
     if causal not in CAUSAL:
         raise ValueError(
             f"causal must be False, True, 'top_left' or 'bottom_right', got {causal!r}"

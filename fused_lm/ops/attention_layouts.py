@@ -7,6 +7,8 @@ names.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -63,10 +65,9 @@ def attention_varlen(
             softcap=softcap,
             return_lse=return_lse,
         )
-        out, lse = result if return_lse else (result, None)
+        out, *lse = result if isinstance(result, tuple) else (result,)
         outputs.append(out[0].transpose(0, 1))
-        if return_lse:
-            statistics.append(lse[0])
+        statistics += [statistic[0] for statistic in lse]
     if not outputs:
         outputs = [q.new_empty(0, q.shape[1], v.shape[2])]
         statistics = [q.new_empty(q.shape[1], 0, dtype=torch.float32)]
@@ -121,7 +122,8 @@ def attention_decode(
     visible = key <= row[..., None]
     if window is not None and window[0] is not None:
         visible = visible & (key >= row[..., None] - window[0])
-    return attention(q, k_cache, v_cache, mask=visible[:, None], scale=scale, softcap=softcap)
+    mask = visible[:, None]
+    return cast(Tensor, attention(q, k_cache, v_cache, mask=mask, scale=scale, softcap=softcap))
 
 
 def _gathered(cache: Tensor, block_table: Tensor) -> Tensor:

@@ -81,7 +81,8 @@ def rms_norm(
     Arguments, result and errors as :func:`layer_norm`; ``eps`` defaults to
     ``torch.finfo(x.dtype).eps``. Source: Zhang, Sennrich 2019 (arXiv:1910.07467).
     """
-    eps = torch.finfo(x.dtype).eps if eps is None and x.dtype.is_floating_point else eps
+    if eps is None:
+        eps = torch.finfo(x.dtype).eps if x.dtype.is_floating_point else 0.0
     call = checked_call(x, residual, weight, None, rng, eps, dropout_p, out_dtype, residual_dtype)
     backend = dispatch.choose("rms_norm", call)
     if backend == "pytorch":
@@ -309,7 +310,7 @@ for _op, _backward_formula, _setup, _fake, _fake_bwd, _reference in (
     registration.register_autograd(f"{_op}_fwd", _backward_formula, _setup)
     registration.register_reference_gradient(f"{_op}_bwd", _reference)
 
-_OPS = {
+_OPS: dict[bool, tuple[Any, Any, Any]] = {
     False: (
         lambda: torch.ops.fused_lm.layer_norm_fwd.default,
         _LayerNorm,

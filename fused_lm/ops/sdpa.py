@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ def scaled_dot_product_attention(
         q, k, v = (t.expand(*t.shape[:-3], *heads, *t.shape[-2:]) for t in (q, k, v))
     q, k, v = (t.expand(*lead, *t.shape[-3:]).flatten(0, -4) for t in (q, k, v))
     mask, bias = _mask_and_bias(attn_mask, lead, q, k)
-    out = attention(
+    result = attention(
         q,
         k,
         v,
@@ -62,6 +64,7 @@ def scaled_dot_product_attention(
         scale=scale,
         dropout_p=dropout_p,
     )
+    out = cast(Tensor, result)
     out = out.unflatten(0, lead) if len(lead) != 1 else out
     most = max(t.dim() for t in tensors)
     return out if most >= 4 else out.reshape(out.shape[4 - most :])

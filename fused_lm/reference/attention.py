@@ -114,12 +114,13 @@ def visible(
     """bool [T, S]: key s is inside row t's band ``t + lower <= s <= t + upper``; None if
     unbounded.
     """
-    if lower is None and upper is None:
+    bounds = [bound for bound in (lower, upper) if bound is not None]
+    if not bounds:
         return None
     distance = torch.arange(S, device=device) - torch.arange(T, device=device).unsqueeze(-1)
-    if lower is None:
-        return distance <= upper
-    return distance >= lower if upper is None else (distance >= lower) & (distance <= upper)
+    if len(bounds) == 2:
+        return (distance >= bounds[0]) & (distance <= bounds[1])
+    return distance <= bounds[0] if lower is None else distance >= bounds[0]
 
 
 def _scores(

@@ -1,0 +1,1 @@
+"""Programs that measure fused_lm against what it replaces; run ``python -m benchmarks.<name>``."""

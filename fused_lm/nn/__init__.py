@@ -1,0 +1,8 @@
+"""Modules: drop-ins for torch's, and the blocks a GPT is built of."""
+
+from fused_lm.nn.attention import MultiheadAttention
+from fused_lm.nn.feedforward import FeedForward
+from fused_lm.nn.norm import LayerNorm, RMSNorm
+from fused_lm.nn.transformer import GPTBlock
+
+__all__ = ["FeedForward", "GPTBlock", "LayerNorm", "MultiheadAttention", "RMSNorm"]

@@ -1,0 +1,221 @@
+"""nn.MultiheadAttention, nn.LayerNorm, nn.RMSNorm against torch's modules."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fused_lm
+
+E, H, N, T, S = 24, 4, 3, 7, 9
+BACKENDS = ("auto", "reference", "triton")
+
+
+def _pair(**options: Any) -> tuple[nn.MultiheadAttention, nn.MultiheadAttention]:
+    """torch's module and ours from the same seed, which must give the same weights."""
+    modules = []
+    for cls in (nn.MultiheadAttention, fused_lm.nn.MultiheadAttention):
+        torch.manual_seed(7)
+        modules.append(cls(E, H, **options))
+    stock, ours = modules
+    assert list(stock.state_dict()) == list(ours.state_dict())
+    for a, b in zip(stock.parameters(), ours.parameters(), strict=True):
+        assert torch.equal(a, b)
+    return stock, ours
+
+
+def _masks(kind: str, T: int, S: int) -> Tensor | None:
+    """A key is never hidden from every query here; rows without a key have a test of their own."""
+    if kind == "none":
+        return None
+    hidden = torch.rand(T, S) < 0.3
+    hidden[:, 0] = False
+    if kind == "3d":
+        hidden = hidden.repeat(N * H, 1, 1)
+        hidden[1, :, 3] = True
+    if kind == "float":
+        return torch.randn(T, S)
+    if kind == "float -inf":
+        return torch.zeros(T, S).masked_fill(hidden, float("-inf"))
+    return hidden
+
+
+def _padding(kind: str, S: int) -> Tensor | None:
+    if kind == "none":
+        return None
+    padding = torch.arange(S) >= torch.tensor([[S], [S - 2], [4]])
+    return torch.zeros(N, S).masked_fill(padding, -1e4) if kind == "float" else padding
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("average", [True, False, None], ids=["averaged", "per head", "no weights"])
+@pytest.mark.parametrize(
+    "mask, padding",
+    [
+        ("none", "none"), ("2d", "none"), ("3d", "bool"), ("float", "none"), ("none", "bool"),
+        ("float -inf", "bool"), ("float", "float"), ("2d", "float"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
+def test_masks_and_weights(mask: str, padding: str, average: bool | None, backend: str) -> None:
+    stock, ours = _pair(batch_first=True)
+    query, keys = torch.randn(N, T, E), torch.randn(N, S, E)
+    arguments = {
+        "attn_mask": _masks(mask, T, S),
+        "key_padding_mask": _padding(padding, S),
+        "need_weights": average is not None,
+        "average_attn_weights": bool(average),
+    }
+    _compare(stock, ours, (query, keys, keys), arguments, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"bias": False}, {"kdim": 10, "vdim": 6}, {"add_bias_kv": True},
+        {"add_zero_attn": True}, {"kdim": 10, "vdim": 6, "bias": False},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_constructor_options(options: dict[str, Any], batch_first: bool, backend: str) -> None:
+    stock, ours = _pair(batch_first=batch_first, **options)
+    shapes = [(N, T, E), (N, S, options.get("kdim", E)), (N, S, options.get("vdim", E))]
+    inputs = tuple(torch.randn(s if batch_first else (s[1], s[0], s[2])) for s in shapes)
+    _compare(stock, ours, inputs, {}, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_self_attention_unbatched_and_causal(backend: str) -> None:
+    stock, ours = _pair()
+    x = torch.randn(T, E)
+    _compare(stock, ours, (x, x, x), {"key_padding_mask": torch.arange(T) > 4}, backend)
+    mask = nn.Transformer.generate_square_subsequent_mask(T)
+    for need_weights, padding in itertools.product([False, True], [None, torch.arange(T) > 4]):
+        arguments = {
+            "attn_mask": mask, "is_causal": True, "need_weights": need_weights,
+            "key_padding_mask": padding,
+        }  # fmt: skip
+        _compare(stock, ours, (x, x, x), arguments, backend)
+
+
+def _compare(
+    stock: nn.Module, ours: nn.Module, inputs: tuple[Tensor, ...], arguments: Any, backend: str
+) -> None:
+    """Outputs, weights, gradients of inputs and parameters; under auto to the last bit."""
+    results = []
+    for module, forced in ((stock, "auto"), (ours, backend)):
+        distinct = {id(t): t.detach().clone().requires_grad_() for t in inputs}
+        leaves = [distinct[id(t)] for t in inputs]
+        with fused_lm.use_backend(forced):
+            out, weights = module(*leaves, **arguments)
+        outputs = [out] if weights is None else [out, weights]
+        total = sum((t * torch.linspace(-1, 1, t.shape[-1])).sum() for t in outputs)
+        points = [*distinct.values(), *module.parameters()]
+        results.append([*outputs, *torch.autograd.grad(total, points)])
+    tolerance = {"rtol": 0.0, "atol": 0.0} if backend == "auto" else {"rtol": 1e-4, "atol": 1e-5}
+    assert len(results[0]) == len(results[1])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, **tolerance)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_rows_without_a_key_are_not_nan(backend: str) -> None:
+    _, ours = _pair(batch_first=True)
+    x = torch.randn(N, T, E)
+    padding = torch.zeros(N, T, dtype=torch.bool)
+    padding[1] = True
+    with fused_lm.use_backend(backend):
+        out, weights = ours(x, x, x, key_padding_mask=padding)
+    assert torch.all(weights[1] == 0)
+    torch.testing.assert_close(out[1], ours.out_proj.bias.expand(T, E))
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_dropout_of_weights_and_output_is_one(backend: str) -> None:
+    """Returned weights are those that were used: zero where dropped, and out = weights @ v."""
+    _, ours = _pair(batch_first=True, dropout=0.5, bias=False)
+    x = torch.randn(N, T, E)
+    with fused_lm.use_backend(backend):
+        out, weights = ours(x, x, x, average_attn_weights=False)
+    assert 0.2 < (weights == 0).float().mean() < 0.8
+    v = (x @ ours.in_proj_weight[2 * E :].t()).unflatten(-1, (H, E // H)).transpose(1, 2)
+    expected = ours.out_proj((weights @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(out, expected)
+    ours.eval()
+    with fused_lm.use_backend(backend):
+        assert not (ours(x, x, x)[1] == 0).any()
+
+
+def test_pytorch_raises_its_own_errors() -> None:
+    _, ours = _pair()
+    x = torch.randn(T, N, E)
+    with fused_lm.use_backend("reference"):
+        with pytest.raises(RuntimeError, match="The shape of the 2D attn_mask is"):
+            ours(x, x, x, attn_mask=torch.zeros(3, 3))
+        with pytest.raises(RuntimeError, match="Need attn_mask if specifying the is_causal hint"):
+            ours(x, x, x, is_causal=True)
+        with pytest.raises(AssertionError, match="only bool and floating types"):
+            ours(x, x, x, attn_mask=torch.zeros(T, T, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_module_survives_what_modules_go_through(backend: str) -> None:
+    stock, ours = _pair(batch_first=True)
+    x = torch.randn(N, T, E)
+    with fused_lm.use_backend(backend):
+        expected = ours(x, x, x)[0]
+        for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            assert type(twin) is fused_lm.nn.MultiheadAttention
+            torch.testing.assert_close(twin(x, x, x)[0], expected)
+        ours.load_state_dict(stock.state_dict())
+        stock.load_state_dict(ours.state_dict())
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, x, x, need_weights=False)[0], expected)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert ours(x, x, x)[0].dtype == stock(x, x, x)[0].dtype == torch.bfloat16
+
+
+NORMS = [
+    (nn.LayerNorm, fused_lm.nn.LayerNorm, {}),
+    (nn.LayerNorm, fused_lm.nn.LayerNorm, {"bias": False}),
+    (nn.LayerNorm, fused_lm.nn.LayerNorm, {"elementwise_affine": False, "eps": 0.1}),
+    (nn.RMSNorm, fused_lm.nn.RMSNorm, {}),
+    (nn.RMSNorm, fused_lm.nn.RMSNorm, {"eps": 0.1, "elementwise_affine": False}),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(12,), (3, 4)], ids=str)
+@pytest.mark.parametrize("stock_type, our_type, options", NORMS, ids=lambda v: str(v)[:40])
+def test_norms(
+    stock_type: Any, our_type: Any, options: dict[str, Any], shape: tuple[int, ...], backend: str
+) -> None:
+    stock, ours = stock_type(shape, **options), our_type(shape, **options)
+    for p in stock.parameters():
+        nn.init.normal_(p)
+    ours.load_state_dict(stock.state_dict())
+    results = []
+    x = torch.randn(2, 5, *shape)
+    for module, forced in ((stock, "auto"), (ours, backend)):
+        leaf = x.clone().requires_grad_()
+        with fused_lm.use_backend(forced):
+            y = module(leaf)
+        results.append([y, *torch.autograd.grad((y * x).sum(), [leaf, *module.parameters()])])
+    tolerance = {"rtol": 0.0, "atol": 0.0} if backend == "auto" else {}
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, **tolerance)
+    assert repr(stock) == repr(ours)
+    with pytest.raises(RuntimeError) as wanted:
+        stock(x[..., :2])
+    with pytest.raises(RuntimeError) as got:
+        ours(x[..., :2])
+    assert str(got.value) == str(wanted.value)
