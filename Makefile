@@ -7,14 +7,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 MINUTES ?= 4
+# Threads that wait spin by default, and starve the others where something else runs too.
+export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint golden clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fused-lm doctor
 	$(BIN)/fused-lm parity --quick
 	$(BIN)/fused-lm train --minutes $(MINUTES) --out runs/demo --overwrite
-	$(BIN)/fused-lm generate --checkpoint runs/demo --bytes 1200 --check-python
+	$(BIN)/fused-lm generate --checkpoint runs/demo --bytes 1500 --check-python
 	@echo "The loss curve: runs/demo/curve.png"
 
 test: $(VENV)/.test
@@ -28,6 +30,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
+
+golden: $(VENV)/.test
+	$(BIN)/python -m tests.golden.write
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info runs
