@@ -127,7 +127,8 @@ def attention_weights(
         average_heads,
     )
     backend = dispatch.choose("attention_weights", call)
-    call = _autocast(call)
+    q, k = _operands(call.q, call.k)
+    call = call._replace(q=q, k=k)
     differentiable = (call.q, call.k, call.lse, call.bias)
     if registration.through_reference(differentiable):
         return reference.attention_weights_forward(*call)
@@ -138,19 +139,19 @@ def attention_weights(
 
 
 def _prepared(call: AttentionCall) -> AttentionCall:
-    """What only a kernel needs: the dropout state and one dtype under autocast."""
+    """What only a kernel needs: the dropout state, one dtype under autocast, contiguous heads."""
     if call.dropout_p > 0.0 and call.rng is None:
         call = call._replace(rng=registration.make_rng(call.q.device))
-    return _autocast(call)
+    q, k, v = _operands(call.q, call.k, call.v)
+    return call._replace(q=q, k=k, v=v)
 
 
-def _autocast(call: Any) -> Any:
-    dtype = registration.autocast_dtype(call.q.device)
-    if dtype is None or call.q.dtype == torch.float64:
-        return call
-    if isinstance(call, AttentionCall):
-        call = call._replace(v=call.v.to(dtype))
-    return call._replace(q=call.q.to(dtype), k=call.k.to(dtype))
+def _operands(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The one place that copies: kernels read rows of a head as they lie, with any other stride."""
+    dtype = registration.autocast_dtype(tensors[0].device)
+    if dtype is not None and tensors[0].dtype != torch.float64:
+        tensors = tuple(t.to(dtype) for t in tensors)
+    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
 def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
