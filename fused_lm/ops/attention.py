@@ -132,10 +132,9 @@ def attention_weights(
     differentiable = (call.q, call.k, call.lse, call.bias)
     if registration.through_reference(differentiable):
         return reference.attention_weights_forward(*call)
-    op = torch.ops.fused_lm.attention_weights_fwd.default
     if registration.needs_gradient(differentiable):
-        return op(*call, backend)
-    return registration.below_autograd(op, *call, backend)
+        return torch.ops.fused_lm.attention_weights_fwd.default(*call, backend)
+    return registration.execute("attention_weights_fwd", *call, backend)
 
 
 def _prepared(call: AttentionCall) -> AttentionCall:
@@ -143,7 +142,8 @@ def _prepared(call: AttentionCall) -> AttentionCall:
     if call.dropout_p > 0.0 and call.rng is None:
         call = call._replace(rng=registration.make_rng(call.q.device))
     q, k, v = _operands(call.q, call.k, call.v)
-    return call._replace(q=q, k=k, v=v)
+    same = q is call.q and k is call.k and v is call.v
+    return call if same else call._replace(q=q, k=k, v=v)
 
 
 def _operands(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -151,6 +151,8 @@ def _operands(*tensors: Tensor) -> tuple[Tensor, ...]:
     dtype = registration.autocast_dtype(tensors[0].device)
     if dtype is not None and tensors[0].dtype != torch.float64:
         tensors = tuple(t.to(dtype) for t in tensors)
+    if all(t.stride(-1) == 1 for t in tensors):
+        return tensors
     return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
@@ -159,11 +161,10 @@ def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
     differentiable = (call.q, call.k, call.v, call.bias)
     if registration.through_reference(differentiable):
         return reference.attention_forward(*arguments)
-    op = torch.ops.fused_lm.attention_fwd.default
     if not registration.needs_gradient(differentiable):
-        return registration.below_autograd(op, *arguments, backend)
+        return registration.execute("attention_fwd", *arguments, backend)
     if torch.compiler.is_compiling():
-        return op(*arguments, backend)
+        return torch.ops.fused_lm.attention_fwd.default(*arguments, backend)
     return _Attention.apply(*arguments, backend)
 
 
@@ -174,7 +175,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        out, lse = torch.ops.fused_lm.attention_fwd.default(*args)
+        out, lse = registration.execute("attention_fwd", *args)
         _setup_context(ctx, args, (out, lse))
         return out, lse
 
@@ -199,12 +200,11 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
         dout = torch.zeros_like(out)
     *options, backend = ctx.rest
     needs_dbias = bool(ctx.needs_input_grad[5])
-    op = torch.ops.fused_lm.attention_bwd.default
     arguments = (dout, dlse, q, k, v, out, lse, mask, key_mask, bias, rng, *options, needs_dbias)
     if torch.is_grad_enabled():
-        gradients = op(*arguments, backend)
+        gradients = torch.ops.fused_lm.attention_bwd.default(*arguments, backend)
     else:
-        gradients = registration.below_autograd(op, *arguments, backend)
+        gradients = registration.execute("attention_bwd", *arguments, backend)
     dq, dk, dv, dbias = gradients
     return (dq, dk, dv, None, None, dbias if needs_dbias else None, *nothing)
 

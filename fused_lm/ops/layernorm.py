@@ -111,9 +111,9 @@ def _run(call: NormCall, backend: str, rms: bool) -> tuple[Tensor, Tensor]:
     if registration.through_reference(differentiable):
         y, stream, *_ = forward(*arguments)
     elif not registration.needs_gradient(differentiable):
-        y, stream, *_ = registration.below_autograd(op(), *arguments, backend)
+        y, stream, *_ = registration.execute(op, *arguments, backend)
     elif torch.compiler.is_compiling():
-        y, stream, *_ = op()(*arguments, backend)
+        y, stream, *_ = getattr(torch.ops.fused_lm, op).default(*arguments, backend)
     else:
         y, stream, *_ = function.apply(*arguments, backend)
     stream = call.x.to(call.residual_dtype) if stream.dim() == 1 else stream.view(shape)
@@ -123,7 +123,7 @@ def _run(call: NormCall, backend: str, rms: bool) -> tuple[Tensor, Tensor]:
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        outputs = torch.ops.fused_lm.layer_norm_fwd.default(*args)
+        outputs = registration.execute("layer_norm_fwd", *args)
         _setup_layer_norm(ctx, args, outputs)
         return outputs
 
@@ -135,7 +135,7 @@ class _LayerNorm(torch.autograd.Function):
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        outputs = torch.ops.fused_lm.rms_norm_fwd.default(*args)
+        outputs = registration.execute("rms_norm_fwd", *args)
         _setup_rms_norm(ctx, args, outputs)
         return outputs
 
@@ -178,7 +178,7 @@ def _backward_layer_norm(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]
     stream, mean, rstd, weight, bias, rng = ctx.saved_tensors
     dx, dresidual, dweight, dbias = _call_backward(
         ctx,
-        torch.ops.fused_lm.layer_norm_bwd.default,
+        "layer_norm_bwd",
         gradients,
         (stream, weight, bias, mean, rstd, rng),
         stream,
@@ -197,7 +197,7 @@ def _backward_rms_norm(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
     stream, rstd, weight, rng = ctx.saved_tensors
     dx, dresidual, dweight = _call_backward(
         ctx,
-        torch.ops.fused_lm.rms_norm_bwd.default,
+        "rms_norm_bwd",
         gradients,
         (stream, weight, rstd, rng),
         stream,
@@ -207,7 +207,7 @@ def _backward_rms_norm(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
 
 def _call_backward(
     ctx: Any,
-    op: Any,
+    op: str,
     gradients: tuple[Tensor | None, ...],
     saved: tuple[Tensor | None, ...],
     stream: Tensor,
@@ -219,9 +219,9 @@ def _call_backward(
         dstream = None
     arguments = (dy, dstream, *saved, ctx.dropout_p, ctx.x_dtype, ctx.residual_dtype, ctx.backend)
     if torch.is_grad_enabled():
-        dx, dresidual, *parameters = op(*arguments)
+        dx, dresidual, *parameters = getattr(torch.ops.fused_lm, op).default(*arguments)
     else:
-        dx, dresidual, *parameters = registration.below_autograd(op, *arguments)
+        dx, dresidual, *parameters = registration.execute(op, *arguments)
     if ctx.residual_dtype is None:
         return dx, None, *parameters
     return dx, dx if dresidual.dim() == 1 else dresidual, *parameters
@@ -310,11 +310,7 @@ for _op, _backward_formula, _setup, _fake, _fake_bwd, _reference in (
     registration.register_autograd(f"{_op}_fwd", _backward_formula, _setup)
     registration.register_reference_gradient(f"{_op}_bwd", _reference)
 
-_OPS: dict[bool, tuple[Any, Any, Any]] = {
-    False: (
-        lambda: torch.ops.fused_lm.layer_norm_fwd.default,
-        _LayerNorm,
-        reference.layer_norm_forward,
-    ),
-    True: (lambda: torch.ops.fused_lm.rms_norm_fwd.default, _RMSNorm, reference.rms_norm_forward),
+_OPS: dict[bool, tuple[str, Any, Any]] = {
+    False: ("layer_norm_fwd", _LayerNorm, reference.layer_norm_forward),
+    True: ("rms_norm_fwd", _RMSNorm, reference.rms_norm_forward),
 }

@@ -69,9 +69,9 @@ def checked_call(
     if out_dtype is None:
         out_dtype = _default_out_dtype(x)
     if residual_dtype is None:
-        residual_dtype = (
-            x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-        )
+        residual_dtype = dtype
+        if residual is not None and residual.dtype is not dtype:
+            residual_dtype = torch.promote_types(dtype, residual.dtype)
     if out_dtype not in FLOATS or residual_dtype not in FLOATS:
         raise TypeError(f"a norm's outputs are float, got {out_dtype} and {residual_dtype}")
     return NormCall(x, residual, weight, bias, rng, eps, dropout_p, out_dtype, residual_dtype)
