@@ -30,7 +30,7 @@ class Problem:
     theirs: Function
     """The call as PyTorch's operators take it (their own dropout mask, no lse), for timing."""
     arguments: dict[str, Any]
-    """The call's keyword arguments, for what dispatch says about it."""
+    """The keyword arguments of ``theirs``, for what dispatch says about the call."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class AttentionCase:
             return (call(*tensors, rng=None),)
 
         outputs = ("out",) if fused_lm.dispatch.current_backend() == "pytorch" else ("out", "lse")
-        arguments = {**dict(zip(names, inputs, strict=True)), **options}
+        arguments = {**dict(zip(names, inputs, strict=True)), **options, "rng": None}
         return Problem(ours, formula, inputs, outputs, names, theirs, arguments)
 
     def _options(
@@ -181,11 +181,49 @@ class NormCase:
         def theirs(*tensors: Tensor) -> Sequence[Tensor]:
             return call(*tensors, rng=None)
 
-        arguments = {**dict(zip(names, inputs, strict=True)), **options}
+        arguments = {**dict(zip(names, inputs, strict=True)), **options, "rng": None}
         return Problem(call, formula, inputs, ("y", "stream"), names, theirs, arguments)
 
 
-Case = AttentionCase | NormCase
+@dataclass(frozen=True)
+class WeightsCase:
+    """One call of ``attention_weights``, from the ``lse`` of the same backend."""
+
+    average_heads: bool = True
+    B: int = 2
+    H: int = 4
+    T: int = 33
+    S: int = 33
+    D: int = 32
+    features: tuple[str, ...] = ("causal",)
+    op: str = field(default="attention_weights", init=False)
+
+    @property
+    def name(self) -> str:
+        kind = "mean over heads" if self.average_heads else "per head"
+        return f"{kind} b{self.B} h{self.H} t{self.T} s{self.S} d{self.D}"
+
+    def build(self, dtype: torch.dtype, device: torch.device) -> Problem:
+        B, H, T, S, D = self.B, self.H, self.T, self.S, self.D
+        q, k = (torch.randn(B, H, n, D, device=device).to(dtype) for n in (T, S))
+        with torch.no_grad():
+            _, lse = fused_lm.attention(q, k, k, causal="bottom_right", return_lse=True)
+        options = {"causal": "bottom_right", "average_heads": self.average_heads}
+
+        def call(q: Tensor, k: Tensor) -> Sequence[Tensor]:
+            _, lse = fused_lm.attention(q, k, k, causal="bottom_right", return_lse=True)
+            return (fused_lm.attention_weights(q, k, lse, **options),)
+
+        def formula(q: Tensor, k: Tensor) -> Sequence[Tensor]:
+            visible = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+            weights = formulas.attention(q, k, k, visible=visible.expand(B, H, T, S))[2]
+            return (weights.mean(1) if self.average_heads else weights,)
+
+        arguments = {"q": q, "k": k, "lse": lse, **options}
+        return Problem(call, formula, (q, k), ("weights",), ("q", "k"), call, arguments)
+
+
+Case = AttentionCase | NormCase | WeightsCase
 
 SMALL: tuple[Case, ...] = (
     AttentionCase(),
@@ -196,6 +234,8 @@ SMALL: tuple[Case, ...] = (
     AttentionCase(("key_mask", "causal"), D=80, H=2, Hkv=2),
     AttentionCase(("softcap",), D=16),
     AttentionCase(("dropout", "causal")),
+    WeightsCase(),
+    WeightsCase(average_heads=False, T=20, S=45, D=40),
     NormCase(),
     NormCase(features=("add",), C=100),
     NormCase(features=("dropout", "add"), C=257),
@@ -227,4 +267,5 @@ def verify_cases() -> list[Case]:
         cases += [
             case.sized(S, D) for case in ladder if S <= 4096 or case.features in ((), ("causal",))
         ]
+    cases += [WeightsCase(average, B=8, H=16, T=1024, S=1024, D=64) for average in (True, False)]
     return cases

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import fused_lm
-from fused_lm import records
+from fused_lm import dispatch, records
 from fused_lm.explain import call_of
 from fused_lm.parity.cases import SMALL, AttentionCase, Case, verify_cases
 from fused_lm.parity.run import DTYPES, run_case, use_interpreter_without_gpu
@@ -51,6 +51,16 @@ def run_job(case: Case, dtype: str, device: torch.device) -> dict[str, Any]:
     return report
 
 
+def without_kernels(op: str, arguments: dict[str, Any]) -> str:
+    """The backend that ``auto`` takes for a call where no record speaks for a kernel."""
+    call = call_of(op, **arguments)
+    return next(
+        impl.name
+        for impl in dispatch.TABLE[op]
+        if not impl.needs_record and impl.refuses(call) is None
+    )
+
+
 def _slice(case: Case) -> Case:
     """What parity can afford of a case: batch and heads are copies of one another."""
     if not isinstance(case, AttentionCase) or case.B * case.H <= 4:
@@ -62,6 +72,7 @@ def _slice(case: Case) -> Case:
 
 def _times(case: Case, dtype: str, device: torch.device) -> dict[str, dict[str, float]]:
     problem = case.build(DTYPES[dtype], device)
+    peer = without_kernels(case.op, problem.arguments)
     leaves = [t.detach().requires_grad_() for t in problem.inputs]
 
     def forward(backend: str, function: Any) -> Any:
@@ -82,7 +93,7 @@ def _times(case: Case, dtype: str, device: torch.device) -> dict[str, dict[str, 
     found = {}
     for mode, make in (("infer", forward), ("train", step)):
         ours_us, theirs_us = interleaved_medians(
-            [make(BACKEND, problem.theirs), make("pytorch", problem.theirs)]
+            [make(BACKEND, problem.theirs), make(peer, problem.theirs)]
         )
         found[mode] = {"ours_us": ours_us, "pytorch_us": theirs_us, "ratio": theirs_us / ours_us}
     return found
