@@ -175,7 +175,7 @@ def execute(op: str, *args: Any) -> Any:
         and type(first) in _PLAIN
         and not torch._C._len_torch_dispatch_stack()
         and not torch.autograd.profiler._is_profiler_enabled
-        and not torch.is_autocast_enabled(first.device.type)
+        and not autocast_enabled(first.device)
     ):
         with torch._C._AutoDispatchBelowAutograd():
             return _function_of(op, args[-1])(*args[:-1])
@@ -186,9 +186,14 @@ def execute(op: str, *args: Any) -> Any:
         return opaque(*args)
 
 
+def autocast_enabled(device: torch.device) -> bool:
+    """torch raises where it is asked about tensors without data."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype autocast would cast to on this device, None outside of autocast."""
-    if not torch.is_autocast_enabled(device.type):
+    if not autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device.type)
 
