@@ -5,13 +5,13 @@ an implementation is the only statement of what it can do; the sentence it retur
 reads.
 
 ``auto`` takes a kernel only on evidence: a record (:mod:`fused_lm.records`) that says that this
-    kernel,
-on this GPU, in this pass and shape class passed parity and was at least as fast as PyTorch. Without
-a record, and on every CPU, PyTorch's own operators run; what they can't express, the reference
-does.
+kernel, on this GPU, in this pass and shape class passed parity and was at least as fast as PyTorch.
+Without a record, and on every CPU, PyTorch's own operators run; what they can't express, the
+reference does.
 
 The choice of a user is a ``threading.local`` (a ContextVar breaks
-``torch.compile(fullgraph=True)``).
+``torch.compile(fullgraph=True)``) and, beside it, in torch's own thread-local state, which autograd
+carries into the threads of a GPU's backward: there a checkpointed forward runs again.
 """
 
 from __future__ import annotations
@@ -84,6 +84,9 @@ TABLE: dict[str, tuple[Impl, ...]] = {}
 """Operator -> implementations in order of preference; filled by the modules in ``ops/``."""
 
 
+_TLS_KEY = "fused_lm_backend"
+
+
 class _State(threading.local):
     def __init__(self) -> None:
         self.backend = _FORCED
@@ -107,17 +110,25 @@ def use_backend(backend: str) -> Iterator[None]:
     Raises:
         ValueError: Unknown name. A call that the forced backend refuses raises RuntimeError.
     """
-    previous = _state.backend
-    _state.backend = _checked_name(backend)
+    previous = current_backend()
+    _set_backend(_checked_name(backend))
     try:
         yield
     finally:
-        _state.backend = previous
+        _set_backend(previous)
 
 
 def current_backend() -> str:
     """The forced backend of this thread, or ``"auto"``."""
-    return _state.backend
+    if torch.compiler.is_compiling() or not torch._C._is_key_in_tls(_TLS_KEY):
+        return _state.backend
+    return torch._C._get_obj_in_tls(_TLS_KEY)
+
+
+def _set_backend(backend: str) -> None:
+    _state.backend = backend
+    if not torch.compiler.is_compiling():
+        torch._C._stash_obj_in_tls(_TLS_KEY, backend)
 
 
 def choose(op: str, call: Any) -> str:
@@ -126,7 +137,7 @@ def choose(op: str, call: Any) -> str:
     Raises:
         RuntimeError: A forced backend refuses, with its reason and that of every other.
     """
-    forced = _state.backend
+    forced = current_backend()
     if forced == "auto":
         # Kernels of ours need a GPU record, so on a CPU nothing above PyTorch needs to be asked.
         on_cpu = call[0].is_cpu
@@ -150,7 +161,7 @@ def choose(op: str, call: Any) -> str:
 
 def explain(op: str, call: Any) -> Explanation:
     """Every backend's verdict on ``call`` and the one that runs."""
-    forced, chosen, verdicts = _state.backend, None, []
+    forced, chosen, verdicts = current_backend(), None, []
     for impl in TABLE[op]:
         reason = impl.refuses(call)
         if reason is None and impl.needs_record and forced == "auto":
@@ -166,6 +177,9 @@ def explain(op: str, call: Any) -> Explanation:
     return Explanation(op, describe(call), chosen, tuple(verdicts))
 
 
+_BAND = ("lower", "upper")
+
+
 def describe(call: Any) -> str:
     """Shapes and dtypes of the tensors in a call, and its other arguments that aren't defaults."""
     parts = []
@@ -173,7 +187,7 @@ def describe(call: Any) -> str:
         if isinstance(value, torch.Tensor):
             dtype = str(value.dtype).removeprefix("torch.")
             parts.append(f"{name} {list(value.shape)} {dtype} {value.device.type}")
-        elif value is not None and value is not False and value != 0:
+        elif value is not None and value is not False and (value != 0 or name in _BAND):
             parts.append(f"{name}={value}")
     return ", ".join(parts)
 
@@ -190,7 +204,8 @@ def _no_record(op: str, impl: Impl, call: Any) -> str | None:
     index = torch.cuda.current_device() if device.index is None else device.index
     dtype = str(call[0].dtype).removeprefix("torch.")
     family, size = records.SHAPE_CLASSES[op](call)
-    mode = "train" if training else "infer"
+    # With dropout the passes of a checkpointed call must agree on who draws the mask.
+    mode = "train" if training or getattr(call, "dropout_p", 0.0) > 0.0 else "infer"
     return records.missing(op, impl.name, index, dtype, family, size, mode)
 
 

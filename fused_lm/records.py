@@ -81,6 +81,14 @@ def missing(
 
     A size that was not measured takes the verdict of its nearest smaller neighbour.
     """
+    return _missing(op, backend, device_index, dtype, family, size, mode)
+
+
+@functools.lru_cache(maxsize=4096)
+def _missing(
+    op: str, backend: str, device_index: int, dtype: str, family: str, size: int, mode: str
+) -> str | None:
+    """Eager users ask once a call, and hear the same until the files are read again."""
     gpu = torch.cuda.get_device_name(device_index)
     sizes = _table().get((op, backend, kernel_id(op, backend), gpu, mode, dtype, family), {})
     measured = [s for s in sizes if s <= size]
@@ -141,7 +149,13 @@ def save(path: Path, records: Iterable[Record]) -> None:
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
+    forget()
+
+
+def forget() -> None:
+    """Drops what was read, so that the next question reads the files again."""
     _table.cache_clear()
+    _missing.cache_clear()
 
 
 EMPTY = f'{{"format": {FORMAT}, "records": []}}\n'

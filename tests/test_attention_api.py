@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import fused_lm
 from tests import oracle
@@ -39,6 +40,7 @@ BAD_CALLS = [
     ((x, x, x), {"bias": torch.ones(12, 12, dtype=torch.bool)}, TypeError, "pass bool as mask"),
     ((x, x, x), {"bias": torch.ones(2, 2, 2, 12, 12)}, ValueError, "bias must be broadcastable"),
     ((x, x[:, :, :5], x[:, :, :5]), {"causal": True}, ValueError, "causal='top_left'"),
+    ((x, x[:, :, :5], x[:, :, :5]), {"causal": 1}, ValueError, "causal='top_left'"),
     ((x, x, x), {"causal": "lower"}, ValueError, "'bottom_right', got 'lower'"),
     ((x, x, x), {"window": (-1, 0)}, ValueError, "window must be (left, right)"),
     ((x, x, x), {"window": 3}, ValueError, "window must be (left, right)"),
@@ -99,6 +101,49 @@ def test_compiles_fullgraph(backend: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("backend", ["auto", *KERNELS])
+@pytest.mark.parametrize("options", [{}, {"causal": "bottom_right"}, {"window": (3, 0)}], ids=str)
+def test_compiles_with_dynamic_shapes(backend: str, options: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    with fused_lm.use_backend(backend):
+        compiled = torch.compile(
+            lambda q, k, v: fused_lm.attention(q, k, v, **options),
+            fullgraph=True, dynamic=True, backend=counter,
+        )  # fmt: skip
+        for T, S in ((5, 9), (7, 7), (6, 12)):
+            q, k, v = _qkv(T=T, S=S)
+            torch.testing.assert_close(compiled(q, k, v), fused_lm.attention(q, k, v, **options))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_checkpointed_forward_draws_the_same_mask(backend: str) -> None:
+    q, k, v = (t.requires_grad_() for t in _qkv())
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return fused_lm.attention(q, k, v, dropout_p=0.5)
+
+    gradients = []
+    with fused_lm.use_backend(backend):
+        for reentrant in (None, False, True):
+            torch.manual_seed(3)
+            if reentrant is None:
+                out = step(q, k, v)
+            else:
+                out = checkpoint(step, q, k, v, use_reentrant=reentrant)
+            gradients.append(torch.autograd.grad(out.square().sum(), (q, k, v)) if not reentrant
+                             else _by_backward(out.square().sum(), (q, k, v)))  # fmt: skip
+    for other in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], other, strict=True))
+
+
+def _by_backward(total: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """Reentrant checkpoints refuse ``torch.autograd.grad``."""
+    total.backward()
+    return tuple(t.grad for t in leaves)
+
+
+@pytest.mark.parametrize("backend", ["auto", *KERNELS])
 def test_transforms(backend: str) -> None:
     q, k, v = _qkv()
 
@@ -139,6 +184,7 @@ SDPA_CALLS = [
     ("grouped", [(2, 4, 5, 8), (2, 2, 5, 8), (2, 2, 5, 8)], {"enable_gqa": True}),
     ("bool mask", [(2, 3, 5, 8)] * 3, {"attn_mask": torch.ones(5, 5, dtype=torch.bool).tril()}),
     ("float mask, 3-D", [(2, 5, 8)] * 3, {"attn_mask": torch.randn(2, 5, 5)}),
+    ("mask of a lead dim", [(2, 3, 4, 5, 8)] * 3, {"attn_mask": torch.randn(3, 1, 5, 5)}),
     ("scale", [(2, 3, 5, 8)] * 3, {"scale": 0.2}),
     ("broadcast batch", [(2, 3, 5, 8), (1, 3, 5, 8), (1, 3, 5, 8)], {}),
 ]
@@ -203,3 +249,17 @@ def test_decode_reads_the_cache(backend: str, paged: bool) -> None:
     with fused_lm.use_backend(backend):
         got = fused_lm.attention_decode(q, *caches, lens, table)
     torch.testing.assert_close(got, expected)
+
+
+def test_decode_errors() -> None:
+    q, cache = torch.zeros(2, 4, 1, 8), torch.zeros(2, 2, 6, 8)
+    lens = torch.tensor([6, 3])
+    for window, text in (
+        ((-2, 0), "window must be"),
+        ((2,), "window must be"),
+        ((2, 5), "right must be 0"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            fused_lm.attention_decode(q, cache, cache, lens, window=window)
+    with pytest.raises(ValueError, match="cache_lens must be int"):
+        fused_lm.attention_decode(q, cache, cache, lens.float())

@@ -106,7 +106,7 @@ def gpu_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: GPU)
-    records._table.cache_clear()
+    records.forget()
     records._say_once.cache_clear()
 
     def add(**changes: Any) -> None:
@@ -121,7 +121,7 @@ def gpu_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         records.save(path, [*old, records.Record(**record)])
 
     yield add
-    records._table.cache_clear()
+    records.forget()
 
 
 def _missing(size: int = 1, family: str = "d64-band", mode: str = "infer") -> str | None:
@@ -155,7 +155,7 @@ def test_a_broken_user_file_is_left_out(gpu_records: Any) -> None:
     path.parent.mkdir(parents=True)
     for content in ("{", '{"format": 99, "records": []}', '{"format": 1, "records": [{}]}', "[]"):
         path.write_text(content)
-        records._table.cache_clear()
+        records.forget()
         with pytest.warns(UserWarning, match="ignores its own records"):
             records._table()
 

@@ -219,3 +219,47 @@ def test_norms(
     with pytest.raises(RuntimeError) as got:
         ours(x[..., :2])
     assert str(got.value) == str(wanted.value)
+
+
+def test_auto_fuses_only_where_every_kernel_of_the_call_has_a_record(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What dispatch is asked about is the call that would run: gradients, masks, dtype, weights."""
+    asked = []
+
+    def choose(op: str, call: Any) -> str:
+        asked.append((op, call))
+        return "reference" if op == "attention_weights" else "triton"
+
+    monkeypatch.setattr("fused_lm.nn.attention.dispatch.choose", choose)
+    _, ours = _pair(batch_first=True)
+    x = torch.randn(N, T, E)
+    masks = ours._translated(*ours._stand_ins(x, x), _padding("bool", T), None, False, False)
+    q, k = ours._stand_ins(x, x)
+    assert q.untyped_storage().nbytes() == q.element_size()
+    assert ours._kernels_have_records(q, k, masks, need_weights=False)
+    assert not ours._kernels_have_records(q, k, masks, need_weights=True)
+    op, call = asked[0]
+    assert op == "attention" and call.q.requires_grad and call.key_mask is not None
+    assert asked[-1][0] == "attention_weights"
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        q, _ = ours._stand_ins(x, x)
+    assert q.dtype == torch.bfloat16 and not q.requires_grad
+
+
+def test_self_attention_projects_once_in_every_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    linear = torch.nn.functional.linear
+
+    def counted(*args: Any) -> Tensor:
+        calls.append(args[1].shape[0])
+        return linear(*args)
+
+    monkeypatch.setattr("fused_lm.nn.attention.F.linear", counted)
+    for batch_first, shape in ((True, (N, T, E)), (False, (T, N, E)), (False, (T, E))):
+        _, ours = _pair(batch_first=batch_first)
+        x = torch.randn(shape)
+        calls.clear()
+        with fused_lm.use_backend("reference"):
+            ours(x, x, x, need_weights=False)
+        assert calls.count(3 * E) == 1 and E not in calls[:1]

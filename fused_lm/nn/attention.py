@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_lm import dispatch
+from fused_lm.explain import call_of
 from fused_lm.ops.attention import attention, attention_weights
-from fused_lm.ops.attention_checks import checked_call
-from fused_lm.ops.registration import make_rng
+from fused_lm.ops.registration import autocast_dtype, make_rng, needs_gradient
 
 
 class _Masks(NamedTuple):
@@ -105,7 +105,11 @@ class MultiheadAttention(nn.MultiheadAttention):
             return False
         if not self._masks_fit(query, key, key_padding_mask, attn_mask, is_causal):
             return False
-        return forced != "auto" or self._kernel_has_record(query, key, need_weights)
+        if forced != "auto":
+            return True
+        q, k = self._stand_ins(query, key)
+        masks = self._translated(q, k, key_padding_mask, attn_mask, need_weights, is_causal)
+        return self._kernels_have_records(q, k, masks, need_weights)
 
     def _masks_fit(
         self,
@@ -134,19 +138,32 @@ class MultiheadAttention(nn.MultiheadAttention):
                 return False
         return True
 
-    def _kernel_has_record(self, query: Tensor, key: Tensor, need_weights: bool) -> bool:
-        """Under auto: would dispatch take a kernel for tensors of these lengths?"""
+    def _stand_ins(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Tensors without memory that look to dispatch like the projected query and key."""
         batched = query.dim() == 3
         length = 1 if self.batch_first and batched else 0
         N = query.shape[1 - length] if batched else 1
-        like = query.new_empty(0)
-        q = like.new_empty(N, self.num_heads, query.shape[length], self.head_dim)
-        k = like.new_empty(N, self.num_heads, key.shape[length], self.head_dim)
-        p = self.dropout if self.training else 0.0
-        call = checked_call(
-            q, k, k, None, None, None, False, None, None, 0.0, p, None, need_weights
+        one = torch.empty(
+            (), dtype=autocast_dtype(query.device) or query.dtype, device=query.device
         )
-        return dispatch.choose("attention", call) not in ("pytorch", "reference")
+        one.requires_grad_(needs_gradient((query, key, *self.parameters())))
+        q, k = (one.expand(N, self.num_heads, t.shape[length], self.head_dim) for t in (query, key))
+        return q, k
+
+    def _kernels_have_records(
+        self, q: Tensor, k: Tensor, masks: _Masks, need_weights: bool
+    ) -> bool:
+        """Under auto: would dispatch take a kernel for everything this call needs?"""
+        options = {**masks._asdict(), "dropout_p": self.dropout if self.training else 0.0}
+        calls = [("attention", {"q": q, "k": k, "v": k, "return_lse": need_weights, **options})]
+        if need_weights:
+            rng = q.new_empty(4, dtype=torch.int64)
+            lse = q.new_empty(()).float().expand(q.shape[:3])
+            calls.append(("attention_weights", {"q": q, "k": k, "lse": lse, "rng": rng, **options}))
+        return all(
+            dispatch.choose(op, call_of(op, **arguments)) not in ("pytorch", "reference")
+            for op, arguments in calls
+        )
 
     def _fused(
         self,
@@ -160,11 +177,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool,
     ) -> tuple[Tensor, Tensor | None]:
         batched = query.dim() == 3
+        packed = query is key and key is value and self._qkv_same_embed_dim
         if not batched:
             query, key, value = (t.unsqueeze(0) for t in (query, key, value))
         elif not self.batch_first:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
-        q, k, v = self._projected(query, key, value)
+        q, k, v = self._projected(query, key, value, packed)
         masks = self._translated(q, k, key_padding_mask, attn_mask, need_weights, is_causal)
         dropout_p = self.dropout if self.training else 0.0
         options = {
@@ -185,24 +203,27 @@ class MultiheadAttention(nn.MultiheadAttention):
         return out if self.batch_first else out.transpose(0, 1), weights
 
     def _projected(
-        self, query: Tensor, key: Tensor, value: Tensor
+        self, query: Tensor, key: Tensor, value: Tensor, packed: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[N, T, E], [N, S, kdim], [N, S, vdim] -> q, k, v as [N, H, T or S, head_dim] views."""
+        """[N, T, E], [N, S, kdim], [N, S, vdim] -> q, k, v as [N, H, T or S, head_dim] views.
+
+        ``packed``: all three are one tensor, projected by one product.
+        """
         E = self.embed_dim
-        if self._qkv_same_embed_dim and query is key and key is value:
-            packed = F.linear(query, self.in_proj_weight, self.in_proj_bias).split(E, -1)
+        if packed:
+            parts = F.linear(query, self.in_proj_weight, self.in_proj_bias).split(E, -1)
         else:
             if self._qkv_same_embed_dim:
                 weights = self.in_proj_weight.split(E)
             else:
                 weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.split(E)
-            packed = tuple(
+            parts = tuple(
                 F.linear(t, weight, bias)
                 for t, weight, bias in zip((query, key, value), weights, biases, strict=True)
             )
         heads = (self.num_heads, self.head_dim)
-        q, k, v = (t.unflatten(-1, heads).transpose(1, 2) for t in packed)
+        q, k, v = (t.unflatten(-1, heads).transpose(1, 2) for t in parts)
         return q, k, v
 
     def _translated(

@@ -15,6 +15,7 @@ from torch import Tensor
 from fused_lm import dispatch, records
 from fused_lm.ops.checks import (
     FLOATS,
+    autocast_enabled,
     check_dropout,
     check_rng,
     check_same_device,
@@ -119,8 +120,11 @@ def checked_weights_call(
 ) -> AttentionWeightsCall:
     """As :func:`checked_call`, for ``attention_weights``."""
     _check_query_and_key(q, k, {"q": q, "k": k})
-    if lse.shape != q.shape[:3] or lse.dtype not in FLOATS:
-        raise ValueError(f"lse must be float [B, H, T] of q, got {shapes_of(q=q, k=k, lse=lse)}")
+    check_same_device({"q": q, "lse": lse})
+    if lse.dtype not in FLOATS:
+        raise TypeError(f"lse must be float, as attention returns it, got {lse.dtype}")
+    if lse.shape != q.shape[:3]:
+        raise ValueError(f"lse must be [B, H, T] of q, got {shapes_of(q=q, k=k, lse=lse)}")
     if dropout_p > 0.0 and rng is None:
         raise ValueError("attention_weights with dropout needs the rng that attention was given")
     mask, key_mask, bias = _checked_masks(q, k, mask, key_mask, bias)
@@ -135,7 +139,12 @@ def checked_weights_call(
 
 
 def _alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """The commonest call, in few steps, because eager users pay for each one."""
+    """The commonest call, in few steps, because eager users pay for each one.
+
+    Not while compiling: comparing T with S would be a guard.
+    """
+    if torch.compiler.is_compiling():
+        return False
     shape, dtype, device = q.shape, q.dtype, q.device
     return (
         len(shape) == 4
@@ -156,7 +165,11 @@ def _check_query_and_key(q: Tensor, k: Tensor, tensors: dict[str, Tensor]) -> No
     check_same_device(tensors)
     dtype = q.dtype
     same = all(t.dtype == dtype for t in tensors.values())
-    if dtype not in FLOATS or not (same or torch.is_autocast_enabled(q.device.type)):
+    # Autocast narrows what is mixed, but leaves fp64 as it is.
+    mixes = autocast_enabled(q.device) and not any(
+        t.dtype == torch.float64 for t in tensors.values()
+    )
+    if dtype not in FLOATS or not (same or mixes):
         raise TypeError(
             "attention takes q, k and v of one dtype of float16, bfloat16, float32, float64, got "
             + ", ".join(f"{name} {t.dtype}" for name, t in tensors.items())
@@ -215,6 +228,8 @@ def _band(
     T: int, S: int, causal: bool | str, window: tuple[int | None, int | None] | None
 ) -> tuple[int | None, int | None]:
     """(lower, upper) of a call that is causal or has a window."""
+    if not isinstance(causal, str):
+        causal = bool(causal)
     if causal not in CAUSAL:
         raise ValueError(
             f"causal must be False, True, 'top_left' or 'bottom_right', got {causal!r}"
@@ -227,7 +242,7 @@ def _band(
     diagonal = 0 if causal == "top_left" or causal is True else S - T
     if window is None:
         return None, diagonal
-    left, right = _checked_window(window)
+    left, right = checked_window(window)
     if causal:
         right = 0
     return (
@@ -236,7 +251,8 @@ def _band(
     )
 
 
-def _checked_window(window: Any) -> tuple[int | None, int | None]:
+def checked_window(window: Any) -> tuple[int | None, int | None]:
+    """(left, right); ValueError if it is anything else."""
     try:
         left, right = window
         sizes = [side for side in (left, right) if side is not None]

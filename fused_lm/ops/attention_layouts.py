@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_lm.ops.attention import attention
+from fused_lm.ops.attention_checks import checked_window
 from fused_lm.ops.checks import check_same_device, shapes_of
 
 
@@ -69,8 +70,9 @@ def attention_varlen(
         outputs.append(out[0].transpose(0, 1))
         statistics += [statistic[0] for statistic in lse]
     if not outputs:
-        outputs = [q.new_empty(0, q.shape[1], v.shape[2])]
-        statistics = [q.new_empty(q.shape[1], 0, dtype=torch.float32)]
+        outputs = [(q.sum() + k.sum() + v.sum()) * q.new_ones(0, q.shape[1], v.shape[2])]
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        statistics = [q.new_empty(q.shape[1], 0, dtype=wide)]
     packed = torch.cat(outputs)
     return (packed, torch.cat(statistics, dim=1)) if return_lse else packed
 
@@ -92,10 +94,11 @@ def attention_decode(
         q: [B, H, T, D], T usually 1.
         k_cache: [B, Hkv, S, D], or paged [blocks, Hkv, block size, D]; v_cache the same with Dv.
         cache_lens: int [B], valid keys of each sequence, the T new ones included; what lies behind
-            is ignored.
+            is ignored. At most S; it stays on the device, so a larger one is taken as S.
         block_table: int [B, most blocks]: block j of sequence b is ``k_cache[block_table[b, j]]``;
             entries behind a sequence's end must still name some block.
-        window: (left, right) around each row's own position; right is 0 or None.
+        window: (left, right) around each row's own position; nothing lies right of it, so right is
+            0 or None.
         scale, softcap: As in :func:`fused_lm.attention`.
     Returns:
         [B, H, T, Dv]. Rows of a sequence shorter than T that precede its start are 0.
@@ -110,6 +113,11 @@ def attention_decode(
             f"cache_lens must be int [B], got {cache_lens.dtype} "
             + shapes_of(cache_lens=cache_lens, q=q)
         )
+    left, right = (None, None) if window is None else checked_window(window)
+    if right:
+        raise ValueError(
+            f"attention_decode sees nothing after a row: right must be 0, got {window}"
+        )
     if block_table is not None:
         if block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
             raise ValueError(
@@ -118,10 +126,10 @@ def attention_decode(
         k_cache, v_cache = (_gathered(cache, block_table) for cache in (k_cache, v_cache))
     T, S = q.shape[2], k_cache.shape[2]
     key = torch.arange(S, device=q.device)
-    row = cache_lens[:, None] - T + torch.arange(T, device=q.device)
+    row = cache_lens.clamp(max=S)[:, None] - T + torch.arange(T, device=q.device)
     visible = key <= row[..., None]
-    if window is not None and window[0] is not None:
-        visible = visible & (key >= row[..., None] - window[0])
+    if left is not None:
+        visible = visible & (key >= row[..., None] - left)
     mask = visible[:, None]
     return cast(Tensor, attention(q, k_cache, v_cache, mask=mask, scale=scale, softcap=softcap))
 

@@ -28,6 +28,11 @@ def check_same_device(tensors: dict[str, Tensor]) -> None:
             raise TypeError(f"all tensors must be on one device, got {places}")
 
 
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for a device; torch raises where it is asked about ``meta``."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def check_dropout(p: float) -> None:
     """ValueError unless ``p`` is a probability."""
     if not 0.0 <= p <= 1.0:

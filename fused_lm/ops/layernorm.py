@@ -41,7 +41,7 @@ def layer_norm(
         dropout_p: Probability to drop an element of x, in [0, 1].
         rng: int64 [4] from :func:`fused_lm.make_rng` to fix the dropout mask; drawn if a kernel
             needs it.
-        return_residual: Also return the stream.
+        return_residual: Also return the stream; without residual and dropout that is x itself.
         out_dtype: Of y. Default: dtype of x.
         residual_dtype: Of the stream. Default: what torch's ``residual + x`` returns, without a
             residual x's.

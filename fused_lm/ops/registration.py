@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_lm.ops.checks import autocast_enabled
 from fused_lm.ops.schemas import LIBRARY
 
 _PACKAGES = {"triton": "triton_kernels"}
@@ -48,9 +49,9 @@ def implement(op: str, file: str, function: str) -> None:
     def run(*args: Any) -> Any:
         *rest, backend = args
         call = _function_of(op, backend)
-        device = next(a for a in rest if isinstance(a, Tensor)).device.type
-        if torch.is_autocast_enabled(device):  # an operator's arithmetic is its own
-            with torch.autocast(device, enabled=False):
+        device = next(a for a in rest if isinstance(a, Tensor)).device
+        if autocast_enabled(device):  # an operator's arithmetic is its own
+            with torch.autocast(device.type, enabled=False):
                 return call(*rest)
         return call(*rest)
 
@@ -184,11 +185,6 @@ def execute(op: str, *args: Any) -> Any:
         return opaque(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return opaque(*args)
-
-
-def autocast_enabled(device: torch.device) -> bool:
-    """torch raises where it is asked about tensors without data."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -76,7 +76,7 @@ def _mask_and_bias(
     """A mask of more than four dims is flattened like q; a broadcast one stays broadcast."""
     if attn_mask is None:
         return None, None
-    if attn_mask.dim() > 4:
+    if len(lead) > 1 and attn_mask.dim() > 3:
         tail = attn_mask.shape[-3:]
         attn_mask = attn_mask.expand(*lead, *tail).reshape(-1, *tail)
     if attn_mask.dtype == torch.bool:

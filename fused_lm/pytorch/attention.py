@@ -26,7 +26,8 @@ def attention(
     """Shapes and meaning as in the reference; a float mask is built only where a bias asks for
     one.
     """
-    grouped = k.shape[1] != q.shape[1]
+    # A comparison of symbolic sizes is no bool to torch's argument parser; a branch makes it one.
+    grouped = True if k.shape[1] != q.shape[1] else False  # noqa: SIM210
     if mask is None and key_mask is None and bias is None and lower is None:
         sees_all = upper is None or (q.shape[2] == 1 and upper >= k.shape[2] - 1)
         if sees_all or (type(upper) is int and upper == 0):
