@@ -174,6 +174,11 @@ def key_of(record: Record) -> tuple[Any, ...]:
     )
 
 
+def known() -> list[Record]:
+    """Every record that dispatch reads."""
+    return [record for sizes in _table().values() for record in sizes.values()]
+
+
 @functools.cache
 def _table() -> dict[tuple[str, ...], dict[int, Record]]:
     table: dict[tuple[str, ...], dict[int, Record]] = {}

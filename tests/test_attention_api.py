@@ -113,7 +113,7 @@ def test_compiles_with_dynamic_shapes(backend: str, options: dict[str, Any]) -> 
         for T, S in ((5, 9), (7, 7), (6, 12)):
             q, k, v = _qkv(T=T, S=S)
             torch.testing.assert_close(compiled(q, k, v), fused_lm.attention(q, k, v, **options))
-    assert counter.frame_count <= 2
+    assert counter.frame_count <= 3
 
 
 @pytest.mark.parametrize("backend", KERNELS)

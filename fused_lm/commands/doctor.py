@@ -11,6 +11,7 @@ import json
 import platform
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,21 @@ def run(args: argparse.Namespace) -> int:
 def examine() -> dict[str, Any]:
     """The whole report as plain data."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    broken = [f for f in _faults() if f["breaks"]]
+    faults = _faults()
+    return {
+        **describe_machine(),
+        "operators": _operators(device),
+        "device": str(device),
+        "faults": faults,
+        "broken": any(fault["breaks"] for fault in faults),
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """Versions and GPUs, without touching a GPU's memory."""
     return {
         "environment": _environment(),
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
-        "operators": _operators(device),
-        "device": str(device),
-        "faults": _faults(),
-        "broken": bool(broken),
     }
 
 
@@ -102,9 +110,9 @@ def _gpu(index: int) -> dict[str, Any]:
 def _operators(device: torch.device) -> list[dict[str, Any]]:
     """What a typical training call of each operator runs, with every backend's reason."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    q = torch.empty(1, 8, 1024, 64, dtype=dtype, device=device, requires_grad=True)
-    lse = torch.empty(1, 8, 1024, device=device)
-    x = torch.empty(1024, 768, dtype=dtype, device=device, requires_grad=True)
+    one = torch.empty((), dtype=dtype, device=device, requires_grad=True)  # a GPU may be full
+    q, x = one.expand(1, 8, 1024, 64), one.expand(1024, 768)
+    lse = one.detach().float().expand(1, 8, 1024)
     calls: list[tuple[str, tuple[torch.Tensor, ...], dict[str, Any]]] = [
         ("attention", (q, q, q), {"causal": True}),
         ("attention_weights", (q, q, lse), {"causal": True}),
@@ -113,7 +121,9 @@ def _operators(device: torch.device) -> list[dict[str, Any]]:
     ]
     found = []
     for op, args, options in calls:
-        explanation = fused_lm.why(op, *args, **options)
+        with warnings.catch_warnings():  # faults say what the warning would
+            warnings.simplefilter("ignore")
+            explanation = fused_lm.why(op, *args, **options)
         reasons = {verdict.backend: verdict.reason for verdict in explanation.verdicts}
         found.append({"operator": op, "runs": explanation.backend, "reasons": reasons})
     return found
@@ -145,9 +155,7 @@ def _faults() -> list[dict[str, Any]]:
 
 
 def _has_record() -> bool:
-    name = torch.cuda.get_device_name()
-    files = [path for path in (records.SHIPPED, records.user_file()) if path.is_file()]
-    return any(record.gpu == name for path in files for record in records.load(path))
+    return any(record.gpu == torch.cuda.get_device_name() for record in records.known())
 
 
 def _print(report: dict[str, Any]) -> None:

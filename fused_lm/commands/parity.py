@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(table)
     failed = [r for r in results if not r.ok]
     for r in failed:
-        console.print(f"[red]{r.op} {r.case} {r.backend} {r.dtype}: {r.problem}", markup=True)
+        console.print(f"{r.op} {r.case} {r.backend} {r.dtype}: {r.problem}", markup=False)
     console.print(f"{len(results) - len(failed)} of {len(results)} within tolerance of fp64")
     if args.json:
         write_lines(args.json, [json.dumps(r.as_dict()) for r in results])
@@ -80,6 +80,8 @@ def chosen_device(name: str | None) -> torch.device:
         raise UserError(f"--device {name} is not a device: expected cuda, cuda:N or cpu") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; see: fused-lm doctor")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs")
     return device
 
 

@@ -6,6 +6,7 @@ The two spellings of causal and the window become one band: row t sees keys ``t 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -291,7 +292,29 @@ def _triton_refuses(call: Any) -> str | None:
         largest = call.v.shape[3]
     if largest > MAX_HEAD_DIM:
         return f"the Triton kernels take head dims up to {MAX_HEAD_DIM}, got {largest}"
-    return triton_refusal(call.q)
+    refusal = triton_refusal(call.q)
+    if refusal is not None or not call.q.is_cuda:
+        return refusal
+    score_bytes = sum(t.element_size() for t in (call.mask, call.bias) if t is not None)
+    return _no_tile(
+        call.q.shape[3], largest, call.q.element_size(), call.q.device.index, score_bytes
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _no_tile_on(D: int, Dv: int, element: int, index: int | None, score_bytes: int) -> str | None:
+    from fused_lm.triton_kernels import attention_tuning
+
+    limit = torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+    return attention_tuning.refuses(D, Dv, element, limit, score_bytes)
+
+
+def _no_tile(D: int, Dv: int, element: int, index: int | None, score_bytes: int) -> str | None:
+    """Why no tile of the tuning table fits this GPU's shared memory; a constant to Dynamo."""
+    return _no_tile_on(D, Dv, element, index, score_bytes)
+
+
+_no_tile._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _shape_class(call: Any) -> tuple[str, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,36 +96,51 @@ def rms_norm(
 
 
 def _run(call: NormCall, backend: str, rms: bool) -> tuple[Tensor, Tensor]:
-    """Rows flattened to [N, C], the operator, and the caller's shape again."""
-    shape = call.x.shape
+    """The way of a call that no operator of PyTorch's takes."""
     rng = call.rng
     if call.dropout_p == 0.0:
         rng = None
     elif rng is None:
         rng = registration.make_rng(call.x.device)
-    x = call.x.reshape(-1, shape[-1])
-    residual = None if call.residual is None else call.residual.reshape(-1, shape[-1])
-    head = (x, residual, call.weight)
+    head = (call.x, call.residual, call.weight)
     tail = (rng, call.eps, call.dropout_p, call.out_dtype, call.residual_dtype)
     arguments = (*head, *tail) if rms else (*head, call.bias, *tail)
+    differentiable = (*head, call.bias)
     op, function, forward = _OPS[rms]
-    differentiable = (x, residual, call.weight, call.bias)
     if registration.through_reference(differentiable):
-        y, stream, *_ = forward(*arguments)
+        y, stream, *_ = _by_rows(forward, *arguments)
     elif not registration.needs_gradient(differentiable):
-        y, stream, *_ = registration.execute(op, *arguments, backend)
+        y, stream, *_ = _by_rows(partial(registration.execute, op), *arguments, backend)
     elif torch.compiler.is_compiling():
-        y, stream, *_ = getattr(torch.ops.fused_lm, op).default(*arguments, backend)
+        opaque = getattr(torch.ops.fused_lm, op).default
+        y, stream, *_ = _by_rows(opaque, *arguments, backend)
     else:
         y, stream, *_ = function.apply(*arguments, backend)
-    stream = call.x.to(call.residual_dtype) if stream.dim() == 1 else stream.view(shape)
-    return y.view(shape), stream
+    if call.residual is None and rng is None:
+        stream = call.x.to(call.residual_dtype)
+    return y, stream
+
+
+def _by_rows(
+    forward: Callable[..., Any], x: Tensor, residual: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    """Runs a forward on rows [N, C] and gives y and the stream the shape of x again."""
+    shape = x.shape
+    if len(shape) == 2:
+        return forward(x, residual, *rest)
+    rows = x.reshape(-1, shape[-1])
+    added = None if residual is None else residual.reshape(rows.shape)
+    y, stream, *statistics = forward(rows, added, *rest)
+    has_stream = stream.dim() == 2
+    return y.view(shape), stream.view(shape) if has_stream else stream, *statistics
 
 
 class _LayerNorm(torch.autograd.Function):
+    """The eager path; x and what is saved keep their shape, so that only numbers are reshaped."""
+
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        outputs = registration.execute("layer_norm_fwd", *args)
+        outputs = _by_rows(partial(registration.execute, "layer_norm_fwd"), *args)
         _setup_layer_norm(ctx, args, outputs)
         return outputs
 
@@ -135,7 +152,7 @@ class _LayerNorm(torch.autograd.Function):
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        outputs = registration.execute("rms_norm_fwd", *args)
+        outputs = _by_rows(partial(registration.execute, "rms_norm_fwd"), *args)
         _setup_rms_norm(ctx, args, outputs)
         return outputs
 
@@ -147,19 +164,20 @@ class _RMSNorm(torch.autograd.Function):
 def _setup_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, residual, weight, bias, rng, _, ctx.dropout_p, *_, ctx.backend = inputs
     _, stream, *statistics = output
-    _save(ctx, x, residual, stream, statistics, (weight, bias, rng))
+    _save(ctx, x, residual, rng, stream, statistics, (weight, bias, rng))
 
 
 def _setup_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, residual, weight, rng, _, ctx.dropout_p, *_, ctx.backend = inputs
     _, stream, *statistics = output
-    _save(ctx, x, residual, stream, statistics, (weight, rng))
+    _save(ctx, x, residual, rng, stream, statistics, (weight, rng))
 
 
 def _save(
     ctx: Any,
     x: Tensor,
     residual: Tensor | None,
+    rng: Tensor | None,
     stream: Tensor,
     statistics: list[Tensor],
     parameters: tuple[Tensor | None, ...],
@@ -167,8 +185,9 @@ def _save(
     """Saves the stream, which is x itself where the operator returned an empty one."""
     ctx.x_dtype = x.dtype
     ctx.residual_dtype = None if residual is None else residual.dtype
-    normalised = x if stream.dim() == 1 else stream
-    ctx.mark_non_differentiable(*statistics, *([stream] if stream.dim() == 1 else []))
+    ctx.has_stream = residual is not None or rng is not None
+    normalised = stream if ctx.has_stream else x
+    ctx.mark_non_differentiable(*statistics, *([] if ctx.has_stream else [stream]))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(normalised, *statistics, *parameters)
 
@@ -180,8 +199,8 @@ def _backward_layer_norm(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]
         ctx,
         "layer_norm_bwd",
         gradients,
-        (stream, weight, bias, mean, rstd, rng),
         stream,
+        (weight, bias, mean, rstd, rng),
     )
     return (
         dx,
@@ -199,8 +218,8 @@ def _backward_rms_norm(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         ctx,
         "rms_norm_bwd",
         gradients,
-        (stream, weight, rstd, rng),
         stream,
+        (weight, rstd, rng),
     )
     return dx, dresidual, None if weight is None else dweight, *(None,) * 6
 
@@ -209,22 +228,25 @@ def _call_backward(
     ctx: Any,
     op: str,
     gradients: tuple[Tensor | None, ...],
-    saved: tuple[Tensor | None, ...],
     stream: Tensor,
+    saved: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...]:
-    dy, dstream = gradients[0], gradients[1]
-    if dy is None:
-        dy = torch.zeros_like(stream)
-    if dstream is not None and dstream.dim() == 1:
-        dstream = None
-    arguments = (dy, dstream, *saved, ctx.dropout_p, ctx.x_dtype, ctx.residual_dtype, ctx.backend)
+    """Runs a backward on rows [N, C]; dx and dresidual get the shape of the stream."""
+    shape = stream.shape
+    rows = stream.reshape(-1, shape[-1])
+    dy, dstream = gradients[0], gradients[1] if ctx.has_stream else None
+    dy = torch.zeros_like(rows) if dy is None else dy.reshape(rows.shape)
+    dstream = None if dstream is None else dstream.reshape(rows.shape)
+    options = (ctx.dropout_p, ctx.x_dtype, ctx.residual_dtype, ctx.backend)
+    arguments = (dy, dstream, rows, *saved, *options)
     if torch.is_grad_enabled():
         dx, dresidual, *parameters = getattr(torch.ops.fused_lm, op).default(*arguments)
     else:
         dx, dresidual, *parameters = registration.execute(op, *arguments)
+    dx = dx.view(shape)
     if ctx.residual_dtype is None:
         return dx, None, *parameters
-    return dx, dx if dresidual.dim() == 1 else dresidual, *parameters
+    return dx, dx if dresidual.dim() == 1 else dresidual.view(shape), *parameters
 
 
 def _fake_forward(

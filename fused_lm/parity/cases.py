@@ -206,8 +206,7 @@ class WeightsCase:
     def build(self, dtype: torch.dtype, device: torch.device) -> Problem:
         B, H, T, S, D = self.B, self.H, self.T, self.S, self.D
         q, k = (torch.randn(B, H, n, D, device=device).to(dtype) for n in (T, S))
-        with torch.no_grad():
-            _, lse = fused_lm.attention(q, k, k, causal="bottom_right", return_lse=True)
+        lse = torch.empty(B, H, T, device=device)  # only its shape is asked for
         options = {"causal": "bottom_right", "average_heads": self.average_heads}
 
         def call(q: Tensor, k: Tensor) -> Sequence[Tensor]:
@@ -253,6 +252,7 @@ def verify_cases() -> list[Case]:
             cases += [
                 NormCase(op, features, N, C) for N, C in ((16384, 768), (8192, 2048), (4096, 8192))
             ]
+    cases += [WeightsCase(average, B=8, H=16, T=1024, S=1024, D=64) for average in (True, False)]
     ladder = [
         AttentionCase(("causal",), B=32, H=16, Hkv=16),
         AttentionCase((), B=32, H=16, Hkv=16),
@@ -267,5 +267,4 @@ def verify_cases() -> list[Case]:
         cases += [
             case.sized(S, D) for case in ladder if S <= 4096 or case.features in ((), ("causal",))
         ]
-    cases += [WeightsCase(average, B=8, H=16, T=1024, S=1024, D=64) for average in (True, False)]
     return cases

@@ -27,20 +27,20 @@ def judge(
         inputs: Tensors; each becomes a leaf.
         output_names, input_names: For the comparisons: ``out``, and ``dq`` for input ``q``.
     """
-    leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    same = [t.detach().clone().requires_grad_() for t in inputs]
-    exact = [t.detach().double().requires_grad_() for t in inputs]
-    got, near, true = ours(*leaves), formula(*same), formula(*exact)
-    cotangents = [torch.randn_like(t.detach().float()) for t in got]
-    for cotangent, output in zip(cotangents, true, strict=True):
-        cotangent.masked_fill_(~torch.isfinite(output.detach()), 0.0)
-    rounded = [c.to(t.dtype) for c, t in zip(cotangents, got, strict=True)]
-    results = [
-        (*(t.detach() for t in outputs), *gradients(outputs, points, rounded))
-        for outputs, points in ((got, leaves), (near, same), (true, exact))
-    ]
-    if inputs[0].dtype == torch.float64:
-        results[1] = _as_if_rounded(formula, inputs, rounded, results[2])
+    dtype = inputs[0].dtype
+    rounded: list[Tensor] = []
+
+    def run(function: Function, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Outputs and gradients; one graph at a time, because fp64 scores fill a GPU's memory."""
+        leaves = [t.detach().clone().to(dtype).requires_grad_() for t in inputs]
+        outputs = function(*leaves)
+        if not rounded:
+            rounded.extend(_cotangent(t.detach()) for t in outputs)
+        return (*(t.detach() for t in outputs), *gradients(outputs, leaves, rounded))
+
+    results = [run(ours, dtype), run(formula, dtype), run(formula, torch.float64)]
+    if dtype == torch.float64:
+        results[1] = _as_if_rounded(results[2], run(formula, torch.float32))
     names = [*output_names, *(f"d{name}" for name in input_names)]
     return [
         compare(mine, yardstick.to(mine.dtype), truth, name)
@@ -48,16 +48,14 @@ def judge(
     ]
 
 
-def _as_if_rounded(
-    formula: Function,
-    inputs: Sequence[Tensor],
-    cotangents: Sequence[Tensor],
-    exact: tuple[Tensor, ...],
-) -> tuple[Tensor, ...]:
+def _cotangent(output: Tensor) -> Tensor:
+    """Random, in the output's dtype, 0 where the output is not finite (lse of an empty row)."""
+    random = torch.randn_like(output.float()).to(output.dtype)
+    return random.masked_fill(~torch.isfinite(output), 0.0)
+
+
+def _as_if_rounded(exact: tuple[Tensor, ...], narrow: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """fp64 has no wider truth: its own error is estimated as fp32's, scaled by the ratio of eps."""
-    points = [t.detach().float().requires_grad_() for t in inputs]
-    outputs = formula(*points)
-    narrow = (*(t.detach() for t in outputs), *gradients(outputs, points, cotangents))
     ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     return tuple(
         torch.where(torch.isfinite(e), e + (n.double() - e) * ratio, e)

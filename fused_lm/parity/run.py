@@ -23,6 +23,10 @@ DTYPES = {
 }
 
 
+NOT_MEASURED = "not measured"
+"""What stands for the worst tensor where the memory didn't suffice: no verdict on the kernel."""
+
+
 @dataclass(frozen=True)
 class Result:
     """Verdict on one case: the worst of its outputs and gradients, relative to what is allowed.
@@ -71,6 +75,9 @@ def run_case(case: Case, backend: str, dtype: str, device: torch.device) -> Resu
                 problem.output_names,
                 problem.input_names,
             )
+    except torch.OutOfMemoryError as error:
+        text = f"not measured, {error}".split("\n")[0]
+        return Result(*labels, NOT_MEASURED, float("inf"), 0.0, text)
     except Exception as error:  # whatever a kernel does, the other cases go on
         text = f"{type(error).__name__}: {error}".split("\n")[0]
         return Result(*labels, "", float("inf"), 0.0, text)

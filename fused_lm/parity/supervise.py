@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 POLL_SECONDS = 0.05
+RESTART = 3
+"""Exit status of a worker that has written its job's result but has lost its CUDA context."""
 
 
 def supervise(
@@ -51,10 +53,10 @@ def supervise(
                 stderr=subprocess.STDOUT,
             )
             reason = _watch(worker, results, before, job_seconds, end, found, on_result)
-        if reason is None:
+        if reason is None or time.monotonic() >= end:
             break
-        if time.monotonic() >= end:
-            break
+        if worker.returncode == RESTART and len(found) > start:
+            continue
         lost = {"job": len(found), "problem": f"{reason}; {_last_line(log)}"}
         with results.open("a") as file:
             file.write(json.dumps(lost) + "\n")

@@ -17,13 +17,12 @@ import torch
 import fused_lm
 from fused_lm import dispatch, records
 from fused_lm.explain import call_of
-from fused_lm.parity.cases import SMALL, AttentionCase, Case, verify_cases
+from fused_lm.parity.cases import SMALL, Case, NormCase, WeightsCase, verify_cases
 from fused_lm.parity.run import DTYPES, run_case, use_interpreter_without_gpu
+from fused_lm.parity.supervise import RESTART
 from fused_lm.parity.timing import interleaved_medians
 
 BACKEND = "triton"
-CONTEXT_LOST = 3
-"""Exit status after a CUDA error: the process's context is gone, the next job needs a new one."""
 LONG = 4096
 """Rows from which parity looks at one batch entry and one head: its fp64 scores are T x S."""
 
@@ -40,15 +39,31 @@ def run_job(case: Case, dtype: str, device: torch.device) -> dict[str, Any]:
     """Parity and, on a GPU, the ratio of PyTorch's time to ours for inference and training."""
     result = run_case(_slice(case), BACKEND, dtype, device)
     report = {**result.as_dict(), "case": case.name, "parity": result.ok}
-    problem = case.build(DTYPES[dtype], torch.device("meta"))
-    call = call_of(case.op, **problem.arguments)
-    report["family"], report["size"] = records.SHAPE_CLASSES[case.op](call)
     if device.type == "cuda":
-        report["gpu"] = torch.cuda.get_device_name(device)
-        report["kernel"] = records.kernel_id(case.op, BACKEND)
+        report.update(labels_of(case, dtype, torch.cuda.get_device_name(device)))
         if result.ok:
-            report["times"] = _times(case, dtype, device)
+            try:
+                report["times"] = _times(case, dtype, device)
+            except torch.OutOfMemoryError as error:
+                report["problem"] = f"not timed: {error}".split("\n")[0]
     return report
+
+
+def labels_of(case: Case, dtype: str, gpu: str) -> dict[str, Any]:
+    """What a record of this case is about."""
+    problem = case.build(DTYPES[dtype], torch.device("meta"))
+    family, size = records.SHAPE_CLASSES[case.op](call_of(case.op, **problem.arguments))
+    kernel = records.kernel_id(case.op, BACKEND)
+    return {
+        "op": case.op, "backend": BACKEND, "dtype": dtype, "family": family, "size": size,
+        "kernel": kernel, "gpu": gpu,
+    }  # fmt: skip
+
+
+def has_record(case: Case, dtype: str, gpu: str) -> bool:
+    """Whether the user's own file already knows this kernel, class and GPU."""
+    labels = labels_of(case, dtype, gpu)
+    return any(all(getattr(r, k) == v for k, v in labels.items()) for r in records.known())
 
 
 def without_kernels(op: str, arguments: dict[str, Any]) -> str:
@@ -63,11 +78,12 @@ def without_kernels(op: str, arguments: dict[str, Any]) -> str:
 
 def _slice(case: Case) -> Case:
     """What parity can afford of a case: batch and heads are copies of one another."""
-    if not isinstance(case, AttentionCase) or case.B * case.H <= 4:
+    if isinstance(case, NormCase) or case.B * case.H <= 4:
         return case
     few = 1 if case.T > LONG else 2
-    group = case.H // case.Hkv
-    return replace(case, B=few, H=few * group, Hkv=few)
+    if isinstance(case, WeightsCase):
+        return replace(case, B=few, H=few)
+    return replace(case, B=few, H=few * (case.H // case.Hkv), Hkv=few)
 
 
 def _times(case: Case, dtype: str, device: torch.device) -> dict[str, dict[str, float]]:
@@ -105,19 +121,27 @@ def main() -> int:
     parser.add_argument("--start", type=int, required=True)
     parser.add_argument("--stop", type=int, required=True)
     parser.add_argument("--results", required=True)
+    parser.add_argument("--again", action="store_true")
     args = parser.parse_args()
     device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if device.type == "cpu":
         use_interpreter_without_gpu()
         import fused_lm.triton_kernels.attention  # noqa: F401
     jobs = jobs_for(device.type)
     with open(args.results, "a") as results:
         for index in range(args.start, min(args.stop, len(jobs))):
-            report = run_job(*jobs[index], device)
+            case, dtype = jobs[index]
+            known = device.type == "cuda" and not args.again
+            if known and has_record(case, dtype, torch.cuda.get_device_name(device)):
+                report: dict[str, Any] = {"problem": None, "skipped": True}
+            else:
+                report = run_job(case, dtype, device)
             results.write(json.dumps({"job": index, **report}) + "\n")
             results.flush()
             if device.type == "cuda" and not _context_alive():
-                return CONTEXT_LOST
+                return RESTART
     return 0
 
 
