@@ -127,7 +127,7 @@ import argparse, json, os, time
 parser = argparse.ArgumentParser()
 parser.add_argument("--start", type=int); parser.add_argument("--results")
 args = parser.parse_args()
-for job in range(args.start, 5):
+for job in range(args.start, 6):
     if job == 1:
         print("CUDA error: an illegal memory access", flush=True)
         os.abort()
@@ -135,17 +135,50 @@ for job in range(args.start, 5):
         time.sleep(1000)
     with open(args.results, "a") as file:
         file.write(json.dumps({"job": job, "problem": None}) + chr(10))
+    if job == 4:
+        raise SystemExit(3)
 """
 
 
 def test_stages_survive_a_crash_and_a_hang(tmp_path: Path) -> None:
     file = tmp_path / "results.jsonl"
-    found = supervise([sys.executable, "-c", WORKER], 5, file, job_seconds=3.0, total_seconds=60.0)
-    assert [result["job"] for result in found] == [0, 1, 2, 3, 4]
-    assert [result["problem"] is None for result in found] == [True, False, True, False, True]
+    found = supervise([sys.executable, "-c", WORKER], 6, file, job_seconds=3.0, total_seconds=60.0)
+    assert [result["job"] for result in found] == [0, 1, 2, 3, 4, 5]
+    good = [result["problem"] is None for result in found]
+    assert good == [True, False, True, False, True, True], "a restart (exit status 3) loses nothing"
     assert "exit status -6; CUDA error: an illegal memory access" in found[1]["problem"]
     assert "no answer in 3 s" in found[3]["problem"]
     assert [json.loads(line) for line in file.read_text().splitlines()] == found
+
+
+def test_a_lost_job_makes_a_record_that_forbids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its class would take the verdict of a smaller one."""
+    from fused_lm.commands import verify
+    from fused_lm.parity.worker import labels_of
+
+    monkeypatch.setattr(verify, "_gpu_name", lambda device: "G")
+    jobs = [(verify_cases()[0], "bfloat16")]
+    lost = {"job": 0, "problem": "no answer in 90 s"}
+    labels = verify._labels(jobs, lost, torch.device("cuda"))
+    assert labels == {**labels_of(*jobs[0], "G"), "parity": False}
+    made = records_of([{**labels, **lost}])
+    assert [(r.mode, r.parity, r.gpu) for r in made] == [
+        ("infer", False, "G"),
+        ("train", False, "G"),
+    ]
+    assert records_of([{"job": 0, "problem": None, "skipped": True, **labels}]) == []
+    assert records_of([{"worst": "not measured", "problem": "out of memory", **labels}]) == []
+
+
+def test_a_broken_record_file_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    records.user_file().parent.mkdir(parents=True)
+    records.user_file().write_text('{"format": 0}')
+    assert _merge([]) == 0
+    assert "replaced: " in capsys.readouterr().err
+    assert records.load(records.user_file()) == []
 
 
 def test_supervise_ends_in_time(tmp_path: Path) -> None:

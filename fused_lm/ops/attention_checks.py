@@ -305,7 +305,8 @@ def _triton_refuses(call: Any) -> str | None:
 def _no_tile_on(D: int, Dv: int, element: int, index: int | None, score_bytes: int) -> str | None:
     from fused_lm.triton_kernels import attention_tuning
 
-    limit = torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+    major, minor = torch.cuda.get_device_capability(index)
+    limit = attention_tuning.shared_memory_limit(major * 10 + minor)
     return attention_tuning.refuses(D, Dv, element, limit, score_bytes)
 
 

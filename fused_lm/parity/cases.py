@@ -207,7 +207,8 @@ class WeightsCase:
         B, H, T, S, D = self.B, self.H, self.T, self.S, self.D
         q, k = (torch.randn(B, H, n, D, device=device).to(dtype) for n in (T, S))
         lse = torch.empty(B, H, T, device=device)  # only its shape is asked for
-        options = {"causal": "bottom_right", "average_heads": self.average_heads}
+        options: dict[str, Any] = {"causal": "bottom_right"}
+        options["average_heads"] = self.average_heads
 
         def call(q: Tensor, k: Tensor) -> Sequence[Tensor]:
             _, lse = fused_lm.attention(q, k, k, causal="bottom_right", return_lse=True)

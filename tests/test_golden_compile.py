@@ -1,0 +1,70 @@
+"""Every Triton kernel compiles for every GPU we support, with the resources of the golden file.
+
+Registers, spills and shared memory are held; no GPU is needed. A file per version of Triton.
+``make golden`` writes it anew: its diff is part of a review.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ARCHS = (80, 90, 100, 120)
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+GOLDEN = Path(__file__).parent / "golden"
+HELD = ("registers", "spill_stores", "spill_loads", "shared_bytes", "num_warps")
+
+
+def compiled(arch: int, folder: Path) -> list[dict[str, Any]]:
+    """Reports of all kernels for one architecture, from a process outside the interpreter."""
+    report = folder / f"sm_{arch}.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fused_lm.triton_kernels.compile_check"]
+    done = subprocess.run(
+        [*command, "--arch", str(arch), "--jobs", "1", "--json", str(report)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert report.is_file(), done.stderr[-2000:]
+    return json.loads(report.read_text())
+
+
+def golden_of(reports: list[dict[str, Any]]) -> dict[str, str]:
+    """One line per kernel and architecture."""
+    lines = {}
+    for r in reports:
+        place = f"sm_{r['arch']} {r['name']} {r['kernel']}"
+        lines[place] = " ".join(f"{what}={r[what]}" for what in HELD)
+    return lines
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_compiles_with_the_golden_resources(arch: int, tmp_path: Path) -> None:
+    import triton
+
+    path = GOLDEN / f"triton-{triton.__version__}.json"
+    if not path.is_file():
+        pytest.skip(f"no golden file for Triton {triton.__version__}: make golden")
+    reports = compiled(arch, tmp_path)
+    errors = [f"{r['name']}: {r['error'][-300:]}" for r in reports if r.get("error")]
+    assert not errors, "\n".join(errors)
+    assert len({r["name"] for r in reports}) >= 30
+    for r in reports:
+        assert r["shared_bytes"] <= SHARED_LIMIT[arch], r
+    golden = json.loads(path.read_text())
+    wanted = {place: line for place, line in golden.items() if place.startswith(f"sm_{arch} ")}
+    got = golden_of(reports)
+    changed = [
+        f"{place}: {got.get(place, 'gone')}, golden {wanted.get(place, 'nothing')}"
+        for place in sorted(got.keys() | wanted.keys())
+        if got.get(place) != wanted.get(place)
+    ]
+    assert not changed, "\n".join([*changed, "If this is meant: make golden"])
