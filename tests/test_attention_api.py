@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint

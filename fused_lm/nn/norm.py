@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +26,13 @@ class LayerNorm(nn.LayerNorm):
         if len(self.normalized_shape) == 1 and input.shape[-1:] == self.normalized_shape:
             if input.shape[-1] == 0:
                 return super().forward(input)
-            y = layer_norm(input, self.weight, self.bias, eps=self.eps)
-            return y  # type: ignore[return-value]
+            return cast(Tensor, layer_norm(input, self.weight, self.bias, eps=self.eps))
         if not _ends_with(input, self.normalized_shape) or math.prod(self.normalized_shape) == 0:
             return super().forward(input)  # torch's own error text
         rows = input.flatten(-len(self.normalized_shape))
         weight, bias = (None if p is None else p.flatten() for p in (self.weight, self.bias))
-        return layer_norm(rows, weight, bias, eps=self.eps).view(input.shape)  # type: ignore[union-attr]
+        y = cast(Tensor, layer_norm(rows, weight, bias, eps=self.eps))
+        return y.view(input.shape)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -47,7 +48,7 @@ class RMSNorm(nn.RMSNorm):
             return super().forward(x)  # torch's own error text
         rows = x.flatten(-len(self.normalized_shape))
         weight = None if self.weight is None else self.weight.flatten()
-        return rms_norm(rows, weight, eps=self.eps).view(x.shape)  # type: ignore[union-attr]
+        return cast(Tensor, rms_norm(rows, weight, eps=self.eps)).view(x.shape)
 
 
 def _ends_with(x: Tensor, shape: tuple[int, ...]) -> bool:

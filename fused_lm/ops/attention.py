@@ -151,7 +151,8 @@ def _operands(*tensors: Tensor) -> tuple[Tensor, ...]:
     dtype = registration.autocast_dtype(tensors[0].device)
     if dtype is not None and tensors[0].dtype != torch.float64:
         tensors = tuple(t.to(dtype) for t in tensors)
-    if all(t.stride(-1) == 1 for t in tensors):
+    q, k, v = tensors[0], tensors[1], tensors[-1]
+    if q.stride(-1) == 1 and k.stride(-1) == 1 and v.stride(-1) == 1:
         return tensors
     return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 

@@ -10,6 +10,7 @@ import sys
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -30,6 +31,8 @@ def check_same_device(tensors: dict[str, Tensor]) -> None:
 
 def autocast_enabled(device: torch.device) -> bool:
     """Whether autocast is on for a device; torch raises where it is asked about ``meta``."""
+    if not _is_any_autocast_enabled():
+        return False
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
