@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import groupby
 
 import torch
 
@@ -32,7 +33,6 @@ def run(args: argparse.Namespace) -> int:
     """Exit code 0 if every verdict is ok, else 1."""
     from rich.console import Console
     from rich.progress import track
-    from rich.table import Table
 
     from fused_lm.parity.cases import SMALL
     from fused_lm.parity.run import run_case, runnable, use_interpreter_without_gpu
@@ -51,18 +51,20 @@ def run(args: argparse.Namespace) -> int:
     ]
     if not jobs:
         raise UserError("nothing of what was asked for runs here; see: fused-lm doctor")
-    console = Console()
+    console = Console(highlight=False)
     results = [
         run_case(case, backend, dtype, device)
         for case, backend, dtype in track(jobs, "parity", console=console, transient=True)
     ]
-    table = Table("operator", "case", "backend", "dtype", "worst", "error", "allowed", "verdict")
-    for r in results:
-        verdict = "[green]ok" if r.ok else "[red]FAIL"
-        where = r.backend if r.device != "interpreter" else f"{r.backend} (interpreter)"
-        numbers = (f"{r.error:.1e}", f"{r.allowed:.1e}")
-        table.add_row(r.op, r.case, where, r.dtype, r.worst, *numbers, verdict)
-    console.print(table)
+    if any(r.device == "interpreter" for r in results):
+        console.print("triton: the kernels run in Triton's interpreter, there is no GPU")
+    console.print("worst tensor, its error against fp64 and the error allowed:")
+    for title, group in groupby(results, key=lambda r: f"{r.op}, {r.case}"):
+        console.print(f"[bold]{title}[/]")
+        for r in group:
+            verdict = "[green]ok[/]" if r.ok else "[red]FAIL[/]"
+            numbers = f"{r.worst:<9} {r.error:.1e} of {r.allowed:.1e}"
+            console.print(f"  {r.backend:<10} {r.dtype:<9} {numbers}  {verdict}")
     failed = [r for r in results if not r.ok]
     for r in failed:
         console.print(f"{r.op} {r.case} {r.backend} {r.dtype}: {r.problem}", markup=False)
