@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._C import _get_obj_in_tls, _is_key_in_tls, _stash_obj_in_tls
+from torch.compiler import is_compiling
 
 from fused_lm import records
 
@@ -120,15 +122,15 @@ def use_backend(backend: str) -> Iterator[None]:
 
 def current_backend() -> str:
     """The forced backend of this thread, or ``"auto"``."""
-    if torch.compiler.is_compiling() or not torch._C._is_key_in_tls(_TLS_KEY):
+    if is_compiling() or not _is_key_in_tls(_TLS_KEY):
         return _state.backend
-    return torch._C._get_obj_in_tls(_TLS_KEY)
+    return _get_obj_in_tls(_TLS_KEY)
 
 
 def _set_backend(backend: str) -> None:
     _state.backend = backend
-    if not torch.compiler.is_compiling():
-        torch._C._stash_obj_in_tls(_TLS_KEY, backend)
+    if not is_compiling():
+        _stash_obj_in_tls(_TLS_KEY, backend)
 
 
 def choose(op: str, call: Any) -> str:
@@ -148,7 +150,7 @@ def choose(op: str, call: Any) -> str:
                 break
         else:
             raise RuntimeError(f"no backend runs this call of {op}\n{explain(op, call)}")
-        if _LOGGING and not torch.compiler.is_compiling():
+        if _LOGGING and not is_compiling():
             _log_once(op, call, impl.name)
         return impl.name
     for impl in TABLE[op]:

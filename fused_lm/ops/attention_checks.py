@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fused_lm import dispatch, records
 from fused_lm.ops.checks import (
@@ -144,7 +145,7 @@ def _alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
     Not while compiling: comparing T with S would be a guard.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return False
     shape, dtype, device = q.shape, q.dtype, q.device
     return (

@@ -53,8 +53,29 @@ def checked_call(
         raise ValueError(
             f"residual must have the shape of x, got {shapes_of(x=x, residual=residual)}"
         )
+    weight_is_alike = weight is None or _alike(weight, x)
+    if not (weight_is_alike and residual is None and (bias is None or _alike(bias, x))):
+        _check_tensors(x, residual, weight, bias)
+    if dropout_p:
+        check_dropout(dropout_p)
+    if rng is not None:
+        check_rng(rng, x)
+    if (out_dtype or dtype) not in FLOATS or (residual_dtype or dtype) not in FLOATS:
+        raise TypeError(f"a norm's outputs are float, got {out_dtype} and {residual_dtype}")
+    if out_dtype is None:
+        out_dtype = _default_out_dtype(x) if x.is_cuda else dtype
+    if residual_dtype is None:
+        residual_dtype = dtype
+        if residual is not None and residual.dtype is not dtype:
+            residual_dtype = torch.promote_types(dtype, residual.dtype)
+    return NormCall(x, residual, weight, bias, rng, eps, dropout_p, out_dtype, residual_dtype)
+
+
+def _check_tensors(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> None:
     for name, t in (("weight", weight), ("bias", bias), ("residual", residual)):
-        if t is None or (t is weight and _alike(t, x)) or (t is bias and _alike(t, x)):
+        if t is None:
             continue
         if t.dtype not in FLOATS:
             raise TypeError(f"a norm takes float tensors, got {name} {t.dtype}")
@@ -62,19 +83,6 @@ def checked_call(
             check_same_device({"x": x, name: t})
         if name != "residual" and (t.dim() != 1 or t.shape[0] != x.shape[-1]):
             raise ValueError(f"{name} must be [C], got {shapes_of(**{'x': x, name: t})}")
-    if dropout_p:
-        check_dropout(dropout_p)
-    if rng is not None:
-        check_rng(rng, x)
-    if out_dtype is None:
-        out_dtype = _default_out_dtype(x)
-    if residual_dtype is None:
-        residual_dtype = dtype
-        if residual is not None and residual.dtype is not dtype:
-            residual_dtype = torch.promote_types(dtype, residual.dtype)
-    if out_dtype not in FLOATS or residual_dtype not in FLOATS:
-        raise TypeError(f"a norm's outputs are float, got {out_dtype} and {residual_dtype}")
-    return NormCall(x, residual, weight, bias, rng, eps, dropout_p, out_dtype, residual_dtype)
 
 
 def _alike(parameter: Tensor, x: Tensor) -> bool:
@@ -98,7 +106,9 @@ def _pytorch_refuses(call: NormCall) -> str | None:
         return "PyTorch's dropout draws its own mask, not that of rng"
     stream = call.x.dtype
     parameters = (call.weight, call.bias)
-    plain = call.out_dtype is stream is call.residual_dtype and call.residual is None
+    residual = call.residual
+    plain = call.out_dtype is stream is call.residual_dtype
+    plain = plain and (residual is None or residual.dtype is stream)
     if plain and all(p is None or p.dtype is stream for p in parameters):
         return None
     if call.residual is not None:
