@@ -76,7 +76,7 @@ def attention(
         return pytorch_attention.attention(
             q, k, v, call.mask, key_mask, call.bias, call.lower, call.upper, call.scale, dropout_p
         )
-    out, lse = _run(_prepared(call), backend)
+    out, lse = _run(_prepared(call)[:-1], backend)
     return (out, lse) if return_lse else out
 
 
@@ -157,49 +157,23 @@ def _operands(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
-def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
-    arguments = call[:-1]
-    differentiable = (call.q, call.k, call.v, call.bias)
-    if registration.through_reference(differentiable):
-        return reference.attention_forward(*arguments)
-    if not registration.needs_gradient(differentiable):
-        return registration.execute("attention_fwd", *arguments, backend)
-    if torch.compiler.is_compiling():
-        return torch.ops.fused_lm.attention_fwd.default(*arguments, backend)
-    return _Attention.apply(*arguments, backend)
-
-
-class _Attention(torch.autograd.Function):
-    """The eager path: forward(ctx, ...) style, because ``setup_context`` costs 20 us a call
-    more.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        out, lse = registration.execute("attention_fwd", *args)
-        _setup_context(ctx, args, (out, lse))
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        return _backward(ctx, *gradients)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mask, key_mask, bias, rng, *ctx.rest = inputs
-    ctx.save_for_backward(q, k, v, *output, mask, key_mask, bias, rng)
-    ctx.set_materialize_grads(False)
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    ctx.save_for_backward(*inputs[:7], *output)
+    ctx.options = inputs[7:]
+    return output
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     """Gradients of the 13 inputs: q, k, v and bias have one."""
     nothing: tuple[None, ...] = (None,) * 7
-    q, k, v, out, lse, mask, key_mask, bias, rng = ctx.saved_tensors
+    q, k, v, mask, key_mask, bias, rng, out, lse = ctx.saved_tensors
     if dout is None and dlse is None:
         return (None, None, None, None, None, None, *nothing)
     if dout is None:
         dout = torch.zeros_like(out)
-    *options, backend = ctx.rest
+    *options, backend = ctx.options
     needs_dbias = bool(ctx.needs_input_grad[5])
     arguments = (dout, dlse, q, k, v, out, lse, mask, key_mask, bias, rng, *options, needs_dbias)
     if torch.is_grad_enabled():
@@ -237,6 +211,9 @@ registration.register_fake("attention_fwd", _fake_forward)
 registration.register_fake("attention_bwd", _fake_backward)
 registration.register_fake("attention_weights_fwd", _fake_weights)
 registration.register_autograd("attention_fwd", _backward, _setup_context)
+_run = registration.route(
+    "attention_fwd", 7, reference.attention_forward, _setup_context, _backward
+)
 registration.register_reference_gradient("attention_bwd", reference.attention_backward)
 registration.register_reference_gradient(
     "attention_weights_fwd", reference.attention_weights_forward

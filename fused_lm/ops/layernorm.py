@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -96,29 +95,17 @@ def rms_norm(
 
 
 def _run(call: NormCall, backend: str, rms: bool) -> tuple[Tensor, Tensor]:
-    """The way of a call that no operator of PyTorch's takes."""
-    rng = call.rng
+    """The way of a call that no operator of PyTorch's takes: (y, stream)."""
+    x, residual, weight, bias, rng, *options = call
     if call.dropout_p == 0.0:
         rng = None
     elif rng is None:
-        rng = registration.make_rng(call.x.device)
-    head = (call.x, call.residual, call.weight)
-    tail = (rng, call.eps, call.dropout_p, call.out_dtype, call.residual_dtype)
-    arguments = (*head, *tail) if rms else (*head, call.bias, *tail)
-    differentiable = (*head, call.bias)
-    op, function, forward = _OPS[rms]
-    if registration.through_reference(differentiable):
-        y, stream, *_ = _by_rows(forward, *arguments)
-    elif not registration.needs_gradient(differentiable):
-        y, stream, *_ = _by_rows(partial(registration.execute, op), *arguments, backend)
-    elif torch.compiler.is_compiling():
-        opaque = getattr(torch.ops.fused_lm, op).default
-        y, stream, *_ = _by_rows(opaque, *arguments, backend)
-    else:
-        y, stream, *_ = function.apply(*arguments, backend)
-    if call.residual is None and rng is None:
-        stream = call.x.to(call.residual_dtype)
-    return y, stream
+        rng = registration.make_rng(x.device)
+    tensors = (x, residual, weight, rng) if rms else (x, residual, weight, bias, rng)
+    y, *stream = _RUN[rms]((*tensors, *options), backend)
+    if residual is None and rng is None:
+        return y, x if x.dtype is call.residual_dtype else x.to(call.residual_dtype)
+    return y, stream[0]
 
 
 def _by_rows(
@@ -135,42 +122,18 @@ def _by_rows(
     return y.view(shape), stream.view(shape) if has_stream else stream, *statistics
 
 
-class _LayerNorm(torch.autograd.Function):
-    """The eager path; x and what is saved keep their shape, so that only numbers are reshaped."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        outputs = _by_rows(partial(registration.execute, "layer_norm_fwd"), *args)
-        _setup_layer_norm(ctx, args, outputs)
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        return _backward_layer_norm(ctx, *gradients)
+def _setup_layer_norm(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    x, residual, weight, bias, rng, _, ctx.dropout_p, _, _, ctx.backend = inputs
+    return _save(ctx, x, residual, rng, output, (weight, bias, rng))
 
 
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        outputs = _by_rows(partial(registration.execute, "rms_norm_fwd"), *args)
-        _setup_rms_norm(ctx, args, outputs)
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        return _backward_rms_norm(ctx, *gradients)
-
-
-def _setup_layer_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, bias, rng, _, ctx.dropout_p, *_, ctx.backend = inputs
-    _, stream, *statistics = output
-    _save(ctx, x, residual, rng, stream, statistics, (weight, bias, rng))
-
-
-def _setup_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, rng, _, ctx.dropout_p, *_, ctx.backend = inputs
-    _, stream, *statistics = output
-    _save(ctx, x, residual, rng, stream, statistics, (weight, rng))
+def _setup_rms_norm(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    x, residual, weight, rng, _, ctx.dropout_p, _, _, ctx.backend = inputs
+    return _save(ctx, x, residual, rng, output, (weight, rng))
 
 
 def _save(
@@ -178,18 +141,17 @@ def _save(
     x: Tensor,
     residual: Tensor | None,
     rng: Tensor | None,
-    stream: Tensor,
-    statistics: list[Tensor],
+    output: tuple[Tensor, ...],
     parameters: tuple[Tensor | None, ...],
-) -> None:
-    """Saves the stream, which is x itself where the operator returned an empty one."""
+) -> tuple[Tensor, ...]:
+    """Saves the stream, which is x itself where the operator returned an empty one; returns y, and
+    the stream if there is one.
+    """
     ctx.x_dtype = x.dtype
     ctx.residual_dtype = None if residual is None else residual.dtype
     ctx.has_stream = residual is not None or rng is not None
-    normalised = stream if ctx.has_stream else x
-    ctx.mark_non_differentiable(*statistics, *([] if ctx.has_stream else [stream]))
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(normalised, *statistics, *parameters)
+    ctx.save_for_backward(output[1] if ctx.has_stream else x, *output[2:], *parameters)
+    return output[:2] if ctx.has_stream else output[:1]
 
 
 def _backward_layer_norm(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
@@ -307,9 +269,11 @@ def _fake_rms_norm_backward(
     return _fake_backward(dy, (weight,), rest)
 
 
-for _op, _backward_formula, _setup, _fake, _fake_bwd, _reference in (
+_RUN: dict[bool, Callable[[tuple[Any, ...], str], Any]] = {}
+for _op, _tensors, _backward_formula, _setup, _fake, _fake_bwd, _reference in (
     (
         "layer_norm",
+        5,
         _backward_layer_norm,
         _setup_layer_norm,
         _fake_layer_norm,
@@ -318,6 +282,7 @@ for _op, _backward_formula, _setup, _fake, _fake_bwd, _reference in (
     ),
     (
         "rms_norm",
+        4,
         _backward_rms_norm,
         _setup_rms_norm,
         _fake_rms_norm,
@@ -331,8 +296,11 @@ for _op, _backward_formula, _setup, _fake, _fake_bwd, _reference in (
     registration.register_fake(f"{_op}_bwd", _fake_bwd)
     registration.register_autograd(f"{_op}_fwd", _backward_formula, _setup)
     registration.register_reference_gradient(f"{_op}_bwd", _reference)
-
-_OPS: dict[bool, tuple[str, Any, Any]] = {
-    False: ("layer_norm_fwd", _LayerNorm, reference.layer_norm_forward),
-    True: ("rms_norm_fwd", _RMSNorm, reference.rms_norm_forward),
-}
+    _RUN[_op == "rms_norm"] = registration.route(
+        f"{_op}_fwd",
+        _tensors,
+        getattr(reference, f"{_op}_forward"),
+        _setup,
+        _backward_formula,
+        adapt=_by_rows,
+    )

@@ -4,8 +4,8 @@ reference.
 The way of a call below dispatch:
 
 - eager, no gradient: :func:`execute`
-- eager, gradient: an old-style ``autograd.Function`` around it (a third of the cost of registered
-  autograd)
+- eager, gradient: an old-style ``autograd.Function`` around it (a fifth of
+  the cost of registered autograd)
 - compile, export, second derivatives: the op with its registered autograd formula
 - ``torch.func`` transforms, forward-mode AD, foreign tensor subclasses: the reference, plain
   PyTorch
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,12 +78,86 @@ def _function_of(op: str, backend: str) -> Callable[..., Any]:
 
 
 def register_autograd(
-    op: str, backward: Callable[..., Any], setup_context: Callable[..., None]
+    op: str,
+    backward: Callable[..., Any],
+    setup_context: Callable[..., tuple[Tensor, ...]],
 ) -> None:
-    """The formula that ``torch.compile`` and ``torch.export`` trace."""
-    torch.library.register_autograd(
-        f"fused_lm::{op}", backward, setup_context=setup_context, lib=LIBRARY
-    )
+    """The formula that ``torch.compile`` and ``torch.export`` trace.
+
+    ``setup_context`` saves what ``backward`` needs and returns the leading outputs that have a
+    gradient.
+    """
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        outputs = (output,) if isinstance(output, Tensor) else output
+        differentiable = setup_context(ctx, inputs, outputs)
+        ctx.mark_non_differentiable(*outputs[len(differentiable) :])
+        ctx.set_materialize_grads(False)
+
+    torch.library.register_autograd(f"fused_lm::{op}", backward, setup_context=setup, lib=LIBRARY)
+
+
+def route(
+    op: str,
+    tensors: int,
+    reference: Callable[..., Any],
+    setup_context: Callable[..., tuple[Tensor, ...]],
+    backward: Callable[..., Any],
+    adapt: Callable[..., Any] | None = None,
+) -> Callable[[tuple[Any, ...], str], Any]:
+    """``run(arguments, backend)`` of an op whose first ``tensors`` arguments are its tensors.
+
+    ``backward`` and ``setup_context`` are those of :func:`register_autograd`;
+    ``adapt(function, *arguments)`` calls any of the ways with arguments in the op's own shapes.
+    """
+    opaque = getattr(torch.ops.fused_lm, op).default
+    ways: tuple[Callable[..., Any], ...] = (reference, partial(execute, op), opaque)
+    if adapt is not None:
+        ways = tuple(partial(adapt, way) for way in ways)
+    plain, unrecorded, compiled = ways
+    recorded = _eager_function(op, unrecorded, tensors, setup_context, backward)
+
+    def run(arguments: tuple[Any, ...], backend: str) -> Any:
+        inputs = arguments[:tensors]
+        if through_reference(inputs):
+            return plain(*arguments)
+        if not needs_gradient(inputs):
+            return unrecorded(*arguments, backend)
+        if is_compiling():
+            return compiled(*arguments, backend)
+        return recorded(*inputs, (*arguments[tensors:], backend))
+
+    return run
+
+
+def _eager_function(
+    op: str,
+    forward: Callable[..., Any],
+    tensors: int,
+    setup_context: Callable[..., tuple[Tensor, ...]],
+    backward: Callable[..., Any],
+) -> Callable[..., tuple[Tensor, ...]]:
+    """``apply`` of an ``autograd.Function`` around ``forward``, with as little Python as can be.
+
+    Each argument and each output costs a call a third of a microsecond or more: the options go in
+    as one tuple, and what only the backward needs is no output. ``apply`` is that of Function's
+    base: :func:`through_reference` has asked already what Function's own would ask again.
+    """
+
+    def forward_of(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        arguments = inputs[:-1] + inputs[-1]
+        outputs = forward(*arguments)
+        ctx.set_materialize_grads(False)
+        return setup_context(ctx, arguments, outputs)
+
+    def backward_of(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        return (*backward(ctx, *gradients)[:tensors], None)
+
+    members = {"forward": staticmethod(forward_of), "backward": staticmethod(backward_of)}
+    name = "Fused" + "".join(word.capitalize() for word in op.removesuffix("_fwd").split("_"))
+    metaclass: Any = type(torch.autograd.Function)
+    function = metaclass(name, (torch.autograd.Function,), members)
+    return super(torch.autograd.Function, function).apply
 
 
 def register_fake(op: str, fake: Callable[..., Any]) -> None:
@@ -95,10 +170,13 @@ def register_reference_gradient(op: str, function: Callable[..., Any]) -> None:
     derivatives.
     """
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup_context(
+        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
         ctx.tensor_at = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
         ctx.rest = [None if isinstance(value, Tensor) else value for value in inputs]
         ctx.save_for_backward(*(inputs[i] for i in ctx.tensor_at))
+        return output
 
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         arguments = list(ctx.rest)
