@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled
 
 from fused_lm import dispatch
 from fused_lm.ops import registration
@@ -76,7 +77,7 @@ def attention(
         return pytorch_attention.attention(
             q, k, v, call.mask, key_mask, call.bias, call.lower, call.upper, call.scale, dropout_p
         )
-    out, lse = _run(_prepared(call)[:-1], backend)
+    out, lse = _run(_prepared(call), backend)
     return (out, lse) if return_lse else out
 
 
@@ -137,24 +138,26 @@ def attention_weights(
     return registration.execute("attention_weights_fwd", *call, backend)
 
 
-def _prepared(call: AttentionCall) -> AttentionCall:
-    """What only a kernel needs: the dropout state, one dtype under autocast, contiguous heads."""
+def _prepared(call: AttentionCall) -> tuple[Any, ...]:
+    """The op's arguments; here the dropout state is drawn, which only a kernel needs."""
     if call.dropout_p > 0.0 and call.rng is None:
         call = call._replace(rng=registration.make_rng(call.q.device))
-    q, k, v = _operands(call.q, call.k, call.v)
-    same = q is call.q and k is call.k and v is call.v
-    return call if same else call._replace(q=q, k=k, v=v)
+    q, k, v, *rest, _ = call
+    return (*_operands(q, k, v), *rest)
 
 
 def _operands(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The one place that copies: kernels read rows of a head as they lie, with any other stride."""
-    dtype = registration.autocast_dtype(tensors[0].device)
-    if dtype is not None and tensors[0].dtype != torch.float64:
-        tensors = tuple(t.to(dtype) for t in tensors)
-    q, k, v = tensors[0], tensors[1], tensors[-1]
-    if q.stride(-1) == 1 and k.stride(-1) == 1 and v.stride(-1) == 1:
-        return tensors
-    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+    """One dtype under autocast, and the one place that copies: kernels read the rows of a head as
+    they lie, with any other stride.
+    """
+    if _is_any_autocast_enabled():
+        dtype = registration.autocast_dtype(tensors[0].device)
+        if dtype is not None and tensors[0].dtype != torch.float64:
+            tensors = tuple(t.to(dtype) for t in tensors)
+    for t in tensors:
+        if t.stride(-1) != 1:
+            return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+    return tensors
 
 
 def _setup_context(
@@ -174,7 +177,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
     if dout is None:
         dout = torch.zeros_like(out)
     *options, backend = ctx.options
-    needs_dbias = bool(ctx.needs_input_grad[5])
+    needs_dbias = any(ctx.needs_input_grad[5:6])
     arguments = (dout, dlse, q, k, v, out, lse, mask, key_mask, bias, rng, *options, needs_dbias)
     if torch.is_grad_enabled():
         gradients = torch.ops.fused_lm.attention_bwd.default(*arguments, backend)

@@ -125,33 +125,34 @@ def _by_rows(
 def _setup_layer_norm(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    x, residual, weight, bias, rng, _, ctx.dropout_p, _, _, ctx.backend = inputs
-    return _save(ctx, x, residual, rng, output, (weight, bias, rng))
+    x, residual, weight, bias, rng, _, dropout_p, _, _, backend = inputs
+    return _save(ctx, x, residual, output, (weight, bias, rng), dropout_p, backend)
 
 
 def _setup_rms_norm(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    x, residual, weight, rng, _, ctx.dropout_p, _, _, ctx.backend = inputs
-    return _save(ctx, x, residual, rng, output, (weight, rng))
+    x, residual, weight, rng, _, dropout_p, _, _, backend = inputs
+    return _save(ctx, x, residual, output, (weight, rng), dropout_p, backend)
 
 
 def _save(
     ctx: Any,
     x: Tensor,
     residual: Tensor | None,
-    rng: Tensor | None,
     output: tuple[Tensor, ...],
-    parameters: tuple[Tensor | None, ...],
+    saved: tuple[Tensor | None, ...],
+    dropout_p: float,
+    backend: str,
 ) -> tuple[Tensor, ...]:
     """Saves the stream, which is x itself where the operator returned an empty one; returns y, and
     the stream if there is one.
     """
-    ctx.x_dtype = x.dtype
-    ctx.residual_dtype = None if residual is None else residual.dtype
-    ctx.has_stream = residual is not None or rng is not None
-    ctx.save_for_backward(output[1] if ctx.has_stream else x, *output[2:], *parameters)
-    return output[:2] if ctx.has_stream else output[:1]
+    residual_dtype = None if residual is None else residual.dtype
+    has_stream = residual is not None or saved[-1] is not None
+    ctx.options = (has_stream, dropout_p, x.dtype, residual_dtype, backend)
+    ctx.save_for_backward(output[1] if has_stream else x, *output[2:], *saved)
+    return output[:2] if has_stream else output[:1]
 
 
 def _backward_layer_norm(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
@@ -194,19 +195,20 @@ def _call_backward(
     saved: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...]:
     """Runs a backward on rows [N, C]; dx and dresidual get the shape of the stream."""
+    has_stream, *options = ctx.options
     shape = stream.shape
     rows = stream.reshape(-1, shape[-1])
-    dy, dstream = gradients[0], gradients[1] if ctx.has_stream else None
+    dy, dstream = gradients[0], gradients[1] if has_stream else None
     dy = torch.zeros_like(rows) if dy is None else dy.reshape(rows.shape)
     dstream = None if dstream is None else dstream.reshape(rows.shape)
-    options = (ctx.dropout_p, ctx.x_dtype, ctx.residual_dtype, ctx.backend)
     arguments = (dy, dstream, rows, *saved, *options)
     if torch.is_grad_enabled():
         dx, dresidual, *parameters = getattr(torch.ops.fused_lm, op).default(*arguments)
     else:
         dx, dresidual, *parameters = registration.execute(op, *arguments)
     dx = dx.view(shape)
-    if ctx.residual_dtype is None:
+    residual_dtype = options[2]
+    if residual_dtype is None:
         return dx, None, *parameters
     return dx, dx if dresidual.dim() == 1 else dresidual.view(shape), *parameters
 

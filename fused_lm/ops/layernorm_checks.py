@@ -44,17 +44,21 @@ def checked_call(
     residual_dtype: torch.dtype | None,
 ) -> NormCall:
     """The call with its dtypes filled in; raises as the public functions say."""
-    if x.dim() == 0 or x.shape[-1] == 0:
+    width, dtype, device = x.shape[-1:], x.dtype, x.device
+    if not width or width[0] == 0:
         raise ValueError(f"a norm takes x [..., C] with C >= 1, got {shapes_of(x=x)}")
-    dtype = x.dtype
     if dtype not in FLOATS:
         raise TypeError(f"a norm takes float tensors, got x {dtype}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(
             f"residual must have the shape of x, got {shapes_of(x=x, residual=residual)}"
         )
-    weight_is_alike = weight is None or _alike(weight, x)
-    if not (weight_is_alike and residual is None and (bias is None or _alike(bias, x))):
+    # The commonest parameters in few steps, because eager users pay for each one.
+    for t in (weight, bias):
+        alike = t is None or (t.dtype is dtype and t.shape == width and t.device == device)
+        if not alike:
+            break
+    if residual is not None or not alike:
         _check_tensors(x, residual, weight, bias)
     if dropout_p:
         check_dropout(dropout_p)
@@ -83,15 +87,6 @@ def _check_tensors(
             check_same_device({"x": x, name: t})
         if name != "residual" and (t.dim() != 1 or t.shape[0] != x.shape[-1]):
             raise ValueError(f"{name} must be [C], got {shapes_of(**{'x': x, name: t})}")
-
-
-def _alike(parameter: Tensor, x: Tensor) -> bool:
-    """The commonest parameter, in few steps, because eager users pay for each one."""
-    return (
-        parameter.dtype is x.dtype
-        and parameter.shape == x.shape[-1:]
-        and parameter.device == x.device
-    )
 
 
 def _default_out_dtype(x: Tensor) -> torch.dtype:

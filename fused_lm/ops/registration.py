@@ -4,8 +4,8 @@ reference.
 The way of a call below dispatch:
 
 - eager, no gradient: :func:`execute`
-- eager, gradient: an old-style ``autograd.Function`` around it (a fifth of
-  the cost of registered autograd)
+- eager, gradient: an old-style ``autograd.Function`` around it (a fifth of the cost of registered
+  autograd)
 - compile, export, second derivatives: the op with its registered autograd formula
 - ``torch.func`` transforms, forward-mode AD, foreign tensor subclasses: the reference, plain
   PyTorch
@@ -115,17 +115,25 @@ def route(
     if adapt is not None:
         ways = tuple(partial(adapt, way) for way in ways)
     plain, unrecorded, compiled = ways
-    recorded = _eager_function(op, unrecorded, tensors, setup_context, backward)
+    recorded = _eager_function(op, unrecorded, setup_context, backward)
 
     def run(arguments: tuple[Any, ...], backend: str) -> Any:
         inputs = arguments[:tensors]
-        if through_reference(inputs):
-            return plain(*arguments)
-        if not needs_gradient(inputs):
-            return unrecorded(*arguments, backend)
         if is_compiling():
-            return compiled(*arguments, backend)
-        return recorded(*inputs, (*arguments[tensors:], backend))
+            way = compiled if needs_gradient(inputs) else unrecorded
+            return way(*arguments, backend)
+        if in_transform():
+            return plain(*arguments)
+        last = 0
+        for i, t in enumerate(inputs, 1):
+            if t is not None:
+                if type(t) not in _PLAIN and _is_foreign(t):
+                    return plain(*arguments)
+                if t.requires_grad:
+                    last = i
+        if last == 0 or not torch.is_grad_enabled():
+            return unrecorded(*arguments, backend)
+        return recorded(*arguments[:last], (*arguments[last:], backend))
 
     return run
 
@@ -133,15 +141,14 @@ def route(
 def _eager_function(
     op: str,
     forward: Callable[..., Any],
-    tensors: int,
     setup_context: Callable[..., tuple[Tensor, ...]],
     backward: Callable[..., Any],
 ) -> Callable[..., tuple[Tensor, ...]]:
     """``apply`` of an ``autograd.Function`` around ``forward``, with as little Python as can be.
 
-    Each argument and each output costs a call a third of a microsecond or more: the options go in
-    as one tuple, and what only the backward needs is no output. ``apply`` is that of Function's
-    base: :func:`through_reference` has asked already what Function's own would ask again.
+    Each argument and each output costs a call a fifth of a microsecond or more: what lies behind
+    the last input with a gradient goes in as one tuple, and what only the backward needs is no
+    output. ``apply`` is that of Function's base: :func:`in_transform` has been asked already.
     """
 
     def forward_of(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
@@ -151,7 +158,8 @@ def _eager_function(
         return setup_context(ctx, arguments, outputs)
 
     def backward_of(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        return (*backward(ctx, *gradients)[:tensors], None)
+        inputs = len(ctx.needs_input_grad) - 1
+        return (*backward(ctx, *gradients)[:inputs], None)
 
     members = {"forward": staticmethod(forward_of), "backward": staticmethod(backward_of)}
     name = "Fused" + "".join(word.capitalize() for word in op.removesuffix("_fwd").split("_"))
@@ -223,18 +231,18 @@ def _vjp(
     return dict(zip(wanted, found, strict=True))
 
 
+def in_transform() -> bool:
+    """True inside ``torch.func`` transforms and forward-mode AD, which no opaque op can follow."""
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def through_reference(tensors: Sequence[Tensor | None]) -> bool:
-    """True where an opaque operator can't follow: transforms, forward-mode AD, foreign
-    subclasses.
-    """
+    """True where an opaque operator can't follow: transforms, foreign subclasses."""
     if is_compiling():
         return False
-    if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return True
-    for t in tensors:  # noqa: SIM110 (any() with a generator costs half a microsecond more)
-        if t is not None and type(t) not in _PLAIN and _is_foreign(t):
-            return True
-    return False
+    return in_transform() or any(
+        t is not None and type(t) not in _PLAIN and _is_foreign(t) for t in tensors
+    )
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
