@@ -8,7 +8,7 @@ import argparse
 import sys
 
 from fused_lm.commands import doctor, generate, parity, train, verify
-from fused_lm.commands.errors import UserError, need_extra
+from fused_lm.commands.errors import EXTRAS, UserError, need_extra
 from fused_lm.version import __version__
 
 COMMANDS = (doctor, parity, verify, train, generate)
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except ModuleNotFoundError as error:
-        if error.name not in ("rich", "safetensors", "matplotlib"):
+        if (error.name or "").partition(".")[0] not in EXTRAS:
             raise
         print(f"error: {need_extra(error)}", file=sys.stderr)
     except KeyboardInterrupt:

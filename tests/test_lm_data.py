@@ -127,7 +127,7 @@ def test_split_is_disjoint_complete_and_even(size: int, context: int) -> None:
         assert end - start >= context + 1
     assert set(owner) == {1, 10}
     if size > BLOCK_BYTES * 2:
-        assert validation.num_bytes / size == pytest.approx(0.1, abs=0.005)
+        assert validation.num_tokens / size == pytest.approx(0.1, abs=0.005)
         assert len(validation.ranges) == size // BLOCK_BYTES
 
 

@@ -19,9 +19,20 @@ def one_sentence(*kinds: type[Exception]) -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
+EXTRAS = {
+    "rich": "lm",
+    "safetensors": "lm",
+    "matplotlib": "lm",
+    "tokenizers": "train",
+    "tensorboard": "train",
+}
+"""Package -> the extra of ours that installs it."""
+
+
 def need_extra(error: ImportError) -> UserError:
-    """The error for a package that only the programs need."""
+    """The error for a package that only some programs need."""
+    package = (error.name or "").partition(".")[0]
     return UserError(
-        f"this command needs the package {error.name}, which is not installed; "
-        'install it with: pip install "fused_lm[lm]"'
+        f"this command needs the package {package}, which is not installed; "
+        f'install it with: pip install "fused_lm[{EXTRAS.get(package, "lm")}]"'
     )

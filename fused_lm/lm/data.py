@@ -1,8 +1,9 @@
 """Text as bytes: where it comes from, how it is split, and the windows a model reads.
 
-A token is a byte, so there is nothing to train before training and every text works. ``load_text``
-reads one file (memory-mapped), a folder (its text files, sorted), or, by default, the source of
-Python's standard library on this machine. ``split_text`` holds out validation bytes:
+By default a token is a byte, so there is nothing to train before training and every text works;
+corpus.py makes other tokens of the same slices. ``load_text`` reads one file (memory-mapped), a
+folder (its text files, sorted), or, by default, the source of Python's standard library on this
+machine. ``split_text`` holds out validation bytes:
 
     block 0                       block 1                       ...
     |======= train =======|= val =|======= train =======|= val =|
@@ -16,6 +17,7 @@ reverse.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import sysconfig
@@ -70,6 +72,13 @@ class Text:
         for chunk in _chunks(self.data):
             crc = zlib.crc32(np.ascontiguousarray(chunk).data, crc)
         return f"{self.data.size}:{crc:08x}"
+
+    def digest(self) -> bytes:
+        """SHA-256 of the bytes: names what was made of this text and no other."""
+        found = hashlib.sha256()
+        for chunk in _chunks(self.data):
+            found.update(np.ascontiguousarray(chunk).data)
+        return found.digest()
 
 
 def load_text(path: str | os.PathLike[str] | None = None) -> Text:
@@ -206,12 +215,12 @@ def _entropy(counts: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of ``context`` inputs and their next bytes, inside given slices of a text.
+    """Windows of ``context`` inputs and their next tokens, inside given slices of a text.
 
     Attributes:
-        data: [n] uint8.
+        data: [n] unsigned integers, the tokens.
         ranges: [R, 2] int64, start and end of each slice, each at least ``context + 1`` long.
-        context: Inputs per window; a window reads ``context + 1`` bytes.
+        context: Inputs per window; a window reads ``context + 1`` tokens.
     """
 
     data: np.ndarray
@@ -219,7 +228,7 @@ class Windows:
     context: int
 
     @property
-    def num_bytes(self) -> int:
+    def num_tokens(self) -> int:
         return int((self.ranges[:, 1] - self.ranges[:, 0]).sum())
 
     def gather(self, starts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -261,13 +270,22 @@ def split_text(text: Text, context: int) -> tuple[Windows, Windows]:
             f"{text.name} has {size} bytes, but a context of {context} needs {2 * window}: "
             "one window to learn from and one held out; give a longer text or a smaller --context."
         )
+    train, validation = split_ranges(size, window)
+    return Windows(text.data, train, context), Windows(text.data, validation, context)
+
+
+def split_ranges(size: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Training and held-out slices of ``size >= 2 * window`` bytes.
+
+    Returns:
+        Start and end of each slice, [R, 2] int64 twice; every slice has at least ``window`` bytes.
+    """
     block = max(BLOCK_BYTES, math.ceil(2 * window / VALIDATION_SHARE))
     borders = np.linspace(0, size, max(1, size // block) + 1).astype(np.int64)
     held_out = np.maximum((np.diff(borders) * VALIDATION_SHARE).astype(np.int64), window)
     cuts = borders[1:] - held_out
     train = np.stack([borders[:-1], cuts], axis=1)
-    validation = np.stack([cuts, borders[1:]], axis=1)
-    return Windows(text.data, train, context), Windows(text.data, validation, context)
+    return train, np.stack([cuts, borders[1:]], axis=1)
 
 
 class BatchSampler:

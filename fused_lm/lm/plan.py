@@ -191,7 +191,7 @@ def plan_new(
     chosen = sizing.choose_rung(
         ladder,
         budget - CLOSING_SECONDS - (clock() - start),
-        train.num_bytes,
+        train.num_tokens,
         RungTimer(config, model_config, text, device, clock),
         clock,
         lambda measured: emit({"event": "measured", "measured": measured}),
@@ -199,7 +199,7 @@ def plan_new(
     if model_config is None:
         model_config = config_of(chosen.rung, config.model_fields)
         if "dropout" not in config.model_fields:
-            dropout = sizing.suggested_dropout(chosen.epochs(train.num_bytes))
+            dropout = sizing.suggested_dropout(chosen.epochs(train.num_tokens))
             model_config = replace(model_config, dropout=dropout)
     seconds = max(1.0, budget - closing_seconds(chosen, config.final_eval_bytes))
     left = seconds - (clock() - start)
