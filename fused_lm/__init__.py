@@ -9,6 +9,7 @@ from fused_lm.ops.attention import attention, attention_weights
 from fused_lm.ops.attention_layouts import attention_decode, attention_varlen
 from fused_lm.ops.layernorm import layer_norm, rms_norm
 from fused_lm.ops.registration import make_rng
+from fused_lm.ops.rotary import rotary, rotary_qk
 from fused_lm.ops.sdpa import scaled_dot_product_attention
 from fused_lm.version import __version__
 
@@ -22,6 +23,8 @@ __all__ = [
     "make_rng",
     "nn",
     "rms_norm",
+    "rotary",
+    "rotary_qk",
     "scaled_dot_product_attention",
     "use_backend",
     "why",

@@ -11,6 +11,8 @@ from fused_lm.ops.attention import attention, attention_weights
 from fused_lm.ops.attention_checks import checked_call, checked_weights_call
 from fused_lm.ops.layernorm import layer_norm, rms_norm
 from fused_lm.ops.layernorm_checks import checked_call as checked_norm_call
+from fused_lm.ops.rotary import rotary
+from fused_lm.ops.rotary_checks import checked_call as checked_rotary_call
 
 
 class _Operator(NamedTuple):
@@ -23,6 +25,7 @@ _OPERATORS = {
     "attention_weights": _Operator(attention_weights, checked_weights_call),
     "layer_norm": _Operator(layer_norm, checked_norm_call),
     "rms_norm": _Operator(rms_norm, checked_norm_call),
+    "rotary": _Operator(rotary, checked_rotary_call),
 }
 
 
@@ -30,7 +33,7 @@ def why(op: str, *args: Any, **kwargs: Any) -> dispatch.Explanation:
     """Every backend's verdict on ``fused_lm.<op>(*args, **kwargs)``, without running it.
 
     Args:
-        op: ``"attention"``, ``"attention_weights"``, ``"layer_norm"`` or ``"rms_norm"``.
+        op: Name of an operator of :data:`fused_lm.dispatch.TABLE`, like ``"attention"``.
         args, kwargs: As given to the operator; they are checked as it checks them.
     Returns:
         An :class:`~fused_lm.dispatch.Explanation`; ``print`` it.

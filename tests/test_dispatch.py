@@ -17,6 +17,7 @@ from fused_lm import dispatch, records
 from fused_lm.explain import call_of
 from fused_lm.ops import attention as attention_ops
 from fused_lm.ops import layernorm as layernorm_ops
+from fused_lm.ops import rotary as rotary_ops
 
 GPU = "Test GPU 9000"
 q = torch.zeros(1, 2, 8, 16)
@@ -74,7 +75,7 @@ def test_why_says_what_runs_and_what_not() -> None:
 
 
 def test_every_operator_is_in_the_table() -> None:
-    assert set(dispatch.TABLE) == {*attention_ops.OPS, *layernorm_ops.OPS}
+    assert set(dispatch.TABLE) == {*attention_ops.OPS, *layernorm_ops.OPS, *rotary_ops.OPS}
     for op, impls in dispatch.TABLE.items():
         assert impls[-1].name == "reference", op
         assert {impl.name for impl in impls} <= set(dispatch.BACKENDS)
@@ -88,14 +89,19 @@ def test_backends_have_one_signature_per_operator() -> None:
 
     from fused_lm.ops.registration import backend_module
 
-    for file, ops in (("attention", attention_ops.OPS), ("layernorm", layernorm_ops.OPS)):
+    for file, ops in (
+        ("attention", attention_ops.OPS),
+        ("layernorm", layernorm_ops.OPS),
+        ("rotary", rotary_ops.OPS),
+    ):
         modules = [backend_module(backend, file) for backend in ("reference", "triton")]
         for op in ops:
             for suffix in ("forward", "backward"):
                 found = [getattr(module, f"{op}_{suffix}", None) for module in modules]
                 signatures = [list(inspect.signature(f).parameters) for f in found if f is not None]
                 assert all(signature == signatures[0] for signature in signatures), (op, suffix)
-                if op != "attention_weights":  # its gradient goes through the reference
+                # The gradient of one goes through the reference, that of the other is itself.
+                if suffix == "forward" or op not in ("attention_weights", "rotary"):
                     assert len(signatures) == 2, (op, suffix)
 
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_lm.reference.rotary import turn
+
 ROTARY_BASE = 10000.0
 SINUSOIDAL_BASE = 10000.0
 
@@ -68,15 +70,15 @@ def rotary_tables(
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each pair ``(x[i], x[i + D/2])`` by its angle, so that q.k depends on t - s only.
 
+    The plain form for any number of dims; :func:`fused_lm.rotary` is the fused one.
+
     Args:
         x: [..., T, D] queries or keys, any strides.
         cos, sin: [T, D/2] from :func:`rotary_tables`; 16-bit ``x`` is turned in their fp32.
     Returns:
         [..., T, D], dtype of x.
     """
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(x.dtype)
+    return turn(x, cos, sin)
 
 
 def _angles(positions: Tensor, count: int, width: int, base: float) -> Tensor:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from fused_lm.nn.feedforward import FeedForward
 from fused_lm.nn.norm import LayerNorm, RMSNorm
-from fused_lm.nn.positions import apply_rotary
 from fused_lm.ops.attention import attention
 from fused_lm.ops.layernorm import layer_norm, rms_norm
+from fused_lm.ops.rotary import rotary_qk
 
 if TYPE_CHECKING:
     from fused_lm.lm.cache import LayerCache
@@ -134,7 +134,7 @@ class GPTBlock(nn.Module):
         heads = self.qkv(x).view(B, T, H + 2 * Hkv, D).split((H, Hkv, Hkv), dim=2)
         q, k, v = (part.transpose(1, 2) for part in heads)
         if rotary is not None:
-            q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+            q, k = rotary_qk(q, k, *rotary)
         if cache is not None:
             k, v = cache.append(k, v)
         out: Any = attention(

@@ -55,6 +55,10 @@ SCHEMAS = {
         " float dropout_p, ScalarType x_dtype, ScalarType? residual_dtype, str backend)"
         " -> (Tensor dx, Tensor dresidual, Tensor dweight)"
     ),
+    "rotary_fwd": (
+        "(Tensor x, Tensor? k, Tensor cos, Tensor sin, Tensor? positions, bool interleaved,"
+        " bool inverse, str backend) -> (Tensor y, Tensor k_turned)"
+    ),
 }
 
 SCHEMA_HASH = hashlib.sha256(repr(sorted(SCHEMAS.items())).encode()).hexdigest()[:16]

@@ -33,6 +33,7 @@ from typing import Any
 MODULES = [
     "fused_lm.triton_kernels.attention_instantiations",
     "fused_lm.triton_kernels.layernorm",
+    "fused_lm.triton_kernels.rotary",
 ]
 
 
