@@ -14,6 +14,7 @@ from torch import Tensor
 import fused_lm
 from fused_lm.parity import formulas
 from fused_lm.parity.judge import Function
+from fused_lm.parity.rotary_cases import SMALL_ROTARY, RotaryCase, verify_rotary_cases
 from fused_lm.reference.attention import visible as band_of
 from fused_lm.reference.philox import scaled_keep
 
@@ -223,7 +224,7 @@ class WeightsCase:
         return Problem(call, formula, (q, k), ("weights",), ("q", "k"), call, arguments)
 
 
-Case = AttentionCase | NormCase | WeightsCase
+Case = AttentionCase | NormCase | WeightsCase | RotaryCase
 
 SMALL: tuple[Case, ...] = (
     AttentionCase(),
@@ -241,6 +242,7 @@ SMALL: tuple[Case, ...] = (
     NormCase(features=("dropout", "add"), C=257),
     NormCase("rms_norm"),
     NormCase("rms_norm", ("dropout", "add"), C=100),
+    *SMALL_ROTARY,
 )
 """Every feature once, small enough for Triton's interpreter on a CPU."""
 
@@ -253,6 +255,7 @@ def verify_cases() -> list[Case]:
             cases += [
                 NormCase(op, features, N, C) for N, C in ((16384, 768), (8192, 2048), (4096, 8192))
             ]
+    cases += verify_rotary_cases()
     cases += [WeightsCase(average, B=8, H=16, T=1024, S=1024, D=64) for average in (True, False)]
     ladder = [
         AttentionCase(("causal",), B=32, H=16, Hkv=16),
