@@ -187,7 +187,8 @@ def test_other_versions_and_headers_are_refused(saved: Path) -> None:
     content = saved.read_bytes()
     for changes, words in (
         ({"format_version": "2"}, "has format version 2; this fused_lm reads version 1"),
-        ({"vocabulary": "bpe"}, "has the vocabulary 'bpe'"),
+        ({"vocabulary": "words"}, "has the vocabulary 'words'; this fused_lm reads bytes and bpe"),
+        ({"vocabulary": "bpe"}, "has the vocabulary 'bpe' and no tokenizer"),
         ({"fused_lm": "no json"}, "corrupt or cut off"),
         ({"fused_lm": "[]"}, "no valid 'config'"),
         ({"step": "seven"}, "no valid 'step'"),

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from fused_lm.lm import plan, sizing
+from fused_lm.lm import measure, sizing
 from fused_lm.lm.schedule import Length, default_warmup, learning_rate
 from fused_lm.lm.sizing import Cost, Measured, Rung, choose_rung, fastest_threads, time_step
 
@@ -97,7 +97,7 @@ def test_ladder_climbs_in_parameters_and_can_be_built() -> None:
     assert [sizing.rung_for(w).width for w in (16, 128, 200, 4096)] == [64, 128, 256, 768]
     for rung in sizing.LADDER:
         assert rung.width % 64 == 0
-        assert plan.config_of(rung, {"positions": "learned"}).positions == "learned"
+        assert measure.config_of(rung, {"positions": "learned"}).positions == "learned"
 
 
 def test_step_time_is_the_median_after_warming_up() -> None:

@@ -19,9 +19,9 @@ from fused_lm.lm import sizing
 from fused_lm.lm.checkpoint import FILE_NAME, CheckpointError, load_model, read_checkpoint
 from fused_lm.lm.data import Text
 from fused_lm.lm.gpt import GPTConfig
-from fused_lm.lm.plan import TrainConfig, TrainError
 from fused_lm.lm.plot import draw_curve, smooth
 from fused_lm.lm.runlog import RunLog, read_log
+from fused_lm.lm.settings import TrainConfig, TrainError
 from fused_lm.lm.train import train
 
 MODEL = GPTConfig(context=16, num_layers=1, embed_dim=16, num_heads=2, dropout=0.1)
@@ -42,7 +42,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def config(out: Path, **fields: Any) -> TrainConfig:
-    small = {"batch": 4, "lr": 1e-2, "eval_bytes": 128, "final_eval_bytes": 256, "plot": False}
+    small = {"batch": 4, "lr": 1e-2, "eval_tokens": 128, "final_eval_tokens": 256, "plot": False}
     small |= {"device": "cpu"}  # a GPU repeats its bits only where asked to
     return TrainConfig(out=out, **(small | fields))
 

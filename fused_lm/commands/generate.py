@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise need_extra(error) from error
     from fused_lm.lm.checkpoint import CheckpointError, load_model
-    from fused_lm.lm.plan import TrainError, pick_device
+    from fused_lm.lm.settings import TrainError, pick_device
 
     if args.top_p is not None and args.top_p > 1:
         raise UserError(f"--top-p is a probability; expected at most 1, got {args.top_p:g}.")

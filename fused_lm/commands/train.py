@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         raise need_extra(error) from error
     from fused_lm.lm.checkpoint import CheckpointError
     from fused_lm.lm.data import DataError, load_text
-    from fused_lm.lm.plan import TrainConfig, TrainError
+    from fused_lm.lm.settings import TrainConfig, TrainError
     from fused_lm.lm.train import train
 
     with one_sentence(DataError, TrainError, CheckpointError):
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _fixed_model(fields: dict[str, Any]) -> GPTConfig | None:
     """The model that the options fix, or None if its size is free."""
-    from fused_lm.lm.plan import config_of
+    from fused_lm.lm.measure import config_of
     from fused_lm.lm.sizing import DEFAULT_RUNG
 
     if not any(name in fields for name in _SHAPE_FIELDS.values()):

@@ -3,6 +3,7 @@
     model/<parameter or buffer>         the weights; a tied weight is stored once
     optimizer/<state>/<parameter>       AdamW's moments and step counts
     generator/<name>                    states of the random generators, uint8
+    tokenizer/bpe                       its document as UTF-8, uint8; absent where tokens are bytes
 
 and in the header, as strings: ``format``, ``format_version``, and ``fused_lm``, a JSON document
 with the model's configuration, the step, the settings and progress of the run, the names that share
@@ -11,7 +12,8 @@ a stored tensor, and a CRC-32 per tensor (safetensors itself doesn't notice a fl
 Weights and training state share a file so that a crash can't leave a new one beside an old one. It
 is written under another name in the same folder, synced, and then renamed over the old: at every
 instant the name shows a whole checkpoint. No pickle is ever written or loaded, because loading one
-runs its code.
+runs its code. What several processes share out is put together first: the file of two processes is
+that of one.
 """
 
 from __future__ import annotations
@@ -28,12 +30,14 @@ import torch
 from torch import Tensor, nn
 
 from fused_lm.lm.atomic import write_atomically
+from fused_lm.lm.sharded import is_shared, share_like, whole
+from fused_lm.lm.tokenizer import BPE, KINDS, AnyTokenizer, BPETokenizer, ByteTokenizer
 
 FILE_NAME = "checkpoint.safetensors"
 FORMAT = "fused_lm.checkpoint"
 FORMAT_VERSION = 1
-VOCABULARY = "bytes"
 
+_TOKENIZER = "tokenizer/bpe"
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80")  # torch.save's zip, and a bare pickle of protocol >= 2
 
 
@@ -53,6 +57,7 @@ class Checkpoint:
         weights: State dict of the model, tied names included.
         optimizer: "<state>/<parameter>" -> tensor; empty if not asked for.
         generators: Name -> uint8 state; empty if not asked for.
+        tokenizer: Document of the BPE tokenizer, or None where tokens are bytes.
     """
 
     path: Path
@@ -62,6 +67,7 @@ class Checkpoint:
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     generators: dict[str, Tensor]
+    tokenizer: str | None = None
 
 
 def checkpoint_file(path: str | os.PathLike[str]) -> Path:
@@ -71,7 +77,21 @@ def checkpoint_file(path: str | os.PathLike[str]) -> Path:
 
 
 def save_checkpoint(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str], model: nn.Module, config: Mapping[str, Any], **more: Any
+) -> int:
+    """Writes a checkpoint atomically over whatever ``path`` (a file) held.
+
+    Args:
+        model, config, more: See :func:`pack`.
+    Returns:
+        Bytes written.
+    Raises:
+        CheckpointError: If it can't be written; what ``path`` held before is untouched then.
+    """
+    return write(path, pack(model, config, **more))
+
+
+def pack(
     model: nn.Module,
     config: Mapping[str, Any],
     *,
@@ -79,26 +99,40 @@ def save_checkpoint(
     run: Mapping[str, Any],
     optimizer: torch.optim.Optimizer | None = None,
     generators: Mapping[str, Tensor] | None = None,
-) -> int:
-    """Writes a checkpoint atomically over whatever ``path`` (a file) held.
+    tokenizer: AnyTokenizer | None = None,
+    keep: bool = True,
+) -> bytes:
+    """A checkpoint as the content of its file.
 
-    Returns:
-        Bytes written.
-    Raises:
-        CheckpointError: If it can't be written; what ``path`` held before is untouched then.
+    Where weights are shared out over processes, all of them must call it.
+
+    Args:
+        model, optimizer: Whose state it holds.
+        config, step, run, generators: See :class:`Checkpoint`.
+        tokenizer: Default: bytes.
+        keep: False in a process that only gives its share; it gets b"".
     """
     from safetensors.torch import save
 
     weights, tied = _stored_once(model.state_dict())
-    tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
+    shared = {f"model/{name}": tensor for name, tensor in weights.items()}
     if optimizer is not None:
-        tensors |= {f"optimizer/{n}": t for n, t in optimizer_tensors(optimizer, model).items()}
+        shared |= {f"optimizer/{n}": t for n, t in optimizer_tensors(optimizer, model).items()}
+    tensors = {}
+    for name, tensor in shared.items():
+        tensor = whole(tensor)
+        if keep:
+            tensors[name] = tensor.detach().to("cpu").contiguous()
+    if not keep:
+        return b""
     tensors |= {f"generator/{name}": state for name, state in (generators or {}).items()}
-    tensors = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
+    if isinstance(tokenizer, BPETokenizer):
+        content = bytearray(tokenizer.document.encode())
+        tensors[_TOKENIZER] = torch.frombuffer(content, dtype=torch.uint8)
     document = {
         "config": dict(config),
         "step": step,
-        "vocabulary": VOCABULARY,
+        "vocabulary": (tokenizer or ByteTokenizer()).kind,
         "run": dict(run),
         "tied": tied,
         "crc32": {name: _crc32(tensor) for name, tensor in tensors.items()},
@@ -108,8 +142,20 @@ def save_checkpoint(
         "format_version": str(FORMAT_VERSION),
         "fused_lm": json.dumps(document, sort_keys=True),
     }
-    content = save(tensors, metadata=header)
-    _write(Path(path), content)
+    return save(tensors, metadata=header)
+
+
+def write(path: str | os.PathLike[str], content: bytes) -> int:
+    """Writes what :func:`pack` made; result and errors of :func:`save_checkpoint`."""
+    path = Path(path)
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        kept = "; the checkpoint that was there is untouched" if path.is_file() else ""
+        raise CheckpointError(
+            f"{path} can't be written ({error.strerror or error}); "
+            f"expected a writable folder with {len(content) / 1e6:.1f} MB free{kept}."
+        ) from error
     return len(content)
 
 
@@ -130,7 +176,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, training_state: bool = Fals
         with safe_open(str(file), framework="pt") as stored:
             document = _document(file, stored.metadata())
             names = list(stored.keys())
-            names = [n for n in names if training_state or n.startswith("model/")]
+            names = [n for n in names if training_state or n.startswith(("model/", _TOKENIZER))]
             tensors = {name: stored.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
@@ -144,6 +190,13 @@ def read_checkpoint(path: str | os.PathLike[str], *, training_state: bool = Fals
                 "expected the bytes that fused-lm train wrote."
             )
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "generator": {}}
+    stored_tokenizer = tensors.pop(_TOKENIZER, None)
+    if (stored_tokenizer is None) == (document["vocabulary"] == BPE):
+        raise CheckpointError(
+            f"{file} has the vocabulary {document['vocabulary']!r} and "
+            f"{'no' if stored_tokenizer is None else 'a'} tokenizer; "
+            "expected a checkpoint of fused-lm train."
+        )
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
         parts.get(part, {})[rest] = tensor
@@ -157,7 +210,29 @@ def read_checkpoint(path: str | os.PathLike[str], *, training_state: bool = Fals
         weights=weights,
         optimizer=parts["optimizer"],
         generators=parts["generator"],
+        tokenizer=None if stored_tokenizer is None else stored_tokenizer.numpy().tobytes().decode(),
     )
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> AnyTokenizer:
+    """The tokenizer that the model was trained with.
+
+    Raises:
+        CheckpointError: If the stored one is none, or not of the model's vocabulary.
+        ImportError: Without the ``tokenizers`` package, where it is needed.
+    """
+    if checkpoint.tokenizer is None:
+        return ByteTokenizer()
+    try:
+        tokenizer = BPETokenizer(checkpoint.tokenizer)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path} can't be used: {error}.") from error
+    if tokenizer.vocab_size != checkpoint.config.get("vocab_size"):
+        raise CheckpointError(
+            f"{checkpoint.path} has a tokenizer of {tokenizer.vocab_size} tokens and a model of "
+            f"{checkpoint.config.get('vocab_size')}; expected the same number."
+        )
+    return tokenizer
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -238,7 +313,7 @@ def load_optimizer(
                 f"{checkpoint.path} has no optimizer state that fits {names[parameter]}; "
                 "expected a checkpoint of fused-lm train to resume from."
             )
-        state[index] = found
+        state[index] = {key: share_like(tensor, parameter) for key, tensor in found.items()}
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )
@@ -250,6 +325,9 @@ def _stored_once(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
     tied: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
     for name, tensor in state.items():
+        if is_shared(tensor):  # a share may be empty and so at no place in memory
+            stored[name] = tensor
+            continue
         memory = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and memory in first:
             tied[name] = first[memory]
@@ -261,17 +339,6 @@ def _stored_once(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
 
 def _crc32(tensor: Tensor) -> int:
     return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        write_atomically(path, content)
-    except OSError as error:
-        kept = "; the checkpoint that was there is untouched" if path.is_file() else ""
-        raise CheckpointError(
-            f"{path} can't be written ({error.strerror or error}); "
-            f"expected a writable folder with {len(content) / 1e6:.1f} MB free{kept}."
-        ) from error
 
 
 def _check_file(file: Path) -> None:
@@ -322,9 +389,9 @@ def _document(file: Path, header: Mapping[str, str] | None) -> dict[str, Any]:
     for name, kind in fields.items():
         if not isinstance(document, dict) or not isinstance(document.get(name), kind):
             raise ValueError(f"its header has no valid {name!r}")
-    if document.get("vocabulary") != VOCABULARY:
+    if document.get("vocabulary") not in KINDS:
         raise CheckpointError(
             f"{file} has the vocabulary {document.get('vocabulary')!r}; "
-            f"this fused_lm reads {VOCABULARY!r}."
+            f"this fused_lm reads {' and '.join(KINDS)}."
         )
     return document

@@ -293,16 +293,27 @@ class BatchSampler:
 
     The generator is not torch's global one, so that dropout, evaluation or a user's own draws don't
     change which text is read; ``state`` and ``set_state`` carry it through a checkpoint.
+
+    Args:
+        windows: To draw from.
+        batch: Windows per batch, B.
+        seed: Of the generator.
+        rank, processes: All processes draw the same batch, and each reads its share, B/processes
+            windows.
     """
 
-    def __init__(self, windows: Windows, batch: int, seed: int) -> None:
+    def __init__(
+        self, windows: Windows, batch: int, seed: int, rank: int = 0, processes: int = 1
+    ) -> None:
         self.windows = windows
         self.batch = batch
+        share = batch // processes
+        self._own = slice(rank * share, (rank + 1) * share)
         self.generator = torch.Generator().manual_seed(seed)
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and targets, each [B, T] int64 on the CPU."""
-        return self.windows.gather(self.windows.random(self.batch, self.generator))
+        """Tokens and targets of this process, each [B/processes, T] int64 on the CPU."""
+        return self.windows.gather(self.windows.random(self.batch, self.generator)[self._own])
 
     def state(self) -> torch.Tensor:
         return self.generator.get_state()

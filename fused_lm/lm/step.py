@@ -1,25 +1,38 @@
-"""One step: mixed precision, optimizer, update, and the evaluation that measures what it did."""
+"""One step: optimizer, loss, gradients in one or several parts, clipping, update."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from fused_lm.lm.data import Windows
-from fused_lm.lm.gpt import GPT
-
-
-def autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """bf16 where it is fast: on GPUs that have it. A CPU trains in fp32."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.autocast("cuda", torch.bfloat16)
-    return nullcontext()
+from fused_lm.lm.parallel import SOLO, Team
+from fused_lm.lm.precision import Precision
+from fused_lm.lm.sharded import whole
 
 
-def make_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+class LossModule(nn.Module):
+    """A model whose forward is its loss, so that every use of it passes the hooks of a wrapper."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        measure: Callable[[Tensor, Tensor], Any] | None = None,
+    ) -> Any:
+        """The mean loss, or ``measure(logits, targets)``. Tokens and targets are [B, T]."""
+        if measure is not None:
+            return measure(self.model(tokens), targets)
+        return self.model.loss(tokens, targets)  # type: ignore[operator]
+
+
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW that decays matrices only: shrinking a norm's gain or a bias has no reason."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -31,60 +44,51 @@ def make_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> to
 
 
 def training_step(
-    model: GPT,
+    module: nn.Module,
     optimizer: torch.optim.Optimizer,
-    tokens: torch.Tensor,
-    targets: torch.Tensor,
+    tokens: Tensor,
+    targets: Tensor,
     grad_clip: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One update. Returns the loss in nats and the gradient norm before clipping, detached."""
-    with autocast(tokens.device):
-        loss = model.loss(tokens, targets)
+    precision: Precision,
+    *,
+    accumulate: int = 1,
+    scaler: torch.amp.GradScaler | None = None,
+    team: Team = SOLO,
+) -> tuple[Tensor, Tensor]:
+    """One update.
+
+    Args:
+        module: A :class:`LossModule`, wrapped by ``team`` or not.
+        tokens, targets: [B, T], this process' share of the batch.
+        grad_clip: Largest norm of the gradient, over all parameters and processes.
+        accumulate: Equal parts in which the share is read, one after the other; divides B.
+        scaler: For fp16. A step whose gradients overflow changes no weight; its norm is inf or NaN.
+    Returns:
+        The mean loss of the share in nats and the gradient norm before clipping, detached.
+    """
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    optimizer.step()
-    return loss.detach(), norm.detach()
+    total = torch.zeros((), device=tokens.device)
+    parts = zip(tokens.chunk(accumulate), targets.chunk(accumulate), strict=True)
+    for index, part in enumerate(parts, 1):
+        with team.gradients(module, last=index == accumulate):
+            with precision.autocast():
+                loss = module(*part) / accumulate
+            (loss if scaler is None else scaler.scale(loss)).backward()
+        total += loss.detach()
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), grad_clip)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    return total, whole(norm).detach()
 
 
-def to_device(
-    batch: tuple[torch.Tensor, torch.Tensor], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def to_device(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """Tokens and targets on ``device``; copies to a GPU run beside its work."""
     if device.type != "cuda":
         return batch
     tokens, targets = (t.pin_memory().to(device, non_blocking=True) for t in batch)
     return tokens, targets
-
-
-@torch.no_grad()
-def evaluate(
-    model: GPT,
-    windows: Windows,
-    num_bytes: int,
-    batch: int,
-    device: torch.device,
-    should_stop: Callable[[], bool],
-) -> tuple[float, int] | None:
-    """Loss over evenly spaced windows, the same ones every time.
-
-    Args:
-        model: Left in eval mode.
-        windows: Of the validation text.
-        num_bytes: Targets to score, about; all of them at most.
-        batch: Windows at a time.
-        should_stop: Asked after every batch.
-    Returns:
-        Mean loss in nats and the number of targets, or None if a stop was asked for.
-    """
-    starts = windows.evenly_spaced(max(1, num_bytes // windows.context))
-    total = torch.zeros((), dtype=torch.float64)
-    model.eval()
-    for first in range(0, len(starts), batch):
-        rows = starts[first : first + batch]
-        with autocast(device):
-            loss = model.loss(*to_device(windows.gather(rows), device))
-        total = total.to(loss.device) + loss.double() * len(rows)
-        if should_stop():
-            return None
-    return float(total) / len(starts), len(starts) * windows.context

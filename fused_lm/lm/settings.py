@@ -1,0 +1,130 @@
+"""What a user may set about a run, and the first look at the machine and at the run's folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fused_lm.lm import checkpoint, runlog
+from fused_lm.lm.checkpoint import Checkpoint
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+class TrainError(RuntimeError):
+    """A run can't start or go on; the message is one sentence with what to do."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run; None means: derive it.
+
+    Attributes:
+        out: Folder of the run.
+        steps, minutes: Length, at most one of them; minutes count from the call, with everything.
+        tokenizer, vocab_size: "bytes" or "bpe", and the most tokens of the latter.
+        batch, lr, warmup: Windows per step, peak rate, steps of warm-up.
+        accumulate: Parts in which each process reads its share of a batch, to need less memory.
+        precision: "auto", "fp32", "bf16" or "fp16", see :func:`precision.pick_precision`.
+        compile: Whether ``torch.compile`` fuses each block.
+        parallel: "auto", "none", "ddp" or "fsdp", see :func:`parallel.join`.
+        model_fields: Fields of GPTConfig that every candidate of a sized run shall have.
+        device: "auto", "cpu", "cuda", "cuda:1" ...
+        log_every, eval_every, save_every: Steps; by default about 200 log lines, at most 20
+            evaluations that take at most a tenth of the time, and a save a minute.
+        eval_tokens, final_eval_tokens: Validation tokens per evaluation on the way and at the end.
+        resume, overwrite: What to do with a run that is in ``out``; by default it is an error.
+        plot: Whether to draw the curve at the end.
+        tensorboard: Whether to write what is logged for TensorBoard too.
+    """
+
+    out: Path
+    steps: int | None = None
+    minutes: float | None = None
+    tokenizer: str | None = None
+    vocab_size: int | None = None
+    batch: int | None = None
+    lr: float | None = None
+    warmup: int | None = None
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    accumulate: int | None = None
+    precision: str | None = None
+    compile: bool | None = None
+    parallel: str = "auto"
+    seed: int = 0
+    model_fields: dict[str, Any] = field(default_factory=dict)
+    device: str = "auto"
+    log_every: int | None = None
+    eval_every: int | None = None
+    save_every: int | None = None
+    eval_tokens: int = 32768
+    final_eval_tokens: int = 131072
+    resume: bool = False
+    overwrite: bool = False
+    plot: bool = True
+    tensorboard: bool = False
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that ``name`` means here; each process of a ``torchrun`` has a GPU of its own.
+
+    Raises:
+        TrainError: If it doesn't exist on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        here = "auto, cpu" + (", cuda" if torch.cuda.is_available() else "")
+        raise TrainError(
+            f"the device {name!r} can't be used here; expected one of {here}."
+        ) from error
+    return device
+
+
+def open_folder(config: TrainConfig) -> Checkpoint | None:
+    """Makes the run's folder and looks at what is in it.
+
+    Returns:
+        The checkpoint to resume from, or None for a new run.
+    Raises:
+        TrainError: If a run is there and the settings don't say what to do, or none is to resume,
+            or the folder can't be written.
+        CheckpointError: If the run there can't be read.
+    """
+    out = config.out
+    held = [out / checkpoint.FILE_NAME, out / runlog.FILE_NAME]
+    if config.resume:
+        if not held[0].is_file():
+            raise TrainError(
+                f"{out} holds no checkpoint to resume; start the run without --resume."
+            )
+        found = checkpoint.read_checkpoint(held[0], training_state=True)
+    else:
+        found = None
+        if any(path.exists() for path in held) and not config.overwrite:
+            raise TrainError(
+                f"{out} already holds a run; expected --resume to go on with it, "
+                "--overwrite to replace it, or another folder with --out."
+            )
+    probe = out / ".writable.tmp"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        os.unlink(probe)
+    except OSError as error:
+        reason = error.strerror or error
+        raise TrainError(
+            f"{out} can't be written ({reason}); expected a writable folder."
+        ) from error
+    return found
