@@ -5,10 +5,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from fused_lm.commands import doctor, generate, parity, train, verify
-from fused_lm.commands.errors import EXTRAS, UserError, need_extra
+from fused_lm.commands.errors import EXTRAS, UserError, is_first_process, need_extra
 from fused_lm.version import __version__
 
 COMMANDS = (doctor, parity, verify, train, generate)
@@ -29,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        who = "" if is_first_process() else f" (process {os.environ['RANK']})"
+        print(f"error{who}: {error}", file=sys.stderr)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRAS:
             raise

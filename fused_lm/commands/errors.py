@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class UserError(Exception):
     """One sentence: what was got, what was expected. Printed without a traceback, exit code 2."""
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all that ``torchrun`` started, or is the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from fused_lm.lm.precision import Precision
 from fused_lm.lm.settings import TrainConfig, TrainError
 from fused_lm.lm.step import LossModule, make_optimizer, to_device, training_step
 
+DEFAULT_GRAD_CLIP = 1.0
+
 
 def config_of(rung: sizing.Rung, fields: dict[str, Any]) -> GPTConfig:
     """The model of a rung, with the user's fields on top."""
@@ -93,7 +95,7 @@ class RungTimer:
                 module,
                 optimizer,
                 *to_device(sampler.next(), device),
-                config.grad_clip,
+                config.grad_clip or DEFAULT_GRAD_CLIP,
                 self.precision,
                 accumulate=min(batch, config.accumulate or 1),
                 scaler=scaler,

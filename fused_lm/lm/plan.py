@@ -18,7 +18,7 @@ from fused_lm.lm.checkpoint import Checkpoint, CheckpointError
 from fused_lm.lm.corpus import Corpus
 from fused_lm.lm.data import Text
 from fused_lm.lm.gpt import GPTConfig
-from fused_lm.lm.measure import RungTimer, config_of, ladder_for
+from fused_lm.lm.measure import DEFAULT_GRAD_CLIP, RungTimer, config_of, ladder_for
 from fused_lm.lm.precision import pick_precision
 from fused_lm.lm.schedule import Length, default_warmup
 from fused_lm.lm.settings import Emit, TrainConfig, TrainError
@@ -31,7 +31,7 @@ CLOSING_SECONDS = 7.0
 and the curve."""
 
 _FIXED = (
-    *("batch", "lr", "warmup", "accumulate", "precision", "compile"),
+    *("batch", "lr", "warmup", "grad_clip", "accumulate", "precision", "compile"),
     *("tokenizer", "vocab_size"),
 )
 """Settings that a resumed run keeps, besides the model's."""
@@ -232,7 +232,7 @@ def _settle(
         lr=config.lr or rung.lr,
         warmup=default_warmup(steps) if config.warmup is None else config.warmup,
         weight_decay=config.weight_decay,
-        grad_clip=config.grad_clip,
+        grad_clip=config.grad_clip or DEFAULT_GRAD_CLIP,
         seed=config.seed,
         text=text.fingerprint(),
         steps=config.steps,

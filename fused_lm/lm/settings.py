@@ -29,6 +29,7 @@ class TrainConfig:
         steps, minutes: Length, at most one of them; minutes count from the call, with everything.
         tokenizer, vocab_size: "bytes" or "bpe", and the most tokens of the latter.
         batch, lr, warmup: Windows per step, peak rate, steps of warm-up.
+        grad_clip: Largest norm of a gradient.
         accumulate: Parts in which each process reads its share of a batch, to need less memory.
         precision: "auto", "fp32", "bf16" or "fp16", see :func:`precision.pick_precision`.
         compile: Whether ``torch.compile`` fuses each block.
@@ -52,7 +53,7 @@ class TrainConfig:
     lr: float | None = None
     warmup: int | None = None
     weight_decay: float = 0.1
-    grad_clip: float = 1.0
+    grad_clip: float | None = None
     accumulate: int | None = None
     precision: str | None = None
     compile: bool | None = None

@@ -110,6 +110,13 @@ def train(
         )
         try:
             interrupted, curve = trainer.run(clock, start)
+        except Exception as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            reason = str(error).strip().split("\n")[0]
+            raise TrainError(
+                f"torch.compile failed here ({reason}); train without --compile."
+            ) from error
         finally:
             torch.set_num_threads(threads)
         result = _result(trainer, prepared.levels[0], interrupted, curve)
