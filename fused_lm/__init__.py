@@ -7,7 +7,9 @@ from fused_lm.dispatch import use_backend
 from fused_lm.explain import why
 from fused_lm.ops.attention import attention, attention_weights
 from fused_lm.ops.attention_layouts import attention_decode, attention_varlen
+from fused_lm.ops.cross_entropy import cross_entropy
 from fused_lm.ops.layernorm import layer_norm, rms_norm
+from fused_lm.ops.linear_cross_entropy import linear_cross_entropy
 from fused_lm.ops.registration import make_rng
 from fused_lm.ops.rotary import rotary, rotary_qk
 from fused_lm.ops.sdpa import scaled_dot_product_attention
@@ -19,7 +21,9 @@ __all__ = [
     "attention_decode",
     "attention_varlen",
     "attention_weights",
+    "cross_entropy",
     "layer_norm",
+    "linear_cross_entropy",
     "make_rng",
     "nn",
     "rms_norm",

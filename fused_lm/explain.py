@@ -9,8 +9,12 @@ from typing import Any, NamedTuple
 from fused_lm import dispatch
 from fused_lm.ops.attention import attention, attention_weights
 from fused_lm.ops.attention_checks import checked_call, checked_weights_call
+from fused_lm.ops.cross_entropy import cross_entropy
+from fused_lm.ops.cross_entropy_checks import checked_call as checked_cross_entropy
+from fused_lm.ops.cross_entropy_checks import checked_linear_call
 from fused_lm.ops.layernorm import layer_norm, rms_norm
 from fused_lm.ops.layernorm_checks import checked_call as checked_norm_call
+from fused_lm.ops.linear_cross_entropy import linear_cross_entropy
 from fused_lm.ops.rotary import rotary
 from fused_lm.ops.rotary_checks import checked_call as checked_rotary_call
 
@@ -25,6 +29,8 @@ _OPERATORS = {
     "attention_weights": _Operator(attention_weights, checked_weights_call),
     "layer_norm": _Operator(layer_norm, checked_norm_call),
     "rms_norm": _Operator(rms_norm, checked_norm_call),
+    "cross_entropy": _Operator(cross_entropy, checked_cross_entropy),
+    "linear_cross_entropy": _Operator(linear_cross_entropy, checked_linear_call),
     "rotary": _Operator(rotary, checked_rotary_call),
 }
 

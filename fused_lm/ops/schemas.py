@@ -20,6 +20,12 @@ _SCORE = (
     " SymInt? lower, SymInt? upper, float scale, float softcap"
 )
 
+_LOSS = "SymInt ignore_index, float label_smoothing, float z_loss, float softcap, str reduction"
+_LINEAR_LOSS = (
+    f"Tensor x, Tensor weight, Tensor? bias, Tensor target, {_LOSS}, int? chunk_rows,"
+    " bool needs_dx, bool needs_dweight, bool needs_dbias, str backend"
+)
+
 SCHEMAS = {
     "attention_fwd": (
         f"(Tensor q, Tensor k, Tensor v, {_SCORE}, float dropout_p, str backend)"
@@ -58,6 +64,20 @@ SCHEMAS = {
     "rotary_fwd": (
         "(Tensor x, Tensor? k, Tensor cos, Tensor sin, Tensor? positions, bool interleaved,"
         " bool inverse, str backend) -> (Tensor y, Tensor k_turned)"
+    ),
+    "cross_entropy_fwd": (
+        f"(Tensor logits, Tensor target, {_LOSS}, str gradient, str backend)"
+        " -> (Tensor loss, Tensor dlogits)"
+    ),
+    "cross_entropy_bwd": (
+        f"(Tensor dloss, Tensor logits, Tensor target, {_LOSS}, str backend) -> Tensor"
+    ),
+    "linear_cross_entropy_fwd": (
+        f"({_LINEAR_LOSS})"
+        " -> (Tensor loss, Tensor row_weight, Tensor dx, Tensor dweight, Tensor dbias)"
+    ),
+    "linear_cross_entropy_bwd": (
+        f"(Tensor dloss, {_LINEAR_LOSS}) -> (Tensor dx, Tensor dweight, Tensor dbias)"
     ),
 }
 

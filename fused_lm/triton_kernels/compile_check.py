@@ -32,6 +32,7 @@ from typing import Any
 
 MODULES = [
     "fused_lm.triton_kernels.attention_instantiations",
+    "fused_lm.triton_kernels.cross_entropy",
     "fused_lm.triton_kernels.layernorm",
     "fused_lm.triton_kernels.rotary",
 ]
