@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -13,11 +14,9 @@ import pytest
 import torch
 
 import fused_lm
-from fused_lm import dispatch, records
+from fused_lm import dispatch, explain, records
 from fused_lm.explain import call_of
-from fused_lm.ops import attention as attention_ops
-from fused_lm.ops import layernorm as layernorm_ops
-from fused_lm.ops import rotary as rotary_ops
+from fused_lm.ops import registration
 
 GPU = "Test GPU 9000"
 q = torch.zeros(1, 2, 8, 16)
@@ -75,7 +74,7 @@ def test_why_says_what_runs_and_what_not() -> None:
 
 
 def test_every_operator_is_in_the_table() -> None:
-    assert set(dispatch.TABLE) == {*attention_ops.OPS, *layernorm_ops.OPS, *rotary_ops.OPS}
+    assert set(dispatch.TABLE) == set(explain._OPERATORS) <= set(fused_lm.__all__)
     for op, impls in dispatch.TABLE.items():
         assert impls[-1].name == "reference", op
         assert {impl.name for impl in impls} <= set(dispatch.BACKENDS)
@@ -85,24 +84,12 @@ def test_every_operator_is_in_the_table() -> None:
 
 
 def test_backends_have_one_signature_per_operator() -> None:
-    import inspect
-
-    from fused_lm.ops.registration import backend_module
-
-    for file, ops in (
-        ("attention", attention_ops.OPS),
-        ("layernorm", layernorm_ops.OPS),
-        ("rotary", rotary_ops.OPS),
-    ):
-        modules = [backend_module(backend, file) for backend in ("reference", "triton")]
-        for op in ops:
-            for suffix in ("forward", "backward"):
-                found = [getattr(module, f"{op}_{suffix}", None) for module in modules]
-                signatures = [list(inspect.signature(f).parameters) for f in found if f is not None]
-                assert all(signature == signatures[0] for signature in signatures), (op, suffix)
-                # The gradient of one goes through the reference, that of the other is itself.
-                if suffix == "forward" or op not in ("attention_weights", "rotary"):
-                    assert len(signatures) == 2, (op, suffix)
+    for op, (file, function) in registration._SOURCES.items():
+        modules = [registration.backend_module(name, file) for name in ("reference", "triton")]
+        signatures = [
+            list(inspect.signature(getattr(module, function)).parameters) for module in modules
+        ]
+        assert signatures[0] == signatures[1], op
 
 
 @pytest.fixture

@@ -16,12 +16,13 @@ from fused_lm.reference import layernorm as reference
 from fused_lm.reference.philox import keep_mask
 from fused_lm.tolerance import check_close
 from fused_lm.triton_kernels import layernorm as kernels
+from fused_lm.triton_kernels.column_sums import column_sums_tuning
 from fused_lm.triton_kernels.layernorm_tuning import (
     MIN_BLOCK_C,
     REGISTERS_PER_SM,
     Tuning,
     backward_tuning,
-    finalize_tuning,
+
     forward_tuning,
     row_means_tuning,
 )
@@ -146,7 +147,7 @@ def looped(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tuning_fits_every_width(read_bytes: int) -> None:
     for C in WIDTHS:
         forward, backward = forward_tuning(C, read_bytes), backward_tuning(C, read_bytes)
-        for tuning in (forward, backward, row_means_tuning(), finalize_tuning(C)):
+        for tuning in (forward, backward, row_means_tuning(), column_sums_tuning(C)):
             for n in (tuning.rows, tuning.block_c, tuning.num_warps):
                 assert n >= 1 and n & (n - 1) == 0, (C, tuning)
             assert tuning.rows * tuning.block_c <= 32 * 32 * tuning.num_warps, (C, tuning)

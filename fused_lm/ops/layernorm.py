@@ -14,8 +14,6 @@ from fused_lm.ops.layernorm_checks import NormCall, checked_call
 from fused_lm.pytorch import layernorm as pytorch_layernorm
 from fused_lm.reference import layernorm as reference
 
-OPS = ("layer_norm", "rms_norm")
-
 
 def layer_norm(
     x: Tensor,
@@ -202,10 +200,7 @@ def _call_backward(
     dy = torch.zeros_like(rows) if dy is None else dy.reshape(rows.shape)
     dstream = None if dstream is None else dstream.reshape(rows.shape)
     arguments = (dy, dstream, rows, *saved, *options)
-    if torch.is_grad_enabled():
-        dx, dresidual, *parameters = getattr(torch.ops.fused_lm, op).default(*arguments)
-    else:
-        dx, dresidual, *parameters = registration.execute(op, *arguments)
+    dx, dresidual, *parameters = registration.run_backward(op, *arguments)
     dx = dx.view(shape)
     residual_dtype = options[2]
     if residual_dtype is None:

@@ -141,7 +141,14 @@ def _never(call: NormCall) -> str | None:
 
 _KERNELS = tuple(
     f"triton_kernels/{name}.py"
-    for name in ("layernorm", "layernorm_fwd", "layernorm_bwd", "layernorm_tuning", "philox")
+    for name in (
+        "layernorm",
+        "layernorm_fwd",
+        "layernorm_bwd",
+        "layernorm_tuning",
+        "column_sums",
+        "philox",
+    )
 )
 for _op in ("layer_norm", "rms_norm"):
     dispatch.TABLE[_op] = (

@@ -287,6 +287,19 @@ def execute(op: str, *args: Any) -> Any:
         return opaque(*args)
 
 
+def run_backward(op: str, *arguments: Any, differentiable: bool = True) -> Any:
+    """Runs the op of a backward; with ``create_graph`` so that it can be differentiated again.
+
+    Raises:
+        RuntimeError: ``create_graph``, and the op is not differentiable.
+    """
+    if not torch.is_grad_enabled():
+        return execute(op, *arguments)
+    if not differentiable:
+        raise RuntimeError(f"{op} adds into a given gradient, which has no second derivative")
+    return getattr(torch.ops.fused_lm, op).default(*arguments)
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype autocast would cast to on this device, None outside of autocast."""
     if not autocast_enabled(device):

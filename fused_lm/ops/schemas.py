@@ -20,6 +20,14 @@ _SCORE = (
     " SymInt? lower, SymInt? upper, float scale, float softcap"
 )
 
+_LINEAR_BWD = (
+    "Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor pre, str activation, bool transposed"
+)
+_FFN = "Tensor up_weight, Tensor? up_bias, Tensor down_weight, Tensor? down_bias"
+_FFN_BWD = (
+    f"Tensor dy, Tensor x, {_FFN}, Tensor pre, Tensor hidden, str activation, bool transposed"
+)
+
 _LOSS = "SymInt ignore_index, float label_smoothing, float z_loss, float softcap, str reduction"
 _LINEAR_LOSS = (
     f"Tensor x, Tensor weight, Tensor? bias, Tensor target, {_LOSS}, int? chunk_rows,"
@@ -64,6 +72,33 @@ SCHEMAS = {
     "rotary_fwd": (
         "(Tensor x, Tensor? k, Tensor cos, Tensor sin, Tensor? positions, bool interleaved,"
         " bool inverse, str backend) -> (Tensor y, Tensor k_turned)"
+    ),
+    "linear_act_fwd": (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor? weight_grad, str activation,"
+        " bool transposed, bool keep_pre, str backend) -> (Tensor y, Tensor pre)"
+    ),
+    "linear_act_bwd": (
+        f"({_LINEAR_BWD}, bool needs_dx, bool needs_dbias, bool needs_dweight, str backend)"
+        " -> (Tensor dx, Tensor dweight, Tensor dbias)"
+    ),
+    "linear_act_bwd_add": (
+        f"({_LINEAR_BWD}, bool needs_dx, bool needs_dbias, Tensor(a!) weight_grad, str backend)"
+        " -> (Tensor dx, Tensor dbias)"
+    ),
+    "ffn_fwd": (
+        f"(Tensor x, {_FFN}, Tensor? up_weight_grad, Tensor? down_weight_grad, str activation,"
+        " bool transposed, bool keep_pre, bool keep_hidden, str backend)"
+        " -> (Tensor y, Tensor pre, Tensor hidden)"
+    ),
+    "ffn_bwd": (
+        f"({_FFN_BWD}, bool needs_dx, bool needs_dbiases, bool needs_dweights, str backend)"
+        " -> (Tensor dx, Tensor dup_weight, Tensor dup_bias, Tensor ddown_weight,"
+        " Tensor ddown_bias)"
+    ),
+    "ffn_bwd_add": (
+        f"({_FFN_BWD}, bool needs_dx, bool needs_dbiases, Tensor(a!) up_weight_grad,"
+        " Tensor(b!) down_weight_grad, str backend)"
+        " -> (Tensor dx, Tensor dup_bias, Tensor ddown_bias)"
     ),
     "cross_entropy_fwd": (
         f"(Tensor logits, Tensor target, {_LOSS}, str gradient, str backend)"

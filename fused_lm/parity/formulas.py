@@ -6,8 +6,11 @@ Independent of :mod:`fused_lm.reference` on purpose: that is one of the things t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def attention(
@@ -68,3 +71,39 @@ def layer_norm(
     if weight is not None:
         y = y * weight
     return (y if bias is None else y + bias), stream
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x) ** 2,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+_GATES = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
+
+
+def linear_act(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, transposed: bool = False
+) -> Tensor:
+    """[..., F]; ``weight`` is [F, C] (gated: [2F, C], gates first) or its transpose."""
+    pre = F.linear(x, weight.T if transposed else weight, bias)
+    if activation not in _GATES:
+        return _ACTIVATIONS[activation](pre)
+    half = pre.shape[-1] // 2
+    return _ACTIVATIONS[_GATES[activation]](pre[..., :half]) * pre[..., half:]
+
+
+def ffn(
+    x: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    activation: str,
+    transposed: bool = False,
+) -> Tensor:
+    """[..., C2]."""
+    hidden = linear_act(x, up_weight, up_bias, activation, transposed)
+    return linear_act(hidden, down_weight, down_bias, "none", transposed)

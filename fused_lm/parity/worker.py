@@ -17,7 +17,14 @@ import torch
 import fused_lm
 from fused_lm import dispatch, records
 from fused_lm.explain import call_of
-from fused_lm.parity.cases import SMALL, Case, NormCase, WeightsCase, verify_cases
+from fused_lm.parity.cases import (
+    SMALL,
+    AttentionCase,
+    Case,
+    RotaryCase,
+    WeightsCase,
+    verify_cases,
+)
 from fused_lm.parity.run import DTYPES, run_case, use_interpreter_without_gpu
 from fused_lm.parity.supervise import RESTART
 from fused_lm.parity.timing import interleaved_medians
@@ -78,7 +85,7 @@ def without_kernels(op: str, arguments: dict[str, Any]) -> str:
 
 def _slice(case: Case) -> Case:
     """What parity can afford of a case: batch and heads are copies of one another."""
-    if isinstance(case, NormCase) or case.B * case.H <= 4:
+    if not isinstance(case, AttentionCase | WeightsCase | RotaryCase) or case.B * case.H <= 4:
         return case
     few = 1 if case.T > LONG else 2
     if isinstance(case, WeightsCase):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_lm.reference.philox import dropout_scale, dropout_threshold
+from fused_lm.triton_kernels.column_sums import column_sums_tuning
 from fused_lm.triton_kernels.interpreter import patch_interpreter
 from fused_lm.triton_kernels.layernorm_bwd import (
     norm_bwd_finalize_kernel,
@@ -24,7 +25,6 @@ from fused_lm.triton_kernels.layernorm_fwd import norm_fwd_kernel, norm_fwd_wide
 from fused_lm.triton_kernels.layernorm_tuning import (
     Tuning,
     backward_tuning,
-    finalize_tuning,
     forward_tuning,
     row_means_tuning,
 )
@@ -215,7 +215,7 @@ def _finalize(
     if partial is None:
         return dweight, dbias
     strips, C = partial.shape
-    tuning = finalize_tuning(strips)
+    tuning = column_sums_tuning(strips)
     norm_bwd_finalize_kernel[(_ceil_div(C, tuning.block_c),)](
         dweight_partial,
         dbias_partial,

@@ -25,6 +25,7 @@ Sources: Ba, Kiros, Hinton 2016 (arXiv:1607.06450); Zhang, Sennrich 2019 (arXiv:
 import triton
 import triton.language as tl
 
+from fused_lm.triton_kernels.column_sums import sum_strips
 from fused_lm.triton_kernels.layernorm_fwd import (
     keep_factor,
     load_columns,
@@ -137,17 +138,6 @@ def norm_bwd_row_means_kernel(
     tl.store(row_means_ptr + rows[:, None], row_mean(sum_gx, C))
     if CENTRED:
         tl.store(row_means_ptr + N + rows[:, None], row_mean(sum_g, C))
-
-
-@triton.jit
-def sum_strips(partial_ptr, strips, cols, C, col_ok, STRIPS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """fp32 [BLOCK_C]: column sums of fp32 [strips, C], STRIPS rows at a time."""
-    total = tl.zeros((STRIPS, BLOCK_C), tl.float32)
-    for start in range(0, strips, STRIPS):
-        rows = (start + tl.arange(0, STRIPS)).to(tl.int64)
-        ok = (rows < strips)[:, None] & col_ok[None, :]
-        total += load_tile(partial_ptr, rows, C, cols, ok)
-    return tl.sum(total, axis=0)
 
 
 @triton.jit(do_not_specialize=["strips"])

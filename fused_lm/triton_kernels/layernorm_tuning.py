@@ -80,8 +80,6 @@ _BACKWARD_WIDE = _Row(0, 4, "blocks of columns, after a pass for the row means: 
 _ROW_MEANS = Tuning(
     rows=1, block_c=4096, num_warps=8, looped=True, reason="one pass, 16 elements per thread"
 )
-_FINALIZE_ELEMENTS = 4096
-_FINALIZE_ROWS = (16, 256)
 
 
 def forward_tuning(C: int, read_bytes: int) -> Tuning:
@@ -128,14 +126,6 @@ def backward_tuning(C: int, read_bytes: int) -> Tuning:
 def row_means_tuning() -> Tuning:
     """Tile of ``norm_bwd_row_means_kernel``."""
     return _ROW_MEANS
-
-
-def finalize_tuning(strips: int) -> Tuning:
-    """Tile [strips, columns] of ``norm_bwd_finalize_kernel``."""
-    fewest, most = _FINALIZE_ROWS
-    rows = min(most, max(fewest, next_power_of_2(strips)))
-    reason = "16 elements per thread; at least 16 columns, two 32-byte sectors of every strip"
-    return Tuning(rows, _FINALIZE_ELEMENTS // rows, 8, rows < strips, reason)
 
 
 def next_power_of_2(n: int) -> int:

@@ -1,0 +1,172 @@
+"""``linear_act``: the public function and the way of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_lm import dispatch
+from fused_lm.ops import registration
+from fused_lm.ops.linear_checks import LinearActCall, checked_linear_act
+from fused_lm.pytorch import linear_act as pytorch_linear
+from fused_lm.reference import linear_act as reference
+from fused_lm.reference.linear_act import keeps_pre
+
+
+def linear_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+    transposed: bool = False,
+    weight_grad: Tensor | None = None,
+) -> Tensor:
+    """A linear layer and its activation in one kernel: ``act(x W^T + b)``.
+
+    Args:
+        x: [..., C] bf16 | fp16 | fp32 | fp64, any strides.
+        weight: [F, C], dtype of x (under autocast mixed, as torch's linear takes it). For a gated
+            activation [2F, C], gates first.
+        bias: [F] (gated: [2F]) or None.
+        activation: gelu | gelu_tanh | relu | relu_squared | silu | swiglu | geglu | geglu_tanh |
+            none.
+        transposed: The weight is [C, F], as GPT-2's Conv1D keeps it; nothing is transposed.
+        weight_grad: Shape of the weight, any float dtype. The backward adds the weight's gradient
+            into it, in fp32 and rounded once, and autograd gets none: for gradient accumulation,
+            an fp32 ``weight_grad`` loses nothing to a 16-bit sum. No second derivatives.
+    Returns:
+        [..., F], dtype of x (autocast's, under autocast).
+    Accuracy: |err| <= 2 x the error of the same-dtype torch reference; sums are fp32.
+    Memory: saves x and the pre-activation (for relu the output instead).
+    Backends: triton, pytorch, reference.
+    Raises: ValueError on shape or value, TypeError on dtype or device mix, RuntimeError if a forced
+        backend refuses.
+    Source: Hendrycks, Gimpel 2016 (arXiv:1606.08415); Shazeer 2020 (arXiv:2002.05202).
+    """
+    call = checked_linear_act(x, weight, bias, weight_grad, activation, transposed)
+    backend = dispatch.choose("linear_act", call)
+    if backend == "pytorch":
+        return pytorch_linear.linear_act(x, weight, bias, activation, transposed)
+    return _run(_arguments(call), backend)[0]
+
+
+def _arguments(call: LinearActCall) -> tuple[Any, ...]:
+    x, weight, bias = cast_for_autocast(call.x, call.weight, call.bias)
+    keep_pre = keeps_pre(call.activation) and registration.needs_gradient((x, weight, bias))
+    return x, weight, bias, call.weight_grad, call.activation, call.transposed, keep_pre
+
+
+def cast_for_autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """All in autocast's dtype, where it is on."""
+    dtype = registration.autocast_dtype(x.device)
+    if dtype is None or x.dtype == torch.float64:
+        return (x, *tensors)
+    return tuple(None if t is None else t.to(dtype) for t in (x, *tensors))
+
+
+def by_rows(forward: Callable[..., Any], x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Runs a forward on rows [N, C] and gives y the leading dims of x again."""
+    if x.dim() == 2:
+        return forward(x, *rest)
+    y, *saved = forward(x.reshape(-1, x.shape[-1]), *rest)
+    return y.view(*x.shape[:-1], y.shape[-1]), *saved
+
+
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
+) -> tuple[Tensor, ...]:
+    x, weight, bias, weight_grad, activation, transposed, _, backend = inputs
+    y, pre = output
+    ctx.save_for_backward(x, weight, bias, weight_grad, y if activation == "relu" else pre)
+    ctx.options = (activation, transposed, backend)
+    return (y,)
+
+
+def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    """Gradients of the 8 inputs: x, weight and bias have one."""
+    x, weight, bias, weight_grad, pre = ctx.saved_tensors
+    if dy is None:
+        return (None,) * 8
+    activation, transposed, backend = ctx.options
+    needs_dx, needs_dweight, needs_dbias = (any(ctx.needs_input_grad[i : i + 1]) for i in range(3))
+    pre = pre.reshape(-1, pre.shape[-1]) if activation == "relu" else pre
+    rows = (dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
+    tensors = (*rows, weight, bias, pre, activation, transposed, needs_dx, needs_dbias)
+    if weight_grad is not None and needs_dweight:
+        dx, dbias = registration.run_backward(
+            "linear_act_bwd_add", *tensors, weight_grad, backend, differentiable=False
+        )
+        dweight = None
+    else:
+        dx, dweight, dbias = registration.run_backward(
+            "linear_act_bwd", *tensors, needs_dweight, backend
+        )
+    return (
+        dx.view(x.shape) if needs_dx else None,
+        dweight if needs_dweight else None,
+        dbias if needs_dbias else None,
+        *(None,) * 5,
+    )
+
+
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_grad: Tensor | None,
+    activation: str,
+    transposed: bool,
+    keep_pre: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    out = weight.shape[1 if transposed else 0]
+    y = x.new_empty(x.shape[0], reference.hidden_width(out, activation))
+    return y, x.new_empty((x.shape[0], out) if keep_pre else (0,))
+
+
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pre: Tensor,
+    activation: str,
+    transposed: bool,
+    needs_dx: bool,
+    needs_dbias: bool,
+    needs_dweight: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if needs_dx else (0,)),
+        torch.empty_like(weight) if needs_dweight else weight.new_empty(0),
+        bias.new_empty(bias.shape) if needs_dbias and bias is not None else dy.new_empty(0),
+    )
+
+
+def _fake_backward_add(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *tensors, _, backend = arguments
+    dx, _, dbias = _fake_backward(*(*tensors, False, backend))
+    return dx, dbias
+
+
+registration.implement("linear_act_fwd", "linear_act", "linear_act_forward")
+registration.implement("linear_act_bwd", "linear_act", "linear_act_backward")
+registration.implement("linear_act_bwd_add", "linear_act", "linear_act_backward_add")
+registration.register_fake("linear_act_fwd", _fake_forward)
+registration.register_fake("linear_act_bwd", _fake_backward)
+registration.register_fake("linear_act_bwd_add", _fake_backward_add)
+registration.register_autograd("linear_act_fwd", _backward, _setup_context)
+registration.register_reference_gradient("linear_act_bwd", reference.linear_act_backward_of_input)
+_run = registration.route(
+    "linear_act_fwd",
+    4,
+    reference.linear_act_forward,
+    _setup_context,
+    _backward,
+    adapt=by_rows,
+)
