@@ -8,7 +8,9 @@ from fused_lm.explain import why
 from fused_lm.ops.attention import attention, attention_weights
 from fused_lm.ops.attention_layouts import attention_decode, attention_varlen
 from fused_lm.ops.cross_entropy import cross_entropy
+from fused_lm.ops.ffn import ffn
 from fused_lm.ops.layernorm import layer_norm, rms_norm
+from fused_lm.ops.linear_act import linear_act
 from fused_lm.ops.linear_cross_entropy import linear_cross_entropy
 from fused_lm.ops.registration import make_rng
 from fused_lm.ops.rotary import rotary, rotary_qk
@@ -22,7 +24,9 @@ __all__ = [
     "attention_varlen",
     "attention_weights",
     "cross_entropy",
+    "ffn",
     "layer_norm",
+    "linear_act",
     "linear_cross_entropy",
     "make_rng",
     "nn",

@@ -12,8 +12,11 @@ from fused_lm.ops.attention_checks import checked_call, checked_weights_call
 from fused_lm.ops.cross_entropy import cross_entropy
 from fused_lm.ops.cross_entropy_checks import checked_call as checked_cross_entropy
 from fused_lm.ops.cross_entropy_checks import checked_linear_call
+from fused_lm.ops.ffn import ffn
 from fused_lm.ops.layernorm import layer_norm, rms_norm
 from fused_lm.ops.layernorm_checks import checked_call as checked_norm_call
+from fused_lm.ops.linear_act import linear_act
+from fused_lm.ops.linear_checks import checked_ffn, checked_linear_act
 from fused_lm.ops.linear_cross_entropy import linear_cross_entropy
 from fused_lm.ops.rotary import rotary
 from fused_lm.ops.rotary_checks import checked_call as checked_rotary_call
@@ -31,6 +34,8 @@ _OPERATORS = {
     "rms_norm": _Operator(rms_norm, checked_norm_call),
     "cross_entropy": _Operator(cross_entropy, checked_cross_entropy),
     "linear_cross_entropy": _Operator(linear_cross_entropy, checked_linear_call),
+    "linear_act": _Operator(linear_act, checked_linear_act),
+    "ffn": _Operator(ffn, checked_ffn),
     "rotary": _Operator(rotary, checked_rotary_call),
 }
 

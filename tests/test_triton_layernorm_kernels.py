@@ -22,7 +22,6 @@ from fused_lm.triton_kernels.layernorm_tuning import (
     REGISTERS_PER_SM,
     Tuning,
     backward_tuning,
-
     forward_tuning,
     row_means_tuning,
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 import fused_lm
 from fused_lm.parity import formulas
 from fused_lm.parity.judge import Function
+from fused_lm.parity.linear_cases import SMALL_LINEAR, LinearCase, verify_linear_cases
 from fused_lm.parity.rotary_cases import SMALL_ROTARY, RotaryCase, verify_rotary_cases
 from fused_lm.reference.attention import visible as band_of
 from fused_lm.reference.philox import scaled_keep
@@ -224,7 +225,7 @@ class WeightsCase:
         return Problem(call, formula, (q, k), ("weights",), ("q", "k"), call, arguments)
 
 
-Case = AttentionCase | NormCase | WeightsCase | RotaryCase
+Case = AttentionCase | NormCase | WeightsCase | RotaryCase | LinearCase
 
 SMALL: tuple[Case, ...] = (
     AttentionCase(),
@@ -243,6 +244,7 @@ SMALL: tuple[Case, ...] = (
     NormCase("rms_norm"),
     NormCase("rms_norm", ("dropout", "add"), C=100),
     *SMALL_ROTARY,
+    *SMALL_LINEAR,
 )
 """Every feature once, small enough for Triton's interpreter on a CPU."""
 
@@ -256,6 +258,7 @@ def verify_cases() -> list[Case]:
                 NormCase(op, features, N, C) for N, C in ((16384, 768), (8192, 2048), (4096, 8192))
             ]
     cases += verify_rotary_cases()
+    cases += verify_linear_cases()
     cases += [WeightsCase(average, B=8, H=16, T=1024, S=1024, D=64) for average in (True, False)]
     ladder = [
         AttentionCase(("causal",), B=32, H=16, Hkv=16),
