@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,8 +25,9 @@ TEXT = Text("rhyme", np.frombuffer(b"how much wood would a woodchuck chuck\n" * 
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
+def _one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """These models are too small for more, and threads that wait for busy cores take minutes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -76,6 +78,86 @@ def test_command_trains_and_generates(
     assert cli.main([*sample, "--temperature", "0"]) == 0
 
 
+BPE = ["--tokenizer", "bpe", "--vocab-size", "270"]
+
+
+@pytest.mark.parametrize("tokenizer", [[], BPE], ids=["bytes", "bpe"])
+def test_eval_scores_the_held_out_text(
+    text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer: list[str]
+) -> None:
+    out = str(tmp_path / "run")
+    train = ["train", "--data", str(text_file), "--out", out, *SMALL, *tokenizer, "--steps", "40"]
+    assert cli.main([*train, "--no-plot", "--lr", "0.01"]) == 0
+    last = read_log(tmp_path / "run" / "log.jsonl")[-1]
+    assert f"perplexity {last['perplexity']:.2f}, {100 * last['accuracy']:.1f} % right" in (
+        capsys.readouterr().out
+    )
+    assert cli.main(["eval", out, "--data", str(text_file)]) == 0
+    printed = capsys.readouterr().out
+    assert "held out from training" in printed
+    assert f"{last['tokens']} tokens, {last['bytes']} bytes" in printed
+    for name, value in (
+        ("loss", f"{last['loss']:.4f} nats"),
+        ("perplexity", f"{last['perplexity']:.3f}"),
+        ("bits per byte", f"{last['bits_per_byte']:.4f}"),
+        ("accuracy", f"{100 * last['accuracy']:.2f} %"),
+    ):
+        assert re.search(rf"^{name} +{re.escape(value)}", printed, re.MULTILINE), (name, printed)
+    other = tmp_path / "other.txt"
+    other.write_text("how much wood would a woodchuck chuck\n" * 20)
+    assert cli.main(["eval", out, "--data", str(other), "--tokens", "64"]) == 0
+    assert "trained on another text" in capsys.readouterr().out
+
+    sample = ["generate", "--checkpoint", out, "--prompt", "how é", "--temperature", "0"]
+    assert cli.main([*sample, "--bytes", "40"]) == 0
+    written = capsys.readouterr().out.encode()
+    assert written.startswith("how é".encode())
+    assert len(written) >= len("how é".encode()) + 40 + 1, "what is no UTF-8 is shown longer"
+    assert cli.main([*sample, "--tokens", "7"]) == 0
+    assert capsys.readouterr().out.startswith("how é")
+
+
+def test_missing_packages_are_named(
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    common = ["train", "--data", str(text_file), *SMALL, "--steps", "1", "--no-plot"]
+    assert cli.main([*common, "--out", str(tmp_path / "a"), *BPE]) == 0
+    capsys.readouterr()
+    for package, arguments in (
+        ("tokenizers", [*common, "--out", str(tmp_path / "b"), *BPE]),
+        ("tokenizers", ["eval", str(tmp_path / "a"), "--data", str(text_file)]),
+        ("tokenizers", ["generate", "--checkpoint", str(tmp_path / "a")]),
+        ("tensorboard", [*common, "--out", str(tmp_path / "c"), "--tensorboard"]),
+    ):
+        with monkeypatch.context() as patch:
+            for name in (package, "torch.utils.tensorboard"):
+                patch.setitem(sys.modules, name, None)
+            assert cli.main(arguments) == 2, arguments
+        err = capsys.readouterr().err
+        assert f"needs the package {package}" in err and "fused_lm[train]" in err, err
+        assert err.count("\n") == 1
+
+
+def test_tensorboard_shows_the_log(text_file: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    common = ["train", "--data", str(text_file), "--out", str(out), "--tensorboard", "--no-plot"]
+    small = [*SMALL, "--log-every", "1", "--eval-every", "2"]
+    assert cli.main([*common, *small, "--steps", "4"]) == 0
+    assert cli.main([*common, "--resume", "--steps", "6"]) == 0
+    shown = EventAccumulator(str(out / "tensorboard"))
+    shown.Reload()
+    log = read_log(out / "log.jsonl")
+    for kind, name in (("train", "loss"), ("train", "lr"), ("validation", "accuracy")):
+        expected = [(e["step"], e[name]) for e in log if e["kind"] == kind]
+        got = [(e.step, e.value) for e in shown.Scalars(f"{kind}/{name}")]
+        assert got == [(step, pytest.approx(value)) for step, value in expected]
+
+
 def test_command_errors_are_one_sentence(
     text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +175,14 @@ def test_command_errors_are_one_sentence(
         ([*data, "--out", str(tmp_path / "o"), "--device", "tpu9"], "can't be used here"),
         ([*data, "--out", str(tmp_path / "o"), "--width", "33", "--heads", "2"], "embed_dim"),
         ([*data, "--out", str(tmp_path / "o"), "--positions", "guessed"], "positions"),
+        ([*data, "--out", str(tmp_path / "o"), "--tokenizer", "words"], "one of bytes, bpe"),
+        ([*data, "--out", str(tmp_path / "o"), "--vocab-size", "300"], "with --tokenizer bpe"),
+        ([*data, "--out", str(tmp_path / "o"), "--precision", "fp8"], "one of auto, fp32"),
+        ([*data, "--out", str(tmp_path / "o"), "--parallel", "ddp"], "torchrun"),
+        ([*data, "--out", str(tmp_path / "o"), "--parallel", "tp"], "one of auto, none, ddp"),
+        ([*data, "--out", str(tmp_path / "o"), "--batch", "3", "--accumulate", "2"], "2 divides"),
+        (["eval", str(tmp_path / "no")], "does not exist"),
+        (["eval", str(pickled)], "pickles are never loaded"),
         (["generate", "--checkpoint", str(tmp_path / "no")], "does not exist"),
         (["generate", "--checkpoint", str(pickled)], "pickles are never loaded"),
         (["generate", "--checkpoint", str(text_file)], "corrupt"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import fused_lm
 from fused_lm.lm import KVCache, LayerCache, generate
+from fused_lm.lm.generate import probabilities
 from fused_lm.tolerance import check_close
 from tests.plain_gpt import (
     POSITIONS,
@@ -141,6 +143,50 @@ def test_sampling_follows_the_cut_softmax() -> None:
     assert torch.equal(frequency > 0, expected > 0)
     deviation = (expected * (1 - expected) / count).sqrt()
     assert ((frequency - expected).abs() <= 5 * deviation).all()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_top_k_and_top_p_keep_the_exact_distribution(temperature: float) -> None:
+    logits = torch.randn(20, 11)
+    for row, got in zip(logits, probabilities(logits, temperature), strict=True):
+        weights = [math.exp(float(x) / temperature) for x in row]
+        exact = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+        torch.testing.assert_close(got, exact, rtol=1e-6, atol=0)
+    for top_k in (1, 4, 11, 50):
+        for top_p in (1e-9, 0.3, 0.9, 1.0):
+            kept = probabilities(logits, temperature, top_k, top_p)
+            for row, got in zip(probabilities(logits, temperature, top_k), kept, strict=True):
+                assert int((row > 0).sum()) == min(top_k, 11)
+                chosen = got > 0
+                count = int(chosen.sum())
+                likeliest = row.sort(descending=True).values
+                mass = float(row[chosen].sum())
+                assert mass == pytest.approx(float(likeliest[:count].sum()), rel=1e-12)
+                assert mass >= top_p - 1e-12
+                assert float(likeliest[: count - 1].sum()) < top_p, "one token fewer has less"
+                torch.testing.assert_close(got[chosen], row[chosen] / mass, rtol=1e-12, atol=0)
+
+
+def test_equally_likely_tokens_are_cut_by_number() -> None:
+    even = torch.zeros(1, 8)
+    assert probabilities(even, 1.0, top_k=3)[0].nonzero().flatten().tolist() == [0, 1, 2]
+    for top_p, count in ((0.125, 1), (0.126, 2), (0.25, 2), (0.5, 4), (0.999, 8)):
+        assert int((probabilities(even, 1.0, top_p=top_p) > 0).sum()) == count
+    tiny_tail = torch.tensor([[0.0, -80.0]])
+    assert int((probabilities(tiny_tail, 1.0, top_p=1.0) > 0).sum()) == 2
+
+
+def test_generation_stops_when_told() -> None:
+    model, prompt = tiny(), random_tokens(B, 3)
+    whole = generate(model, prompt, 8, temperature=0)
+    seen: list[torch.Tensor] = []
+
+    def third(column: torch.Tensor) -> bool:
+        seen.append(column)
+        return len(seen) == 3
+
+    assert torch.equal(generate(model, prompt, 8, temperature=0, stop=third), whole[:, :6])
+    assert torch.equal(torch.cat(seen, dim=1), whole[:, 3:6])
 
 
 def test_generation_restores_every_mode_also_after_an_error() -> None:

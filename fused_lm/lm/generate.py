@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -21,6 +21,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
+    stop: Callable[[Tensor], bool] | None = None,
 ) -> Tensor:
     """Continues each row of ``tokens`` by ``max_new_tokens`` sampled ones.
 
@@ -33,11 +34,11 @@ def generate(
         tokens: [B, T0] integers, T0 >= 1.
         max_new_tokens: n >= 0.
         temperature: Divides the logits; 0 takes the likeliest token and needs no generator.
-        top_k: Samples only among the k likeliest tokens.
-        top_p: Samples only among the likeliest tokens that together have this probability.
+        top_k, top_p: Which tokens are sampled from, see :func:`probabilities`.
         generator: Of the model's device. Default: torch's global one.
+        stop: Given each new column of tokens, [B, 1]; True ends the text after it.
     Returns:
-        [B, T0 + n], dtype of tokens.
+        [B, T0 + n], dtype of tokens; fewer than n new ones after a stop.
     Raises:
         ValueError, TypeError: An argument is impossible.
     """
@@ -54,7 +55,35 @@ def generate(
             logits = model(unread, cache=cache)[:, -1]
             unread = _pick(logits, temperature, top_k, top_p, generator).to(tokens.dtype)
             pieces.append(unread)
+            if stop is not None and stop(unread):
+                break
     return torch.cat(pieces, dim=1)
+
+
+def probabilities(
+    logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """Probabilities from which the next token is drawn.
+
+    Args:
+        logits: [B, V].
+        temperature: Above 0; divides the logits.
+        top_k: Keeps the k likeliest tokens; of equally likely ones, those of lower number.
+        top_p: Of these, keeps the smallest set that together has at least this probability.
+    Returns:
+        [B, V] fp64, 0 outside of what is kept; each row sums to 1.
+    """
+    wide = logits.double()
+    # Only differences matter; without the largest, a tiny temperature can't overflow.
+    scaled = (wide - wide.amax(dim=-1, keepdim=True)) / temperature
+    descending, order = scaled.sort(dim=-1, descending=True, stable=True)
+    descending[..., top_k if top_k is not None else descending.shape[-1] :] = float("-inf")
+    kept = descending.softmax(dim=-1)
+    if top_p is not None and top_p < 1.0:
+        # A token stays if those before it have less than top_p together: the first always does.
+        kept = kept.masked_fill(kept.cumsum(dim=-1) - kept >= top_p, 0.0)
+        kept = kept / kept.sum(dim=-1, keepdim=True)
+    return torch.zeros_like(kept).scatter(-1, order, kept)
 
 
 def _pick(
@@ -67,19 +96,8 @@ def _pick(
     """logits [B, V] -> tokens [B, 1]."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    wide = logits.float()
-    # Only differences matter; without the largest, a tiny temperature can't overflow.
-    scaled = (wide - wide.amax(dim=-1, keepdim=True)) / temperature
-    if top_k is not None and top_k < scaled.shape[-1]:
-        lowest = scaled.topk(top_k, dim=-1).values[:, -1:]
-        scaled = scaled.masked_fill(scaled < lowest, float("-inf"))
-    probabilities = scaled.softmax(dim=-1)
-    if top_p is not None:
-        descending, order = probabilities.sort(dim=-1, descending=True)
-        # A token stays if those before it have less than top_p together: the first always does.
-        outside = descending.cumsum(dim=-1) - descending >= top_p
-        probabilities = probabilities.scatter(-1, order, descending.masked_fill(outside, 0.0))
-    return torch.multinomial(probabilities, 1, generator=generator)
+    drawn_from = probabilities(logits, temperature, top_k, top_p)
+    return torch.multinomial(drawn_from, 1, generator=generator)
 
 
 @contextmanager
