@@ -18,6 +18,7 @@ from fused_lm.ops.attention_checks import (
 )
 from fused_lm.pytorch import attention as pytorch_attention
 from fused_lm.reference import attention as reference
+from fused_lm.reference.layout import empty_heads
 
 OPS = ("attention", "attention_weights")
 
@@ -60,8 +61,9 @@ def attention(
             needs it.
         return_lse: Also return the log-sum-exp of the scores; it can be differentiated.
     Returns:
-        [B, H, T, Dv], dtype of q. With ``return_lse``: also lse [B, H, T] fp32 (fp64 for fp64),
-        natural log. Rows without a visible key are 0 with lse = -inf and zero gradients, never NaN.
+        [B, H, T, Dv], dtype of q and, from the kernels, its memory order: heads of a packed
+        projection give rows that lie as [B, T, H, Dv]. With ``return_lse``: also lse [B, H, T]
+        fp32 (fp64 for fp64), natural log. Rows without a visible key are 0 with lse = -inf and zero gradients, never NaN.
     Accuracy: |err| <= 2 x the error of the same-dtype torch reference (fused_lm/tolerance.py).
     Memory: 4*B*H*T bytes beyond the output in the kernels; the reference stores the T x S matrix.
     Backends: triton (Ampere and later), pytorch, reference.
@@ -190,7 +192,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     B, H, T, _ = q.shape
     accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(B, H, T, v.shape[3]), q.new_empty(B, H, T, dtype=accumulator)
+    return empty_heads(q, v.shape[3]), q.new_empty(B, H, T, dtype=accumulator)
 
 
 def _fake_backward(
@@ -198,7 +200,8 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bias, needs_dbias = rest[4], rest[-2]
     dbias = bias.new_empty(bias.shape) if needs_dbias else q.new_empty(0)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
+    dq, dk, dv = (empty_heads(t, t.shape[3]) for t in (q, k, v))
+    return dq, dk, dv, dbias
 
 
 def _fake_weights(q: Tensor, k: Tensor, lse: Tensor, *rest: Any) -> Tensor:

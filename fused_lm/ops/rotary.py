@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fused_lm import dispatch
@@ -13,8 +12,6 @@ from fused_lm.ops.rotary_checks import RotaryCall, checked_call
 from fused_lm.pytorch import rotary as pytorch_rotary
 from fused_lm.reference import rotary as reference
 from fused_lm.reference.layout import empty_heads
-
-OPS = ("rotary",)
 
 
 def rotary(
@@ -40,7 +37,8 @@ def rotary(
         interleaved: Pairs are (2i, 2i + 1), as in RoFormer and GPT-J, instead of (i, i + R/2), as
             in GPT-NeoX and Llama.
     Returns:
-        [B, H, T, D], dtype of x, dense; rows that lie as [B, T, H, D] in memory stay so.
+        [B, H, T, D], dtype of x, dense. From the kernels, rows that lie as [B, T, H, D] in memory
+        stay so; PyTorch's operators write heads one after the other.
     Accuracy: computed in fp32 (fp64 for fp64); |err| <= 2 x the error of the same-dtype torch
         reference. Memory: nothing beyond the output; the backward needs only the tables.
     Backends: triton, pytorch, reference.
@@ -96,10 +94,7 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         first, *second = (gradients[i] for i in wanted)
         pair = (first, second[0] if second else None)
         arguments = (*pair, cos, sin, positions, interleaved, not inverse, backend)
-        if torch.is_grad_enabled():
-            found = torch.ops.fused_lm.rotary_fwd.default(*arguments)
-        else:
-            found = registration.execute("rotary_fwd", *arguments)
+        found = registration.run_backward("rotary_fwd", *arguments)
         for i, gradient in zip(wanted, found, strict=False):
             result[i] = gradient
     return tuple(result)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_lm.reference.layout import ordered_as
 from fused_lm.reference.philox import scaled_keep
 
 
@@ -42,7 +43,7 @@ def attention_forward(
     lse = _logsumexp(score)
     attended = _dropped(_probabilities(score, lse), rng, dropout_p)
     out = attended @ _heads_of(v, q.shape[1]).to(score.dtype)
-    return out.to(q.dtype), lse
+    return ordered_as(out.to(q.dtype), q), lse
 
 
 def attention_backward(
@@ -64,7 +65,9 @@ def attention_backward(
     dropout_p: float,
     needs_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv, dbias) in their tensors' dtypes; dbias is empty unless asked for."""
+    """Gradients (dq, dk, dv, dbias) with dtype and memory order of their tensors; dbias is empty
+    unless asked for.
+    """
     score, tanh = _scores(q, k, mask, key_mask, bias, lower, upper, scale, softcap)
     dtype = score.dtype
     P = _probabilities(score, lse.to(dtype))
@@ -84,7 +87,8 @@ def attention_backward(
     dbias = q.new_empty(0)
     if needs_dbias and bias is not None:
         dbias = dscore.sum_to_size(bias.shape).to(bias.dtype)
-    return dq.to(q.dtype), _sum_group(dk, k), _sum_group(dv, v), dbias
+    dq, dk, dv = dq.to(q.dtype), _sum_group(dk, k), _sum_group(dv, v)
+    return ordered_as(dq, q), ordered_as(dk, k), ordered_as(dv, v), dbias
 
 
 def attention_weights_forward(

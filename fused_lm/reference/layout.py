@@ -7,6 +7,7 @@ them keeps that order, so that ``out.transpose(1, 2).reshape(B, T, H * D)`` is a
 from __future__ import annotations
 
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
 
 
 def rows_first(t: Tensor) -> bool:
@@ -15,15 +16,23 @@ def rows_first(t: Tensor) -> bool:
 
 
 def empty_heads(like: Tensor, D: int) -> Tensor:
-    """Uninitialised [B, H, T, D], dense, with B, H, T, dtype and memory order of ``like``."""
+    """Uninitialised [B, H, T, D], dense, with B, H, T, dtype and memory order of ``like``.
+
+    No transposed view: what an operator returns must not be one, or autograd forbids to change it.
+    """
     B, H, T, _ = like.shape
     if rows_first(like):
-        return like.new_empty(B, T, H, D).transpose(1, 2)
+        return like.new_empty_strided((B, H, T, D), (T * H * D, D, H * D, 1))
     return like.new_empty(B, H, T, D)
 
 
 def ordered_as(t: Tensor, like: Tensor) -> Tensor:
-    """``t`` with the strides that :func:`empty_heads` gives a tensor like ``like``."""
-    if rows_first(like):
-        return t.transpose(1, 2).contiguous().transpose(1, 2)
-    return t.contiguous()
+    """``t`` [B, H, T, D] as :func:`empty_heads` would have made it.
+
+    Transforms and tensor subclasses keep what they have: there the order is nobody's promise.
+    """
+    if type(t) is not Tensor or _are_functorch_transforms_active():
+        return t
+    if t.is_contiguous() and not rows_first(like) and not t._is_view():
+        return t
+    return empty_heads(like, t.shape[3]).copy_(t)

@@ -50,13 +50,15 @@ def table_rows(table: Tensor, positions: Tensor | None, T: int) -> Tensor:
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """x [..., T, D] turned by tables that broadcast against [..., T, R/2]; 16 bits as fp32."""
-    half, D = cos.shape[-1], x.shape[-1]
+    half = cos.shape[-1]
+    rest = x.shape[-1] - 2 * half
     if cos.dtype.itemsize == 2:
         cos, sin = cos.float(), sin.float()
-    rest = (x[..., 2 * half :],) if 2 * half < D else ()
+    # Splits, whose gradient is one concatenation; that of a slice fills and adds a whole tensor.
     if interleaved:
-        a, b = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+        turning, *others = x.split((2 * half, rest), dim=-1) if rest else (x,)
+        a, b = turning.unflatten(-1, (half, 2)).unbind(-1)
         turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-        return (torch.cat((turned, *rest), dim=-1) if rest else turned).to(x.dtype)
-    a, b = x[..., :half], x[..., half : 2 * half]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, *rest), dim=-1).to(x.dtype)
+        return (torch.cat((turned, *others), dim=-1) if rest else turned).to(x.dtype)
+    a, b, *others = x.split((half, half, rest), dim=-1) if rest else x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, *others), dim=-1).to(x.dtype)

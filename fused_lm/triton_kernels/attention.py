@@ -1,9 +1,9 @@
 """Softmax attention on Triton, the host side: strides, tiles and launches of the kernels beside it.
 
 Same functions and arguments as ``fused_lm.reference.attention``. Arguments are trusted: ``ops``
-has checked shapes, dtypes and devices. Inputs are read through their strides; copied are only
-``dout`` when its last dim is not contiguous, and ``q`` in the forward when ``scale`` is not
-positive.
+has checked shapes, dtypes and devices. Inputs are read through their strides, results take their
+inputs' memory order (``fused_lm.reference.layout``); copied are only ``dout`` when its last dim is
+not contiguous, and ``q`` in the forward when ``scale`` is not positive.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_lm.reference.layout import empty_heads
 from fused_lm.reference.philox import dropout_scale, dropout_threshold
 from fused_lm.triton_kernels.attention_bwd import (
     attention_bwd_delta,
@@ -49,7 +50,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """q [B, H, T, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv] -> out [B, H, T, Dv], lse [B, H, T]."""
     call = _Call(q, k, v.shape[-1], mask, key_mask, bias, rng, softcap, dropout_p)
-    out = q.new_empty(call.B, call.H, call.T, call.DV)
+    out = empty_heads(q, call.DV)
     lse = q.new_empty(call.B, call.H, call.T, dtype=torch.float32)
     if call.S == 0:
         return out.zero_(), lse.fill_(float("-inf"))
@@ -62,7 +63,8 @@ def attention_forward(
         tile = call.tile("forward")
         n_tiles = triton.cdiv(call.T, tile.BLOCK_T)
         attention_fwd[(n_tiles * call.H * call.B,)](
-            q, _strides(q), k, _strides(k), v, _strides(v), call.masks, call.dropout, out, lse,
+            q, _strides(q), k, _strides(k), v, _strides(v), call.masks, call.dropout,
+            out, _strides(out), lse,
             call.H, call.group, call.T, call.S, n_tiles, *call.band(lower, upper), scale, softcap,
             **call.head_dims(), **call.score_options(), **tile.launch_options(),
         )  # fmt: skip
@@ -88,9 +90,9 @@ def attention_backward(
     dropout_p: float,
     needs_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv, dbias), contiguous, in their tensors' dtypes; dbias may be (0,)."""
+    """Gradients (dq, dk, dv, dbias) with dtype and order of their tensors; dbias may be (0,)."""
     call = _Call(q, k, v.shape[-1], mask, key_mask, bias, rng, softcap, dropout_p)
-    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    dq, dk, dv = (empty_heads(t, t.shape[3]) for t in (q, k, v))
     dbias = bias.new_empty(bias.shape) if needs_dbias and bias is not None else q.new_empty(0)
     if call.B * call.H * call.T * call.S == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), dbias.zero_()
@@ -170,7 +172,8 @@ def _launch_dkdv(
     tile = call.tile("dkdv")
     n_tiles = triton.cdiv(call.S, tile.BLOCK_S)
     attention_bwd_dkdv[(n_tiles * (call.H // call.group) * call.B,)](
-        *inputs, dk, dv, call.H, call.group, call.T, call.S, n_tiles, *band, scale, softcap,
+        *inputs, dk, _strides(dk), dv, _strides(dv),
+        call.H, call.group, call.T, call.S, n_tiles, *band, scale, softcap,
         **call.head_dims(), **call.score_options(), **tile.launch_options(),
     )  # fmt: skip
 
@@ -181,7 +184,8 @@ def _launch_dq(
     tile = call.tile("dq")
     n_tiles = triton.cdiv(call.T, tile.BLOCK_T)
     attention_bwd_dq[(n_tiles * call.H * call.B,)](
-        *inputs, dq, call.H, call.group, call.T, call.S, n_tiles, *band, scale, softcap,
+        *inputs, dq, _strides(dq), call.H, call.group, call.T, call.S, n_tiles, *band,
+        scale, softcap,
         **call.head_dims(), **call.score_options(), **tile.launch_options(),
     )  # fmt: skip
 

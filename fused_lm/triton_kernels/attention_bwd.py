@@ -103,11 +103,11 @@ def accumulate_dkdv(
 @triton.jit(do_not_specialize=["T", "S", "lower", "upper", "n_tiles"])
 def attention_bwd_dkdv(
     q, q_strides, k, k_strides, v, v_strides, dout, dout_strides, lse, delta, masks, dropout,
-    dk, dv, H, group, T, S, n_tiles, lower, upper, scale, softcap,
+    dk, dk_strides, dv, dv_strides, H, group, T, S, n_tiles, lower, upper, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk [B, H/group, S, D] and dv [B, H/group, S, DV], contiguous."""
+    """dk [B, H/group, S, D] and dv [B, H/group, S, DV]."""
     tile, kv_head, batch = program_tile(n_tiles, H // group, False)
     s_start = tile * BLOCK_S
     q += batch * q_strides.batch
@@ -141,9 +141,10 @@ def attention_bwd_dkdv(
         T, S, lower, upper, scale, softcap,
         D, DV, D_PADDED, DV_PADDED, BLOCK_T, BLOCK_S, SOFTCAP, PRECISION, True,
     )  # fmt: skip
-    offset = (batch * (H // group) + kv_head) * S
-    store_rows(dk + offset * D, dk_acc * scale, s_start, S, D, D_PADDED, BLOCK_S)
-    store_rows(dv + offset * DV, dv_acc, s_start, S, DV, DV_PADDED, BLOCK_S)
+    dk += batch * dk_strides.batch + kv_head * dk_strides.head
+    dv += batch * dv_strides.batch + kv_head * dv_strides.head
+    store_rows(dk, dk_acc * scale, s_start, dk_strides, S, D, D_PADDED, BLOCK_S)
+    store_rows(dv, dv_acc, s_start, dv_strides, S, DV, DV_PADDED, BLOCK_S)
 
 
 @triton.jit
@@ -182,11 +183,11 @@ def accumulate_dq(
 @triton.jit(do_not_specialize=["T", "S", "lower", "upper", "n_tiles"])
 def attention_bwd_dq(
     q, q_strides, k, k_strides, v, v_strides, dout, dout_strides, lse, delta, masks, dropout,
-    dq, H, group, T, S, n_tiles, lower, upper, scale, softcap,
+    dq, dq_strides, H, group, T, S, n_tiles, lower, upper, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq [B, H, T, D], contiguous."""
+    """dq [B, H, T, D]."""
     tile, head, batch = program_tile(n_tiles, H, upper is not None)
     t_start = tile * BLOCK_T
     kv_head = head // group
@@ -220,4 +221,5 @@ def attention_bwd_dq(
         T, S, lower, upper, scale, softcap,
         D, DV, D_PADDED, DV_PADDED, BLOCK_T, BLOCK_S, SOFTCAP, PRECISION, True,
     )  # fmt: skip
-    store_rows(dq + offset * D, acc * scale, t_start, T, D, D_PADDED, BLOCK_T)
+    dq += batch * dq_strides.batch + head * dq_strides.head
+    store_rows(dq, acc * scale, t_start, dq_strides, T, D, D_PADDED, BLOCK_T)

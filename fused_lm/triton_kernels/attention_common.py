@@ -137,12 +137,14 @@ def load_rows(
 
 @triton.jit
 def store_rows(
-    base, tile, start, length, D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK: tl.constexpr
+    base, tile, start, strides, length, D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The inverse of :func:`load_rows` for a contiguous matrix, rounding to its dtype."""
+    """The inverse of :func:`load_rows`, rounding to the dtype of the matrix."""
     rows = start + tl.arange(0, BLOCK)
     cols = tl.arange(0, D_PADDED)
-    pointers = base + rows.to(tl.int64)[:, None] * D + cols[None, :]
+    pointers = base + rows.to(tl.int64)[:, None] * strides.row + cols[None, :]
+    if strides.aligned:
+        pointers = tl.multiple_of(pointers, [1, 16])
     inside = (rows < length)[:, None] & (cols < D)[None, :]
     tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)
 

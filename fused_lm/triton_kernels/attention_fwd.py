@@ -80,14 +80,14 @@ def attend_to_tiles(
 
 @triton.jit(do_not_specialize=["T", "S", "lower", "upper", "n_tiles"])
 def attention_fwd(
-    q, q_strides, k, k_strides, v, v_strides, masks, dropout, out, lse,
+    q, q_strides, k, k_strides, v, v_strides, masks, dropout, out, out_strides, lse,
     H, group, T, S, n_tiles, lower, upper, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, D_PADDED: tl.constexpr, DV_PADDED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q [B, H, T, D], k [B, H/group, S, D], v [B, H/group, S, DV] -> out [B, H, T, DV], lse.
 
-    out and lse [B, H, T] are contiguous; scale > 0 (the maximum is taken before scaling).
+    lse [B, H, T] is contiguous; scale > 0 (the maximum is taken before scaling).
     """
     tile, head, batch = program_tile(n_tiles, H, upper is not None)
     t_start = tile * BLOCK_T
@@ -95,7 +95,7 @@ def attention_fwd(
     q += batch * q_strides.batch + head * q_strides.head
     k += batch * k_strides.batch + kv_head * k_strides.head
     v += batch * v_strides.batch + kv_head * v_strides.head
-    out += (batch * H + head) * T * DV
+    out += batch * out_strides.batch + head * out_strides.head
     lse += (batch * H + head) * T
 
     q_tile = load_rows(q, t_start, q_strides, T, D, D_PADDED, BLOCK_T, True)
@@ -121,7 +121,8 @@ def attention_fwd(
 
     empty = row_sum == 0.0
     row_sum = tl.where(empty, 1.0, row_sum)
-    store_rows(out, acc * (1.0 / row_sum)[:, None], t_start, T, DV, DV_PADDED, BLOCK_T)
+    out_tile = acc * (1.0 / row_sum)[:, None]
+    store_rows(out, out_tile, t_start, out_strides, T, DV, DV_PADDED, BLOCK_T)
     rows = t_start + tl.arange(0, BLOCK_T)
     row_lse = row_max * score_unit(masks, scale, SOFTCAP) + tl.log(row_sum)
     tl.store(lse + rows, tl.where(empty, float("-inf"), row_lse), mask=rows < T)
