@@ -12,12 +12,14 @@ from fused_lm.ops.ffn import ffn
 from fused_lm.ops.layernorm import layer_norm, rms_norm
 from fused_lm.ops.linear_act import linear_act
 from fused_lm.ops.linear_cross_entropy import linear_cross_entropy
+from fused_lm.ops.norm_input import NormInput
 from fused_lm.ops.registration import make_rng
 from fused_lm.ops.rotary import rotary, rotary_qk
 from fused_lm.ops.sdpa import scaled_dot_product_attention
 from fused_lm.version import __version__
 
 __all__ = [
+    "NormInput",
     "__version__",
     "attention",
     "attention_decode",

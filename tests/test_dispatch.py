@@ -34,7 +34,8 @@ def test_auto_on_a_cpu_is_pytorch() -> None:
 def test_auto_falls_back_to_the_reference() -> None:
     assert _chosen("attention", q, q, q, softcap=1.0) == "reference"
     assert _chosen("attention", q, q, q, return_lse=True) == "reference"
-    assert _chosen("layer_norm", q, out_dtype=torch.bfloat16) == "reference"
+    assert _chosen("layer_norm", q.bfloat16(), out_dtype=torch.float32) == "reference"
+    assert _chosen("layer_norm", q, out_dtype=torch.bfloat16) == "pytorch"
     assert (
         _chosen("rms_norm", q, residual=q.bfloat16(), residual_dtype=torch.bfloat16) == "reference"
     )

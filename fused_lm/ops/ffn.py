@@ -11,6 +11,7 @@ from fused_lm import dispatch
 from fused_lm.ops import registration
 from fused_lm.ops.linear_act import by_rows, cast_for_autocast
 from fused_lm.ops.linear_checks import FFNCall, checked_ffn
+from fused_lm.ops.norm_input import NormInput, keep, restore
 from fused_lm.pytorch import linear_act as pytorch_linear
 from fused_lm.reference import ffn as reference
 from fused_lm.reference.linear_act import hidden_width, keeps_pre
@@ -28,6 +29,7 @@ def ffn(
     recompute: bool = False,
     up_weight_grad: Tensor | None = None,
     down_weight_grad: Tensor | None = None,
+    x_norm: NormInput | None = None,
 ) -> Tensor:
     """The feed-forward network of a transformer block: ``act(x W1^T + b1) W2^T + b2``.
 
@@ -42,13 +44,13 @@ def ffn(
         transposed: Weights are [C, F] and [F, C2], as GPT-2's Conv1D keeps them.
         recompute: Drop the activation and make it again from the pre-activation in the epilogue of
             a backward product: F elements a row less, one store more, the same numbers.
-        up_weight_grad, down_weight_grad: Both or none; as ``weight_grad`` of
-            :func:`fused_lm.linear_act`.
+        up_weight_grad, down_weight_grad, x_norm: As ``weight_grad`` and ``x_norm`` of
+            :func:`fused_lm.linear_act`; both gradients or none.
     Returns:
         [..., C2], dtype of x (autocast's, under autocast).
     Accuracy: |err| <= 2 x the error of the same-dtype torch reference; sums are fp32.
-    Memory: saves x, the pre-activation and, without ``recompute``, the activation; relu saves the
-        activation alone.
+    Memory: saves x (with ``x_norm`` nothing new), the pre-activation and, without ``recompute``,
+        the activation; relu saves the activation alone.
     Backends: triton, pytorch, reference.
     Raises: ValueError on shape or value, TypeError on dtype or device mix, RuntimeError if a forced
         backend refuses.
@@ -63,7 +65,7 @@ def ffn(
         return pytorch_linear.ffn(
             x, up_weight, up_bias, down_weight, down_bias, activation, transposed
         )
-    return _run(_arguments(call), backend)[0]
+    return _run(_arguments(call), backend, x_norm)[0]
 
 
 def _arguments(call: FFNCall) -> tuple[Any, ...]:
@@ -77,18 +79,19 @@ def _arguments(call: FFNCall) -> tuple[Any, ...]:
 def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, ...]:
-    *tensors, activation, transposed, _, _, backend = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
+    x, *tensors, activation, transposed, _, _, backend = inputs
+    ctx.save_for_backward(*tensors, *output[1:], *keep(ctx, x))
     ctx.options = (activation, transposed, backend)
     return output[:1]
 
 
 def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     """Gradients of the 12 inputs: x, both weights and both biases have one."""
-    x, *parameters, up_grad, down_grad, pre, hidden = ctx.saved_tensors
+    *parameters, up_grad, down_grad, pre, hidden, x, weight, bias = ctx.saved_tensors
     if dy is None:
         return (None,) * 12
     activation, transposed, backend = ctx.options
+    x = restore(ctx.kept, x, weight, bias, backend)
     needs = [any(ctx.needs_input_grad[i : i + 1]) for i in range(5)]
     needs_dx, needs_up, needs_up_bias, needs_down, needs_down_bias = needs
     rows = (dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))

@@ -108,7 +108,8 @@ def _pytorch_refuses(call: NormCall) -> str | None:
         return None
     if call.residual is not None:
         stream = torch.promote_types(stream, call.residual.dtype)
-    if call.out_dtype != stream and call.out_dtype != _default_out_dtype(call.x):
+    narrows = torch.promote_types(call.out_dtype, stream) == stream
+    if not narrows and call.out_dtype != _default_out_dtype(call.x):
         return f"PyTorch's norm returns the dtype of its input, {stream}, not {call.out_dtype}"
     if call.residual_dtype != stream:
         return f"PyTorch's add returns {stream}, not {call.residual_dtype}"

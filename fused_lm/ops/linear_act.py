@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_lm import dispatch
 from fused_lm.ops import registration
 from fused_lm.ops.linear_checks import LinearActCall, checked_linear_act
+from fused_lm.ops.norm_input import NormInput, keep, restore
 from fused_lm.pytorch import linear_act as pytorch_linear
 from fused_lm.reference import linear_act as reference
 from fused_lm.reference.linear_act import keeps_pre
@@ -24,6 +25,7 @@ def linear_act(
     activation: str = "gelu",
     transposed: bool = False,
     weight_grad: Tensor | None = None,
+    x_norm: NormInput | None = None,
 ) -> Tensor:
     """A linear layer and its activation in one kernel: ``act(x W^T + b)``.
 
@@ -38,10 +40,12 @@ def linear_act(
         weight_grad: Shape of the weight, any float dtype. The backward adds the weight's gradient
             into it, in fp32 and rounded once, and autograd gets none: for gradient accumulation,
             an fp32 ``weight_grad`` loses nothing to a 16-bit sum. No second derivatives.
+        x_norm: The norm that made x (:class:`fused_lm.NormInput`), to run it again in the backward
+            instead of keeping x. Ignored by PyTorch's backend and by compilers.
     Returns:
         [..., F], dtype of x (autocast's, under autocast).
     Accuracy: |err| <= 2 x the error of the same-dtype torch reference; sums are fp32.
-    Memory: saves x and the pre-activation (for relu the output instead).
+    Memory: saves x (with ``x_norm`` nothing new) and the pre-activation (for relu the output).
     Backends: triton, pytorch, reference.
     Raises: ValueError on shape or value, TypeError on dtype or device mix, RuntimeError if a forced
         backend refuses.
@@ -51,7 +55,7 @@ def linear_act(
     backend = dispatch.choose("linear_act", call)
     if backend == "pytorch":
         return pytorch_linear.linear_act(x, weight, bias, activation, transposed)
-    return _run(_arguments(call), backend)[0]
+    return _run(_arguments(call), backend, x_norm)[0]
 
 
 def _arguments(call: LinearActCall) -> tuple[Any, ...]:
@@ -81,17 +85,19 @@ def _setup_context(
 ) -> tuple[Tensor, ...]:
     x, weight, bias, weight_grad, activation, transposed, _, backend = inputs
     y, pre = output
-    ctx.save_for_backward(x, weight, bias, weight_grad, y if activation == "relu" else pre)
+    pre = y if activation == "relu" else pre
+    ctx.save_for_backward(weight, bias, weight_grad, pre, *keep(ctx, x))
     ctx.options = (activation, transposed, backend)
     return (y,)
 
 
 def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     """Gradients of the 8 inputs: x, weight and bias have one."""
-    x, weight, bias, weight_grad, pre = ctx.saved_tensors
+    weight, bias, weight_grad, pre, *kept = ctx.saved_tensors
     if dy is None:
         return (None,) * 8
     activation, transposed, backend = ctx.options
+    x = restore(ctx.kept, *kept, backend)
     needs_dx, needs_dweight, needs_dbias = (any(ctx.needs_input_grad[i : i + 1]) for i in range(3))
     pre = pre.reshape(-1, pre.shape[-1]) if activation == "relu" else pre
     rows = (dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))

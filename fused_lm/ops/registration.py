@@ -104,9 +104,10 @@ def route(
     setup_context: Callable[..., tuple[Tensor, ...]],
     backward: Callable[..., Any],
     adapt: Callable[..., Any] | None = None,
-) -> Callable[[tuple[Any, ...], str], Any]:
-    """``run(arguments, backend)`` of an op whose first ``tensors`` arguments are its tensors.
+) -> Callable[..., Any]:
+    """``run(arguments, backend, extra)`` of an op whose first ``tensors`` arguments are tensors.
 
+    ``extra`` is no argument of the op: an eager ``setup_context`` finds it as ``ctx.extra``.
     ``backward`` and ``setup_context`` are those of :func:`register_autograd`;
     ``adapt(function, *arguments)`` calls any of the ways with arguments in the op's own shapes.
     """
@@ -117,7 +118,7 @@ def route(
     plain, unrecorded, compiled = ways
     recorded = _eager_function(op, unrecorded, setup_context, backward)
 
-    def run(arguments: tuple[Any, ...], backend: str) -> Any:
+    def run(arguments: tuple[Any, ...], backend: str, extra: Any = None) -> Any:
         inputs = arguments[:tensors]
         if is_compiling():
             way = compiled if needs_gradient(inputs) else unrecorded
@@ -133,7 +134,7 @@ def route(
                     last = i
         if last == 0 or not torch.is_grad_enabled():
             return unrecorded(*arguments, backend)
-        return recorded(*arguments[:last], (*arguments[last:], backend))
+        return recorded(*arguments[:last], (*arguments[last:], backend), extra)
 
     return run
 
@@ -152,14 +153,17 @@ def _eager_function(
     """
 
     def forward_of(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        arguments = inputs[:-1] + inputs[-1]
+        arguments = inputs[:-2] + inputs[-2]
+        ctx.extra = inputs[-1]
         outputs = forward(*arguments)
         ctx.set_materialize_grads(False)
-        return setup_context(ctx, arguments, outputs)
+        outputs = setup_context(ctx, arguments, outputs)
+        ctx.extra = None  # what of it is needed has been saved
+        return outputs
 
     def backward_of(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        inputs = len(ctx.needs_input_grad) - 1
-        return (*backward(ctx, *gradients)[:inputs], None)
+        inputs = len(ctx.needs_input_grad) - 2
+        return (*backward(ctx, *gradients)[:inputs], None, None)
 
     members = {"forward": staticmethod(forward_of), "backward": staticmethod(backward_of)}
     name = "Fused" + "".join(word.capitalize() for word in op.removesuffix("_fwd").split("_"))
