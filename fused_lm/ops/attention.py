@@ -63,7 +63,8 @@ def attention(
     Returns:
         [B, H, T, Dv], dtype of q and, from the kernels, its memory order: heads of a packed
         projection give rows that lie as [B, T, H, Dv]. With ``return_lse``: also lse [B, H, T]
-        fp32 (fp64 for fp64), natural log. Rows without a visible key are 0 with lse = -inf and zero gradients, never NaN.
+        fp32 (fp64 for fp64), natural log. Rows without a visible key are 0 with lse = -inf and
+        zero gradients, never NaN.
     Accuracy: |err| <= 2 x the error of the same-dtype torch reference (fused_lm/tolerance.py).
     Memory: 4*B*H*T bytes beyond the output in the kernels; the reference stores the T x S matrix.
     Backends: triton (Ampere and later), pytorch, reference.
