@@ -180,7 +180,7 @@ def run_and_kill(out: Path, steps: int, after_s: float | None) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("kills", "steps"), [(2, 60), pytest.param(20, 400, marks=pytest.mark.slow)]
+    ("kills", "steps"), [(2, 200), pytest.param(20, 2000, marks=pytest.mark.slow)]
 )
 def test_killed_at_random_moments(tmp_path: Path, kills: int, steps: int) -> None:
     moments = random.Random(kills)
@@ -188,14 +188,12 @@ def test_killed_at_random_moments(tmp_path: Path, kills: int, steps: int) -> Non
     train(killed_config(whole, steps), MODEL, TEXT)
     saved = []
     for _ in range(kills):
-        ended = run_and_kill(cut, steps, moments.uniform(0.0, 0.15))
+        assert not run_and_kill(cut, steps, moments.uniform(0.0, 0.15)), "it ended unkilled"
         model, checkpoint = load_model(cut)
         assert all(torch.isfinite(p).all() for p in model.parameters())
         saved.append(checkpoint.step)
-        if ended:
-            break
     assert saved == sorted(saved) and saved[0] > 0
-    assert run_and_kill(cut, steps, None) or read_checkpoint(cut).step == steps
+    assert run_and_kill(cut, steps, None)
     assert losses(cut) == losses(whole)
     expected, got = read_checkpoint(whole).weights, read_checkpoint(cut).weights
     assert all(torch.equal(expected[name], got[name]) for name in expected)

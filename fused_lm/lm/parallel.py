@@ -14,6 +14,7 @@ hangs, the exchange fails after :data:`TIMEOUT`.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ class Team:
         device = next(root.parameters()).device
         if self.kind == "ddp":
             ids = [device] if device.type == "cuda" else None
-            return nn.parallel.DistributedDataParallel(root, ids, broadcast_buffers=False)
+            return nn.parallel.DistributedDataParallel(root, ids)
         if self.kind == "fsdp":
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
@@ -170,7 +171,9 @@ def join(kind: str, device: torch.device) -> Iterator[Team]:
     except RuntimeError as error:
         if not _is_lost_peer(error):
             raise
-        reason = str(error).strip().split("\n")[0]
+        # "[file:line] reason. Advice of the library."
+        first_line = str(error).strip().partition("\n")[0]
+        reason = re.sub(r"^\[[^]]*\] ", "", first_line).partition(". ")[0]
         raise TrainError(
             f"another process of the run has ended or hangs ({reason}); "
             "go on from its last checkpoint with --resume."
