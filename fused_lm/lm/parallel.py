@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fused_lm.lm.checkpoint import CheckpointError
+from fused_lm.lm.data import DataError
 from fused_lm.lm.settings import TrainError
 
 KINDS = ("auto", "none", "ddp", "fsdp")
@@ -165,7 +167,7 @@ def join(kind: str, device: torch.device) -> Iterator[Team]:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=TIMEOUT)
         yield Team(kind, dist.get_rank(), dist.get_world_size())
-    except (TrainError, PeerError):
+    except (TrainError, PeerError, DataError, CheckpointError):
         _leave(ours)
         raise
     except RuntimeError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,7 +26,7 @@ class Report:
         resumed_step: None for a new run; otherwise what was logged of later steps is dropped.
         tensorboard: Whether to write event files below ``folder``/tensorboard.
     Raises:
-        TrainError: If the log can't be written. ImportError: without TensorBoard.
+        TrainError: If log or events can't be written. ImportError: without TensorBoard.
     """
 
     def __init__(
@@ -34,8 +35,6 @@ class Report:
         self.folder, self.emit = folder, emit
         self.path = folder / LOG_NAME
         self._writer: Any = None
-        if tensorboard:
-            self._writer = _make_writer(folder / TENSORBOARD_FOLDER, resumed_step)
         try:
             self._log = RunLog(self.path, resumed_step)
         except OSError as error:
@@ -43,6 +42,17 @@ class Report:
                 f"{self.path} can't be written ({error.strerror or error}); "
                 "expected a writable folder."
             ) from error
+        if tensorboard:
+            # Scalars of these steps and later ones, by the run before this one, are hidden.
+            purged = (resumed_step or 0) + 1
+            name = str(folder / TENSORBOARD_FOLDER)
+            try:
+                self._writer = import_tensorboard()(name, purge_step=purged)
+            except OSError as error:
+                raise TrainError(
+                    f"{name} can't be written ({error.strerror or error}); "
+                    "expected a writable folder."
+                ) from error
 
     def write(self, entry: dict[str, Any], **more: Any) -> None:
         """Logs an entry and emits it, with ``more``, as the event of its kind.
@@ -55,10 +65,18 @@ class Report:
         if self._log.problem and not before:
             self.warn(f"{self._log.problem}; the run goes on.")
         if self._writer is not None and entry["kind"] != "begin":
+            self._show(entry)
+        self.emit({"event": entry["kind"], **more, **entry})
+
+    def _show(self, entry: dict[str, Any]) -> None:
+        """To TensorBoard; when that can't be written, the run goes on without it."""
+        try:
             for name, value in entry.items():
                 if name not in _NOT_DRAWN and isinstance(value, int | float):
                     self._writer.add_scalar(f"{entry['kind']}/{name}", value, entry["step"])
-        self.emit({"event": entry["kind"], **more, **entry})
+        except OSError as error:
+            self.warn(f"TensorBoard gets no more ({error.strerror or error}); the run goes on.")
+            self._writer = None
 
     def warn(self, message: str) -> None:
         """Emits a warning."""
@@ -90,16 +108,21 @@ class Report:
     ) -> None:
         self._log.__exit__(kind, error, trace)
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):
+                self._writer.close()
 
 
-def _make_writer(folder: Path, resumed_step: int | None) -> Any:
+def import_tensorboard() -> Any:
+    """The class that writes event files; its import takes seconds.
+
+    Raises:
+        ModuleNotFoundError: Without TensorBoard.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ModuleNotFoundError(str(error), name="tensorboard") from error
-    # Scalars of these steps and later ones, by the run before this one, are no longer shown.
-    return SummaryWriter(str(folder), purge_step=(resumed_step or 0) + 1)
+    return SummaryWriter
 
 
 def _plain(value: Any) -> Any:

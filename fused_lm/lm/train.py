@@ -22,6 +22,7 @@ from fused_lm.lm.data import Text, bigram_entropy, unigram_entropy
 from fused_lm.lm.gpt import GPTConfig
 from fused_lm.lm.parallel import Team, join
 from fused_lm.lm.plan import Plan, check_shares, plan_new, plan_resumed
+from fused_lm.lm.report import import_tensorboard
 from fused_lm.lm.settings import Emit, TrainConfig, TrainError, open_folder, pick_device
 from fused_lm.lm.tokenizer import BYTES, AnyTokenizer, BPETokenizer, ByteTokenizer
 from fused_lm.lm.trainer import Trainer
@@ -154,6 +155,8 @@ def _prepare(
     team: Team,
 ) -> _Prepared:
     """All that comes before the first step and is done once: folder, tokens, plan."""
+    if config.tensorboard:
+        import_tensorboard()  # seconds, so before a timed run is measured
     found = open_folder(config)
     levels = unigram_entropy(text.data), bigram_entropy(text.data)
     emit({"event": "text", "text": text, "unigram_bits": levels[0], "bigram_bits": levels[1]})
