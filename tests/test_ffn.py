@@ -271,7 +271,7 @@ def test_compiled_equals_eager(backend: str, device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        ({"activation": "none"}, ValueError, "activation must be one of relu"),
+        ({"activation": "none"}, ValueError, "activation must be one of gelu"),
         ({"down_weight": torch.randn(4, 7)}, ValueError, r"down_weight must be .* with in = 6"),
         ({"down_bias": torch.randn(7)}, ValueError, r"down_bias must be \[out\]"),
         ({"up_weight_grad": torch.zeros(6, 8)}, ValueError, "both, or none"),

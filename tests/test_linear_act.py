@@ -274,7 +274,7 @@ def test_autocast(backend: str, device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        ({"activation": "tanh"}, ValueError, "activation must be one of relu"),
+        ({"activation": "tanh"}, ValueError, "activation must be one of gelu"),
         ({"weight": torch.randn(6, 9)}, ValueError, r"weight must be \[out, in\] with in = 8"),
         ({"transposed": True}, ValueError, r"weight must be \[in, out\] with in = 8"),
         ({"bias": torch.randn(5)}, ValueError, r"bias must be \[out\]"),

@@ -33,9 +33,10 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
 
 def plain_ffn(params: dict[str, Tensor], x: Tensor, activation: str) -> Tensor:
     hidden = F.linear(x, params["ffn.up.weight"], params.get("ffn.up.bias"))
-    if activation in ("swiglu", "geglu"):
+    gates = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
+    if activation in gates:
         gate, value = hidden.chunk(2, dim=-1)
-        hidden = PLAIN["silu" if activation == "swiglu" else "gelu"](gate) * value
+        hidden = PLAIN[gates[activation]](gate) * value
     else:
         hidden = PLAIN[activation](hidden)
     return F.linear(hidden, params["ffn.down.weight"], params.get("ffn.down.bias"))

@@ -20,10 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_lm.lm.cache import KVCache
-from fused_lm.nn.feedforward import ACTIVATIONS
+from fused_lm.nn.feedforward import ACTIVATIONS, is_plain_linear
 from fused_lm.nn.norm import LayerNorm, RMSNorm
 from fused_lm.nn.positions import rotary_tables, sinusoidal_table
-from fused_lm.nn.transformer import NORMS, GPTBlock, make_norm
+from fused_lm.nn.transformer import NORMS, GPTBlock, fused_add_norm, make_norm
+from fused_lm.ops.cross_entropy import cross_entropy
+from fused_lm.ops.linear_cross_entropy import linear_cross_entropy
+from fused_lm.ops.registration import autocast_dtype
 
 POSITIONS = ("learned", "sinusoidal", "rotary")
 INIT_STD = 0.02
@@ -201,16 +204,25 @@ class GPT(nn.Module):
             ValueError: Not [B, T], longer than the context (cached tokens included), out of range.
             TypeError: Not integers.
         """
+        x = self.features(tokens, cache=cache)
+        return F.linear(x, self.tokens.weight) if self.head is None else self.head(x)
+
+    def features(self, tokens: Tensor, *, cache: KVCache | None = None) -> Tensor:
+        """What the head reads, [B, T, C]; arguments and errors as :meth:`forward`."""
         start = 0 if cache is None else cache.length
         _check_tokens(tokens, start, self.config.context)
         x, rotary = self._embed(tokens, start)
         if self.config.dropout and self.training:
             x = F.dropout(x, self.config.dropout)
+        branch: Any = None
         for layer_idx, block in enumerate(self.blocks):
-            x = block(x, rotary=rotary, cache=None if cache is None else cache.layers[layer_idx])
-        if self.norm is not None:
-            x = self.norm(x)
-        return F.linear(x, self.tokens.weight) if self.head is None else self.head(x)
+            layer = None if cache is None else cache.layers[layer_idx]
+            x, branch = block(x, branch=branch, return_branch=True, rotary=rotary, cache=layer)
+        if self.norm is None:
+            return x
+        dropout_p = self.config.dropout if self.training else 0.0
+        narrow = autocast_dtype(x.device)  # what the head would cast to
+        return fused_add_norm(self.norm, branch, x, dropout_p, out_dtype=narrow)[0]
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of ``targets``, the tokens that follow ``tokens``.
@@ -229,9 +241,11 @@ class GPT(nn.Module):
             )
         if targets.dtype not in INTEGER_DTYPES:
             raise TypeError(f"targets must be integers, got {targets.dtype}")
-        logits = self(tokens)
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(wide.flatten(0, 1), targets.flatten().long())
+        x = self.features(tokens)
+        if self.head is not None and not is_plain_linear(self.head):
+            return cross_entropy(self.head(x), targets)
+        weight = self.tokens.weight if self.head is None else self.head.weight
+        return linear_cross_entropy(x, weight, targets)
 
     def new_cache(self) -> KVCache:
         """An empty cache for :meth:`forward`."""

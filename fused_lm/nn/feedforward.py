@@ -3,51 +3,25 @@
 plain:  ``down(act(up(x)))``                      up [F, C], down [C, F]
 gated:  ``down(act(gate) * value)``               up [2F, C], its first F rows make the gate
 
-Sources: Hendrycks, Gimpel 2016 (arXiv:1606.08415) for gelu; So et al. 2021 (arXiv:2109.08668) for
-relu_squared; Shazeer 2020 (arXiv:2002.05202) for the gated ones.
+Both are one operator, :func:`fused_lm.ffn`. Sources: see ``fused_lm.reference.activations``.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused_lm.ops.ffn import ffn
+from fused_lm.ops.norm_input import NormInput
+from fused_lm.reference.activations import ACTIVATIONS, GATES, activate
+
 GATED_WIDTH_MULTIPLE = 64
-
-
-class Activation(NamedTuple):
-    """``function`` is elementwise; ``gated`` multiplies its result by a second projection."""
-
-    function: Callable[[Tensor], Tensor]
-    gated: bool
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-def _relu_squared(x: Tensor) -> Tensor:
-    return F.relu(x).square()
-
-
-ACTIVATIONS: dict[str, Activation] = {
-    "gelu": Activation(F.gelu, gated=False),
-    "gelu_tanh": Activation(_gelu_tanh, gated=False),
-    "relu": Activation(F.relu, gated=False),
-    "relu_squared": Activation(_relu_squared, gated=False),
-    "silu": Activation(F.silu, gated=False),
-    "swiglu": Activation(F.silu, gated=True),
-    "geglu": Activation(F.gelu, gated=True),
-}
 
 
 def default_ffn_dim(embed_dim: int, activation: str) -> int:
     """F when none is given: 4C, or for a gated one 8C/3 (as many weights) rounded up to 64s."""
-    if not ACTIVATIONS[activation].gated:
+    if activation not in GATES:
         return 4 * embed_dim
     multiples = -(-8 * embed_dim // (3 * GATED_WIDTH_MULTIPLE))
     return multiples * GATED_WIDTH_MULTIPLE
@@ -63,9 +37,11 @@ class FeedForward(nn.Module):
     Args:
         embed_dim: C.
         ffn_dim: F. Default 4C, for ``swiglu`` and ``geglu`` 8C/3 rounded up to a multiple of 64.
-        activation: gelu | gelu_tanh | relu | relu_squared | silu | swiglu | geglu.
+        activation: gelu | gelu_tanh | relu | relu_squared | silu | swiglu | geglu | geglu_tanh.
         bias: Whether both linears have a bias.
         dropout: Probability of dropping an element of the output, in training.
+        recompute: Make the activation again in the backward instead of keeping it, which the
+            kernels do without a product more (see :func:`fused_lm.ffn`).
     Raises:
         ValueError: A size below 1, an unknown activation, a probability outside [0, 1].
     """
@@ -78,6 +54,7 @@ class FeedForward(nn.Module):
         activation: str = "gelu",
         bias: bool = True,
         dropout: float = 0.0,
+        recompute: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -96,22 +73,41 @@ class FeedForward(nn.Module):
         self.ffn_dim = default_ffn_dim(embed_dim, activation) if ffn_dim is None else ffn_dim
         self.activation = activation
         self.dropout = dropout
-        up_dim = 2 * self.ffn_dim if ACTIVATIONS[activation].gated else self.ffn_dim
+        self.recompute = recompute
+        up_dim = 2 * self.ffn_dim if activation in GATES else self.ffn_dim
         self.up = nn.Linear(embed_dim, up_dim, bias=bias, device=device, dtype=dtype)
         self.down = nn.Linear(self.ffn_dim, embed_dim, bias=bias, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., C] -> [..., C]."""
-        function, gated = ACTIVATIONS[self.activation]
-        hidden = self.up(x)
-        if gated:
-            gate, value = hidden.chunk(2, dim=-1)
-            hidden = function(gate) * value
+    def forward(self, x: Tensor, *, x_norm: NormInput | None = None) -> Tensor:
+        """x [..., C] -> [..., C]; ``x_norm`` as in :func:`fused_lm.ffn`."""
+        if is_plain_linear(self.up) and is_plain_linear(self.down):
+            out = ffn(
+                x,
+                self.up.weight,
+                self.down.weight,
+                up_bias=self.up.bias,
+                down_bias=self.down.bias,
+                activation=self.activation,
+                recompute=self.recompute,
+                x_norm=x_norm,
+            )
         else:
-            hidden = function(hidden)
-        out = self.down(hidden)
+            out = self.down(activate(self.up(x), self.activation))
         return F.dropout(out, self.dropout, self.training) if self.dropout else out
 
     def extra_repr(self) -> str:
         sizes = f"{self.embed_dim}, {self.ffn_dim}"
         return f"{sizes}, activation={self.activation}, dropout={self.dropout}"
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a fused operator may read the module's weight in its place: nobody replaced it (by an
+    adapter, a quantised one), and nobody listens to its calls.
+    """
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return type(module) is nn.Linear and not any(hooks)

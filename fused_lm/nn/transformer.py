@@ -4,9 +4,13 @@ pre-norm:   s = x + drop(attn(norm1(x)));  y = s + drop(ffn(norm2(s)))
 post-norm:  s = norm1(x + drop(attn(x)));  y = norm2(s + drop(ffn(s)))
 
 ``norm(x + drop(branch))`` is one operator (``layer_norm(branch, residual=x)``), which for pre-norm
-also returns the stream s. Three of these four adds are inside such a call. The fourth, the last
-add of a pre-norm block, stays a plain add: the norm that reads it belongs to the next block, and a
-block that handed on its branch unadded could not stand in for any other block.
+also returns the stream s. The last add of a pre-norm block belongs to the norm of the next one: a
+stack of blocks hands it on (``return_branch``), a block alone adds it plainly.
+
+What a pre-norm block keeps for its backward with the kernels, in units of C a token (GELU, 4C
+wide): the stream once per norm, q, k, v, the attention's output and the pre-activation of the
+feed-forward network: 2 * 1 + 3 + 1 + 4 = 10. Stock modules keep 17: both norms' outputs, the
+activation and two dropout masks too.
 """
 
 from __future__ import annotations
@@ -17,10 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_lm.nn.feedforward import FeedForward
+from fused_lm.nn.feedforward import FeedForward, is_plain_linear
 from fused_lm.nn.norm import LayerNorm, RMSNorm
 from fused_lm.ops.attention import attention
 from fused_lm.ops.layernorm import layer_norm, rms_norm
+from fused_lm.ops.linear_act import linear_act
+from fused_lm.ops.norm_input import NormInput
+from fused_lm.ops.registration import autocast_dtype
 from fused_lm.ops.rotary import rotary_qk
 
 if TYPE_CHECKING:
@@ -49,6 +56,8 @@ class GPTBlock(nn.Module):
         window: (left, right) or None: each token sees at most ``left`` tokens before itself. A
             causal block sees none after itself, whatever ``right``.
         softcap: Scores become ``softcap * tanh(score / softcap)``; 0 leaves them.
+        recompute: Keep neither the norms' outputs nor the activation for the backward, but make
+            them again, in elementwise passes; without effect where PyTorch's operators run.
     Raises:
         ValueError: Sizes that don't divide, unknown names, probabilities outside [0, 1].
     """
@@ -70,6 +79,7 @@ class GPTBlock(nn.Module):
         eps: float = 1e-5,
         window: tuple[int | None, int | None] | None = None,
         softcap: float = 0.0,
+        recompute: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -80,7 +90,7 @@ class GPTBlock(nn.Module):
         self.norm_first = norm_first
         self.dropout = dropout
         self.attention_dropout = dropout if attention_dropout is None else attention_dropout
-        self.window, self.softcap = window, softcap
+        self.window, self.softcap, self.recompute = window, softcap, recompute
         _check_choices(norm, self.dropout, self.attention_dropout, eps, window, softcap)
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         qkv_heads = num_heads + 2 * self.num_kv_heads
@@ -88,41 +98,71 @@ class GPTBlock(nn.Module):
         self.qkv = nn.Linear(embed_dim, qkv_heads * self.head_dim, bias=bias, **place)
         self.out_proj = nn.Linear(num_heads * self.head_dim, embed_dim, bias=bias, **place)
         self.norm2 = make_norm(norm, embed_dim, eps, bias, **place)
-        self.ffn = FeedForward(embed_dim, ffn_dim, activation=activation, bias=bias, **place)
+        self.ffn = FeedForward(
+            embed_dim, ffn_dim, activation=activation, bias=bias, recompute=recompute, **place
+        )
 
     def forward(
         self,
         x: Tensor,
         *,
+        branch: Tensor | None = None,
+        return_branch: bool = False,
         key_mask: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
         cache: LayerCache | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Runs the block.
 
         Args:
             x: [B, T, C].
+            branch: [B, T, C] that the block before this one has not added to its ``x``.
+            return_branch: Leave the last add to whoever comes next, with the dropout before it.
             key_mask: [B, S] bool, True = attend; S counts the cached tokens too. A token that sees
                 no key at all gets zeros from the attention.
             rotary: (cos, sin), each [T, D/2], of the positions of x (see ``nn.positions``).
             cache: Keys and values of the tokens before x, to which those of x are appended.
         Returns:
-            [B, T, C].
+            [B, T, C]; with ``return_branch`` (x, branch), where a post-norm block has no branch.
         """
         dropout_p = self.dropout if self.training else 0.0
-        if self.norm_first:
-            branch = self._attend(self.norm1(x), key_mask, rotary, cache)
-            hidden, stream = fused_add_norm(self.norm2, branch, x, dropout_p)
-            branch = self.ffn(hidden)
-            return stream + (F.dropout(branch, dropout_p) if dropout_p else branch)
-        branch = self._attend(x, key_mask, rotary, cache)
-        x, _ = fused_add_norm(self.norm1, branch, x, dropout_p)
-        x, _ = fused_add_norm(self.norm2, self.ffn(x), x, dropout_p)
-        return x
+        if not self.norm_first:
+            x = x if branch is None else x + _dropped(branch, dropout_p)
+            attended = self._attend(x, None, key_mask, rotary, cache)
+            x, stream = fused_add_norm(self.norm1, attended, x, dropout_p)
+            branch = self.ffn(x, x_norm=self._source(self.norm1, stream))
+            x, _ = fused_add_norm(self.norm2, branch, x, dropout_p)
+            return (x, None) if return_branch else x
+        hidden, stream = self._normed(self.norm1, branch, x, dropout_p)
+        source = self._source(self.norm1, stream)
+        attended = self._attend(hidden, source, key_mask, rotary, cache)
+        hidden, stream = self._normed(self.norm2, attended, stream, dropout_p)
+        branch = self.ffn(hidden, x_norm=self._source(self.norm2, stream))
+        return (stream, branch) if return_branch else stream + _dropped(branch, dropout_p)
+
+    def _normed(
+        self, norm: LayerNorm | RMSNorm, branch: Tensor | None, x: Tensor, dropout_p: float
+    ) -> tuple[Tensor, Tensor]:
+        """(norm(s), s) of s = x + drop(branch). Autocast narrows norm(s) for the linear that reads
+        it, so that nothing wider is written.
+        """
+        narrow = autocast_dtype(x.device)
+        if branch is None:
+            return _norm(norm, x, out_dtype=narrow), x
+        return fused_add_norm(norm, branch, x, dropout_p, out_dtype=narrow)
+
+    def _source(self, norm: LayerNorm | RMSNorm, stream: Tensor) -> NormInput | None:
+        """What the linear behind a norm needs to run it again."""
+        if not self.recompute:
+            return None
+        bias = None if isinstance(norm, RMSNorm) else norm.bias
+        rms = isinstance(norm, RMSNorm)
+        return NormInput(stream, norm.weight, bias, norm_eps(norm, stream), rms)
 
     def _attend(
         self,
         x: Tensor,
+        x_norm: NormInput | None,
         key_mask: Tensor | None,
         rotary: tuple[Tensor, Tensor] | None,
         cache: LayerCache | None,
@@ -131,7 +171,11 @@ class GPTBlock(nn.Module):
         B, T, _ = x.shape
         H, Hkv, D = self.num_heads, self.num_kv_heads, self.head_dim
         # Split before the transpose: the gradients are then concatenated as the linear wants them.
-        heads = self.qkv(x).view(B, T, H + 2 * Hkv, D).split((H, Hkv, Hkv), dim=2)
+        if is_plain_linear(self.qkv):
+            qkv = linear_act(x, self.qkv.weight, self.qkv.bias, activation="none", x_norm=x_norm)
+        else:
+            qkv = self.qkv(x)
+        heads = qkv.view(B, T, H + 2 * Hkv, D).split((H, Hkv, Hkv), dim=2)
         q, k, v = (part.transpose(1, 2) for part in heads)
         if rotary is not None:
             q, k = rotary_qk(q, k, *rotary)
@@ -173,26 +217,42 @@ def make_norm(
 
 
 def fused_add_norm(
-    norm: LayerNorm | RMSNorm, branch: Tensor, residual: Tensor, dropout_p: float
+    norm: LayerNorm | RMSNorm,
+    branch: Tensor,
+    residual: Tensor,
+    dropout_p: float,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``s = residual + dropout(branch)``; returns (norm(s), s), [..., C] each.
 
     Both have the dtype that torch's add gives them: under autocast the branch is 16-bit and the
-    stream fp32, and the next linear casts for itself.
+    stream fp32. ``out_dtype`` narrows norm(s).
     """
-    result: Any
-    options: dict[str, Any] = {
-        "eps": norm.eps,
-        "residual": residual,
-        "dropout_p": dropout_p,
-        "return_residual": True,
-        "out_dtype": torch.promote_types(branch.dtype, residual.dtype),
-    }
-    if isinstance(norm, RMSNorm):
-        result = rms_norm(branch, norm.weight, **options)
-    else:
-        result = layer_norm(branch, norm.weight, norm.bias, **options)
+    wide = torch.promote_types(branch.dtype, residual.dtype)
+    result: Any = _norm(
+        norm,
+        branch,
+        residual=residual,
+        dropout_p=dropout_p,
+        return_residual=True,
+        out_dtype=wide if out_dtype is None else out_dtype,
+    )
     return result
+
+
+def _norm(norm: LayerNorm | RMSNorm, x: Tensor, **options: Any) -> Any:
+    if isinstance(norm, RMSNorm):
+        return rms_norm(x, norm.weight, eps=norm.eps, **options)
+    return layer_norm(x, norm.weight, norm.bias, eps=norm.eps, **options)
+
+
+def norm_eps(norm: LayerNorm | RMSNorm, stream: Tensor) -> float:
+    """The eps of a norm; RMSNorm's default is that of its input's dtype."""
+    return torch.finfo(stream.dtype).eps if norm.eps is None else norm.eps
+
+
+def _dropped(branch: Tensor, dropout_p: float) -> Tensor:
+    return F.dropout(branch, dropout_p) if dropout_p else branch
 
 
 def _checked_head_dim(

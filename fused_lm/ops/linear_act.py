@@ -93,11 +93,11 @@ def _setup_context(
 
 def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     """Gradients of the 8 inputs: x, weight and bias have one."""
-    weight, bias, weight_grad, pre, *kept = ctx.saved_tensors
+    weight, bias, weight_grad, pre, x, norm_weight, norm_bias = ctx.saved_tensors
     if dy is None:
         return (None,) * 8
     activation, transposed, backend = ctx.options
-    x = restore(ctx.kept, *kept, backend)
+    x = restore(ctx.kept, x, norm_weight, norm_bias, backend)
     needs_dx, needs_dweight, needs_dbias = (any(ctx.needs_input_grad[i : i + 1]) for i in range(3))
     pre = pre.reshape(-1, pre.shape[-1]) if activation == "relu" else pre
     rows = (dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 GATES = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
 """Gated activation -> the function of its gate."""
 
-PLAIN = ("relu", "relu_squared", "silu", "gelu", "gelu_tanh")
+PLAIN = ("gelu", "gelu_tanh", "relu", "relu_squared", "silu")
 ACTIVATIONS = (*PLAIN, *GATES)
 
 TANH_CUBIC = 0.044715
