@@ -127,11 +127,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Any, ...]:
             registration.backend_module(backend, "cross_entropy").scale_in_place(given, dloss)
             return given.view(shape), *nothing
     arguments = (dloss, logits.reshape(-1, shape[-1]), target.reshape(-1), *options, backend)
-    if torch.is_grad_enabled():
-        found = torch.ops.fused_lm.cross_entropy_bwd.default(*arguments)
-    else:
-        found = registration.execute("cross_entropy_bwd", *arguments)
-    return found.view(shape), *nothing
+    return registration.run_backward("cross_entropy_bwd", *arguments).view(shape), *nothing
 
 
 def _may_write(t: Tensor) -> bool:

@@ -117,10 +117,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Any, ...]:
         dloss = dloss.reshape(-1) if dloss.dim() else dloss
         rows = x.reshape(-1, x.shape[-1])
         arguments = (dloss, rows, weight, bias, target.reshape(-1), *ctx.options)
-        if torch.is_grad_enabled():
-            gradients = torch.ops.fused_lm.linear_cross_entropy_bwd.default(*arguments)
-        else:
-            gradients = registration.execute("linear_cross_entropy_bwd", *arguments)
+        gradients = registration.run_backward("linear_cross_entropy_bwd", *arguments)
     dx, dweight, dbias = (t if need else None for t, need in zip(gradients, needs, strict=True))
     return None if dx is None else dx.view(x.shape), dweight, dbias, *nothing
 

@@ -13,6 +13,11 @@ from torch import Tensor
 
 import fused_lm
 from fused_lm.parity import formulas
+from fused_lm.parity.cross_entropy_cases import (
+    SMALL_CROSS_ENTROPY,
+    CrossEntropyCase,
+    verify_cross_entropy_cases,
+)
 from fused_lm.parity.judge import Function
 from fused_lm.parity.linear_cases import SMALL_LINEAR, LinearCase, verify_linear_cases
 from fused_lm.parity.rotary_cases import SMALL_ROTARY, RotaryCase, verify_rotary_cases
@@ -225,7 +230,7 @@ class WeightsCase:
         return Problem(call, formula, (q, k), ("weights",), ("q", "k"), call, arguments)
 
 
-Case = AttentionCase | NormCase | WeightsCase | RotaryCase | LinearCase
+Case = AttentionCase | NormCase | WeightsCase | RotaryCase | LinearCase | CrossEntropyCase
 
 SMALL: tuple[Case, ...] = (
     AttentionCase(),
@@ -245,6 +250,7 @@ SMALL: tuple[Case, ...] = (
     NormCase("rms_norm", ("dropout", "add"), C=100),
     *SMALL_ROTARY,
     *SMALL_LINEAR,
+    *SMALL_CROSS_ENTROPY,
 )
 """Every feature once, small enough for Triton's interpreter on a CPU."""
 
@@ -259,6 +265,7 @@ def verify_cases() -> list[Case]:
             ]
     cases += verify_rotary_cases()
     cases += verify_linear_cases()
+    cases += verify_cross_entropy_cases()
     cases += [WeightsCase(average, B=8, H=16, T=1024, S=1024, D=64) for average in (True, False)]
     ladder = [
         AttentionCase(("causal",), B=32, H=16, Hkv=16),
