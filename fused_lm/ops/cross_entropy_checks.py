@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 from fused_lm import dispatch, records
 from fused_lm.ops.checks import FLOATS, check_same_device, shapes_of, triton_refusal
 from fused_lm.ops.registration import in_transform, needs_gradient
-from fused_lm.reference.linear_cross_entropy import rows_per_chunk
+from fused_lm.reference.linear_cross_entropy import rows_at_once
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REDUCTIONS = ("mean", "sum", "none")
@@ -83,13 +83,15 @@ def checked_linear_call(
     chunk_rows: int | None,
 ) -> LinearCrossEntropyCall:
     """The call; raises as :func:`fused_lm.linear_cross_entropy` says."""
-    shapes = shapes_of(x=x, weight=weight, bias=bias)
+    problem = None
     if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"linear_cross_entropy takes x [..., C] and weight [V, C], got {shapes}")
-    if 0 in weight.shape:
-        raise ValueError(f"linear_cross_entropy takes V >= 1 and C >= 1, got {shapes}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [V], got {shapes}")
+        problem = "linear_cross_entropy takes x [..., C] and weight [V, C]"
+    elif weight.shape[0] == 0 or weight.shape[1] == 0:
+        problem = "linear_cross_entropy takes V >= 1 and C >= 1"
+    elif bias is not None and bias.shape != weight.shape[:1]:
+        problem = "bias must be [V]"
+    if problem is not None:
+        raise ValueError(f"{problem}, got {shapes_of(x=x, weight=weight, bias=bias)}")
     for name, t in (("x", x), ("weight", weight), ("bias", bias)):
         if t is not None and t.dtype not in FLOATS:
             raise TypeError(f"linear_cross_entropy takes float tensors, got {name} {t.dtype}")
@@ -163,10 +165,9 @@ def _pytorch_refuses(call: CrossEntropyCall | LinearCrossEntropyCall) -> str | N
         if call.inplace_backward:
             return "PyTorch's cross entropy keeps the logits: inplace_backward needs a kernel"
         return None
-    N, rows = rows_of(call), chunk_of(call)
-    if rows < N:
-        whole = f"{N} x {call.weight.shape[0]}"
-        return f"PyTorch's operators make the whole logits, {whole}; a chunk has {rows} rows"
+    if rows_of_one_chunk(call) < rows_of(call):
+        # A number in the sentence would be a guard of torch.compile on this one number of rows.
+        return "PyTorch's operators make the whole logits, which are more than one chunk here"
     return None
 
 
@@ -175,11 +176,11 @@ def rows_of(call: LinearCrossEntropyCall) -> int:
     return call.x.numel() // call.x.shape[-1]
 
 
-def chunk_of(call: LinearCrossEntropyCall) -> int:
-    """Rows of a chunk of a call."""
+def rows_of_one_chunk(call: LinearCrossEntropyCall) -> int:
+    """The most rows for which a call takes one chunk; by comparison with it guards stay few."""
     if call.chunk_rows is not None:
         return call.chunk_rows
-    return rows_per_chunk(rows_of(call), call.weight.shape[0], call.x.element_size())
+    return rows_at_once(call.weight.shape[0], call.x.element_size())
 
 
 def _triton_refuses(call: CrossEntropyCall | LinearCrossEntropyCall) -> str | None:
@@ -198,7 +199,7 @@ def _linear_shape_class(call: LinearCrossEntropyCall) -> tuple[str, int]:
     """Family: what is fused, and whether there are chunks; size: width, on which the share of the
     products depends.
     """
-    chunks = "chunks" if chunk_of(call) < rows_of(call) else "whole"
+    chunks = "chunks" if rows_of_one_chunk(call) < rows_of(call) else "whole"
     C = call.x.shape[-1]
     return f"{_family(call)}-{chunks}", sum(1 for limit in (1024, 4096) if limit < C)
 

@@ -66,8 +66,8 @@ def cross_entropy_backward(
         ds = ds * (1.0 + 2.0 * z_loss * torch.logsumexp(s, -1, keepdim=True))
     if label_smoothing:
         ds = ds - label_smoothing / s.shape[-1]
-    at_target = torch.full_like(weight, label_smoothing - 1.0)
-    ds = ds.scatter_add(-1, _index(target, counted), at_target)
+    is_target = torch.arange(s.shape[-1], device=s.device) == _index(target, counted)
+    ds = torch.where(is_target, ds - (1.0 - label_smoothing), ds)
     if softcap:
         ds = ds * (1.0 - (s / softcap).square())
     return (ds * weight).masked_fill(~counted, 0.0).to(logits.dtype).contiguous()

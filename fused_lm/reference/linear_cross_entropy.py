@@ -45,11 +45,20 @@ def rows_per_chunk(N: int, V: int, itemsize: int) -> int:
     2560 at least. What is left over is spread over the chunks, never a short chunk of its own; one
     chunk takes fewer than twice the rows that it should.
     """
-    wanted = max(LEAST_ROWS, min(PREFERRED_ROWS, CHUNK_BYTES // (V * itemsize)))
-    chunks = max(1, min(_ceil_div(N, wanted), N // LEAST_ROWS))
-    if chunks == 1:
+    most = rows_at_once(V, itemsize)
+    if most >= N:
         return max(1, N)
+    chunks = min(_ceil_div(N, _wanted_rows(V, itemsize)), N // LEAST_ROWS)
     return _ceil_div(_ceil_div(N, chunks), 128) * 128
+
+
+def rows_at_once(V: int, itemsize: int) -> int:
+    """The most rows that make one chunk: two of fewer rows would each be shorter than the least."""
+    return max(_wanted_rows(V, itemsize), 2 * LEAST_ROWS - 1)
+
+
+def _wanted_rows(V: int, itemsize: int) -> int:
+    return max(LEAST_ROWS, min(PREFERRED_ROWS, CHUNK_BYTES // (V * itemsize)))
 
 
 class Needs(NamedTuple):
