@@ -20,13 +20,12 @@ from safetensors.torch import save_file
 from fused_lm.lm.checkpoint import (
     FILE_NAME,
     CheckpointError,
-    load_model,
-    load_optimizer,
     optimizer_tensors,
     read_checkpoint,
     save_checkpoint,
 )
 from fused_lm.lm.gpt import GPT, GPTConfig
+from fused_lm.lm.restore import load_model, load_optimizer
 
 CONFIG = GPTConfig(context=16, num_layers=1, embed_dim=16, num_heads=2)
 RUN = {"settings": {"lr": 0.1}, "seconds": 1.5}

@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from fused_lm import cli
-from fused_lm.lm.checkpoint import FILE_NAME, load_model, read_checkpoint
-from fused_lm.lm.data import Text
+from fused_lm.lm.checkpoint import FILE_NAME, read_checkpoint
 from fused_lm.lm.pycheck import count_tokenizable, tokenizes
+from fused_lm.lm.restore import load_model
 from fused_lm.lm.runlog import read_log
+from fused_lm.lm.text import Text
 
 TEXT = Text("rhyme", np.frombuffer(b"how much wood would a woodchuck chuck\n" * 60, dtype=np.uint8))
 

@@ -9,17 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from fused_lm.lm.data import (
-    BLOCK_BYTES,
-    BatchSampler,
+from fused_lm.lm.data import BLOCK_BYTES, BatchSampler, Windows, split_text
+from fused_lm.lm.text import (
     DataError,
     Text,
-    Windows,
     bigram_entropy,
     describe,
     load_stdlib,
     load_text,
-    split_text,
     unigram_entropy,
 )
 
@@ -207,5 +204,5 @@ def test_entropies() -> None:
 def test_entropies_do_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     data = random_text(10_007).data
     whole = unigram_entropy(data), bigram_entropy(data), Text("t", data).fingerprint()
-    monkeypatch.setattr("fused_lm.lm.data._COUNT_CHUNK", 100)
+    monkeypatch.setattr("fused_lm.lm.text._COUNT_CHUNK", 100)
     assert whole == (unigram_entropy(data), bigram_entropy(data), Text("t", data).fingerprint())

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from fused_lm.lm.checkpoint import load_model, read_checkpoint
-from fused_lm.lm.data import Text, load_stdlib
+from fused_lm.lm.checkpoint import read_checkpoint
 from fused_lm.lm.gpt import GPTConfig
+from fused_lm.lm.restore import load_model
 from fused_lm.lm.runlog import read_log
 from fused_lm.lm.settings import TrainConfig
+from fused_lm.lm.text import Text, load_stdlib
 from fused_lm.lm.train import train
 
 MODEL = GPTConfig(context=16, num_layers=2, embed_dim=20, num_heads=2, ffn_dim=37)

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from fused_lm.lm.checkpoint import FILE_NAME, CheckpointError, load_model, read_checkpoint
-from fused_lm.lm.data import Text, load_stdlib
+from fused_lm.lm.checkpoint import FILE_NAME, CheckpointError, read_checkpoint
 from fused_lm.lm.gpt import GPTConfig
+from fused_lm.lm.restore import load_model
 from fused_lm.lm.runlog import read_log
 from fused_lm.lm.settings import TrainConfig, TrainError
+from fused_lm.lm.text import Text, load_stdlib
 from fused_lm.lm.train import train
 
 MODEL = GPTConfig(context=16, num_layers=1, embed_dim=16, num_heads=2, dropout=0.1)

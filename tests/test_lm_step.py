@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from fused_lm.lm.data import BatchSampler, Text, split_text
+from fused_lm.lm.data import BatchSampler, split_text
 from fused_lm.lm.gpt import GPT, GPTConfig
 from fused_lm.lm.metrics import Score, evaluate, perplexity, score_logits
 from fused_lm.lm.precision import Precision, pick_precision
 from fused_lm.lm.settings import TrainError
 from fused_lm.lm.step import LossModule, make_optimizer, training_step
+from fused_lm.lm.text import Text
 
 CPU = torch.device("cpu")
 FP32 = Precision("fp32", "cpu")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fused_lm.lm.corpus import Corpus, open_corpus, with_tokenizer
-from fused_lm.lm.data import BLOCK_BYTES, DataError, Text, load_stdlib, split_text
+from fused_lm.lm.data import BLOCK_BYTES, split_text
+from fused_lm.lm.text import DataError, Text, load_stdlib
 from fused_lm.lm.token_file import TokenFileError, read_tokens, token_dtype, write_tokens
 from fused_lm.lm.tokenizer import BPETokenizer, ByteTokenizer, train_bpe
 
@@ -83,6 +85,15 @@ def test_token_file_round_trip(tmp_path: Path, vocab_size: int) -> None:
     assert got.lengths.tolist() == [5, 0, 1000]
     assert isinstance(got.data, np.memmap) and not got.data.flags.writeable
     assert [p.name for p in path.parent.iterdir()] == ["t.bin"]
+
+
+def test_what_killed_writers_left_goes_after_an_hour(tmp_path: Path) -> None:
+    for name, age in ((".t.bin.1.tmp", 7200), (".t.bin.2.tmp", 60), (".other.bin.1.tmp", 7200)):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    write_tokens(tmp_path / "t.bin", KEY, [np.arange(3)], token_dtype(300))
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"t.bin", ".t.bin.2.tmp", ".other.bin.1.tmp"}
 
 
 def test_broken_token_files_are_refused(tmp_path: Path) -> None:

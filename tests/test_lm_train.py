@@ -16,12 +16,13 @@ import pytest
 import torch
 
 from fused_lm.lm import sizing
-from fused_lm.lm.checkpoint import FILE_NAME, CheckpointError, load_model, read_checkpoint
-from fused_lm.lm.data import Text
+from fused_lm.lm.checkpoint import FILE_NAME, CheckpointError, read_checkpoint
 from fused_lm.lm.gpt import GPTConfig
 from fused_lm.lm.plot import draw_curve, smooth
+from fused_lm.lm.restore import load_model
 from fused_lm.lm.runlog import RunLog, read_log
 from fused_lm.lm.settings import TrainConfig, TrainError
+from fused_lm.lm.text import Text
 from fused_lm.lm.train import train
 
 MODEL = GPTConfig(context=16, num_layers=1, embed_dim=16, num_heads=2, dropout=0.1)

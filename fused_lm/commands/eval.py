@@ -53,13 +53,14 @@ def run(args: argparse.Namespace) -> int:
         import safetensors  # noqa: F401 - named before anything else fails
     except ImportError as error:
         raise need_extra(error) from error
-    from fused_lm.lm.checkpoint import CheckpointError, load_model, tokenizer_of
+    from fused_lm.lm.checkpoint import CheckpointError
     from fused_lm.lm.corpus import with_tokenizer
-    from fused_lm.lm.data import DataError, load_text
     from fused_lm.lm.metrics import evaluate
     from fused_lm.lm.precision import pick_precision
+    from fused_lm.lm.restore import load_model, tokenizer_of
     from fused_lm.lm.settings import TrainError, pick_device
     from fused_lm.lm.step import LossModule
+    from fused_lm.lm.text import DataError, load_text
 
     with one_sentence(CheckpointError, DataError, TrainError):
         device = pick_device(args.device)

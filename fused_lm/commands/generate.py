@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
         import safetensors  # noqa: F401 - named before anything else fails
     except ImportError as error:
         raise need_extra(error) from error
-    from fused_lm.lm.checkpoint import CheckpointError, load_model, tokenizer_of
+    from fused_lm.lm.checkpoint import CheckpointError
+    from fused_lm.lm.restore import load_model, tokenizer_of
     from fused_lm.lm.settings import TrainError, pick_device
 
     if args.top_p is not None and args.top_p > 1:

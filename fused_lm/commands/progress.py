@@ -40,7 +40,7 @@ class Display:
             handler(event)
 
     def on_text(self, event: dict[str, Any]) -> None:
-        from fused_lm.lm.data import describe
+        from fused_lm.lm.text import describe
 
         self.say(describe(event["text"]))
         self.say(

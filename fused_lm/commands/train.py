@@ -122,9 +122,9 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise need_extra(error) from error
     from fused_lm.lm.checkpoint import CheckpointError
-    from fused_lm.lm.data import DataError, load_text
     from fused_lm.lm.parallel import PeerError
     from fused_lm.lm.settings import TrainError
+    from fused_lm.lm.text import DataError, load_text
     from fused_lm.lm.train import train
 
     with one_sentence(DataError, TrainError, CheckpointError):

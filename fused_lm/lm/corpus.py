@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from fused_lm.lm.atomic import write_atomically
-from fused_lm.lm.data import DataError, Text, Windows, split_ranges, split_text
+from fused_lm.lm.data import Windows, split_ranges, split_text
+from fused_lm.lm.text import DataError, Text
 from fused_lm.lm.token_file import TokenFileError, Tokens, read_tokens, token_dtype, write_tokens
 from fused_lm.lm.tokenizer import (
     BPE,

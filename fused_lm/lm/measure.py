@@ -10,11 +10,12 @@ import torch
 
 from fused_lm.lm import sizing
 from fused_lm.lm.corpus import Corpus
-from fused_lm.lm.data import BatchSampler, DataError
+from fused_lm.lm.data import BatchSampler
 from fused_lm.lm.gpt import GPT, GPTConfig
 from fused_lm.lm.precision import Precision
 from fused_lm.lm.settings import TrainConfig, TrainError
 from fused_lm.lm.step import LossModule, make_optimizer, to_device, training_step
+from fused_lm.lm.text import DataError
 
 DEFAULT_GRAD_CLIP = 1.0
 

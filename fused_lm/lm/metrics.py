@@ -8,8 +8,9 @@ Perplexity and accuracy are per token and so depend on the tokenizer; bits per b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,6 +57,50 @@ class Score:
     @property
     def bits_per_byte(self) -> float:
         return self.nats / NATS_PER_BIT / self.bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of these, by name."""
+        names = ("loss", "bits_per_byte", "perplexity", "accuracy", "tokens", "bytes")
+        return {name: getattr(self, name) for name in names}
+
+
+class RunningLoss:
+    """Losses of the steps since the last log line, and the bytes that they are about.
+
+    It travels through a checkpoint, so that the line after a resume is the one that an
+    uninterrupted run would have written.
+    """
+
+    def __init__(self, device: torch.device, byte_lengths: np.ndarray, team: Team) -> None:
+        self._byte_lengths, self._team = byte_lengths, team
+        self._sum = torch.zeros((), device=device)
+        self.steps = 0
+        self._bytes = 0
+
+    def add(self, loss: Tensor, targets: Tensor) -> None:
+        """A step's mean loss in nats and its targets, [B, T] on the CPU, of this process."""
+        self._sum += loss
+        self.steps += 1
+        self._bytes += int(self._byte_lengths[targets.numpy()].sum())
+
+    def state(self) -> dict[str, Any]:
+        """Sum of losses, steps and bytes, over all processes; every process calls it."""
+        loss_sum, num_bytes = self._team.sum([float(self._sum), float(self._bytes)])
+        return {
+            "loss_sum": loss_sum / self._team.size,
+            "count": self.steps,
+            "bytes": int(num_bytes),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes back to a :meth:`state`."""
+        self._sum.fill_(state["loss_sum"])
+        self.steps = state["count"]
+        self._bytes = state["bytes"] if self._team.is_first else 0
+
+    def reset(self) -> None:
+        """Forgets all steps."""
+        self.restore({"loss_sum": 0.0, "count": 0, "bytes": 0})
 
 
 def perplexity(loss: float) -> float:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_lm.lm.checkpoint import CheckpointError
-from fused_lm.lm.data import DataError
 from fused_lm.lm.settings import TrainError
+from fused_lm.lm.text import DataError
 
 KINDS = ("auto", "none", "ddp", "fsdp")
 TIMEOUT = timedelta(minutes=10)
@@ -122,6 +123,8 @@ class Team:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
+            # It warns of in-place operations on a block's output; this model has none.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
             mesh = init_device_mesh(device.type, (self.size,))
             for block in blocks:
                 fully_shard(block, mesh=mesh)

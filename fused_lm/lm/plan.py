@@ -16,12 +16,12 @@ import torch
 from fused_lm.lm import sizing
 from fused_lm.lm.checkpoint import Checkpoint, CheckpointError
 from fused_lm.lm.corpus import Corpus
-from fused_lm.lm.data import Text
 from fused_lm.lm.gpt import GPTConfig
 from fused_lm.lm.measure import DEFAULT_GRAD_CLIP, RungTimer, config_of, ladder_for
 from fused_lm.lm.precision import pick_precision
 from fused_lm.lm.schedule import Length, default_warmup
 from fused_lm.lm.settings import Emit, TrainConfig, TrainError
+from fused_lm.lm.text import Text
 from fused_lm.lm.tokenizer import BPE, DEFAULT_VOCAB_SIZE
 
 DEFAULT_MINUTES = 5.0

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 import zlib
 from collections.abc import Iterable
 from contextlib import suppress
@@ -22,6 +23,7 @@ import numpy as np
 _MAGIC = b"FLMTOKN1"
 _HEADER = struct.Struct("<8sIIQQ32s")
 _CHUNK = 1 << 24
+_ABANDONED_SECONDS = 3600.0
 
 
 class TokenFileError(ValueError):
@@ -60,6 +62,7 @@ def write_tokens(path: Path, key: bytes, slices: Iterable[np.ndarray], dtype: np
         OSError: If it can't be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     crc, lengths = 0, []
     try:
@@ -82,6 +85,14 @@ def write_tokens(path: Path, key: bytes, slices: Iterable[np.ndarray], dtype: np
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _remove_abandoned(path: Path) -> None:
+    """What killed writers of this file left; a living one has written within the hour."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                left.unlink()
 
 
 def read_tokens(path: Path, key: bytes) -> Tokens:

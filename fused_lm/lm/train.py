@@ -18,12 +18,13 @@ import torch
 from fused_lm.lm import checkpoint, sizing
 from fused_lm.lm.checkpoint import Checkpoint
 from fused_lm.lm.corpus import Corpus, check_choice, open_corpus, with_tokenizer
-from fused_lm.lm.data import Text, bigram_entropy, unigram_entropy
 from fused_lm.lm.gpt import GPTConfig
 from fused_lm.lm.parallel import Team, join
 from fused_lm.lm.plan import Plan, check_shares, plan_new, plan_resumed
 from fused_lm.lm.report import import_tensorboard
+from fused_lm.lm.restore import tokenizer_of
 from fused_lm.lm.settings import Emit, TrainConfig, TrainError, open_folder, pick_device
+from fused_lm.lm.text import Text, bigram_entropy, unigram_entropy
 from fused_lm.lm.tokenizer import BYTES, AnyTokenizer, BPETokenizer, ByteTokenizer
 from fused_lm.lm.trainer import Trainer
 
@@ -197,7 +198,7 @@ def _new_corpus(
 
 
 def _stored_tokenizer(found: Checkpoint) -> str | None:
-    return getattr(checkpoint.tokenizer_of(found), "document", None)
+    return getattr(tokenizer_of(found), "document", None)
 
 
 def _result(

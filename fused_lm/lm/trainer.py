@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from fused_lm.lm import checkpoint, runlog
+from fused_lm.lm import checkpoint, restore, runlog
 from fused_lm.lm.checkpoint import Checkpoint, CheckpointError
 from fused_lm.lm.corpus import Corpus
 from fused_lm.lm.data import BatchSampler
 from fused_lm.lm.gpt import GPT
-from fused_lm.lm.metrics import NATS_PER_BIT, evaluate, perplexity
+from fused_lm.lm.metrics import NATS_PER_BIT, RunningLoss, evaluate, perplexity
 from fused_lm.lm.parallel import PeerError, Team
 from fused_lm.lm.plan import Plan
 from fused_lm.lm.precision import pick_precision
@@ -52,7 +52,7 @@ class Trainer:
         self.model = GPT(plan.model_config).to(device)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         if found is not None:
-            checkpoint.load_weights(self.model, found)
+            restore.load_weights(self.model, found)
         if plan.compile:
             for block in self.model.blocks:
                 block.compile()
@@ -69,14 +69,13 @@ class Trainer:
         self.losses: dict[str, float] = {}
         self.file = config.out / checkpoint.FILE_NAME
         self.log_path = config.out / runlog.FILE_NAME
-        self._loss_sum = torch.zeros((), device=device)
-        self._loss_count = self._loss_bytes = 0
+        self._running = RunningLoss(device, self.byte_lengths, team)
         if found is not None:
             self._restore(found)
 
     def _restore(self, found: Checkpoint) -> None:
         """Goes back to the very state in which ``found`` was saved; the weights are in place."""
-        checkpoint.load_optimizer(self.optimizer, self.model, found)
+        restore.load_optimizer(self.optimizer, self.model, found)
         try:
             run = found.run
             if not restore_generators(found.generators, self.sampler, self.device, self.team):
@@ -86,10 +85,8 @@ class Trainer:
             self.seconds_before = float(run["seconds"])
             self.begin_seconds = float(run["begin_seconds"])
             self.losses = dict(run["losses"])
-            since_log = run.get("since_log", {"loss_sum": 0.0, "count": 0, "bytes": 0})
-            self._loss_sum.fill_(since_log["loss_sum"])
-            self._loss_count = since_log["count"]
-            self._loss_bytes = since_log["bytes"] if self.team.is_first else 0
+            if "since_log" in run:
+                self._running.restore(run["since_log"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{found.path} lacks the state of its run ({error}); "
@@ -169,7 +166,6 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         tokens, targets = self.sampler.next()
-        self._loss_bytes += int(self.byte_lengths[targets.numpy()].sum())
         self.model.train()
         loss, norm = training_step(
             self.module,
@@ -182,8 +178,7 @@ class Trainer:
             team=self.team,
         )
         self._rate = rate
-        self._loss_sum += loss
-        self._loss_count += 1
+        self._running.add(loss, targets)
         self._tokens_since_log += self._tokens_per_step()
         self.step += 1
         return norm
@@ -213,20 +208,18 @@ class Trainer:
         expected = self._expected_steps((now - self._last_log) / self.plan.log_every)
         self._last_log, self._tokens_since_log = now, 0
         self.losses["train_bits"] = bits
-        self._loss_sum.zero_()
-        self._loss_count = self._loss_bytes = 0
+        self._running.reset()
         self._write(entry, expected_steps=expected)
 
     def _since_log(self) -> dict[str, Any]:
-        """Losses since the last log line, over all processes; here a diverged run is noticed."""
-        loss_sum, num_bytes = self.team.sum([float(self._loss_sum), float(self._loss_bytes)])
-        if not math.isfinite(loss_sum):
+        """Losses since the last log line; here a diverged run is noticed."""
+        state = self._running.state()
+        if not math.isfinite(state["loss_sum"]):
             held = f"{self.file} is from before" if self.file.is_file() else "nothing was saved"
             raise TrainError(
                 f"the loss is no longer finite at step {self.step} ({held}); try a smaller --lr."
             )
-        loss_sum /= self.team.size
-        return {"loss_sum": loss_sum, "count": self._loss_count, "bytes": int(num_bytes)}
+        return state
 
     def _evaluate(self, num_tokens: int, final: bool = False) -> bool:
         """Scores the validation text. Returns False if a stop was asked for meanwhile."""
@@ -243,21 +236,13 @@ class Trainer:
         if score is None:
             return False
         bits = score.bits_per_byte
-        self.losses |= {
-            "validation_bits": bits,
-            "perplexity": score.perplexity,
-            "accuracy": score.accuracy,
-        }
+        self.losses |= {"perplexity": score.perplexity, "accuracy": score.accuracy}
+        self.losses["validation_bits"] = bits
         entry = {
             "kind": "validation",
             "step": self.step,
-            "loss": score.loss,
-            "bits_per_byte": bits,
-            "perplexity": score.perplexity,
-            "accuracy": score.accuracy,
+            **score.to_dict(),
             "ratio_to_unigram": bits / self.levels[0] if self.levels[0] else None,
-            "tokens": score.tokens,
-            "bytes": score.bytes,
             "final": final,
             "elapsed_s": self.seconds(),
         }
