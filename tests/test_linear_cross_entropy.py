@@ -384,7 +384,6 @@ def test_pytorch_takes_one_chunk_only() -> None:
     assert fused_lm.why("linear_cross_entropy", x, w, t).backend == "pytorch"
     said = fused_lm.why("linear_cross_entropy", x, w, t, chunk_rows=2)
     assert said.backend == "reference" and "more than one chunk here" in str(said)
-    )
     many = (
         torch.zeros(8192, 8, device="meta"),
         w.to("meta"),
