@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from fused_lm import cli, records
+from fused_lm import cli, dispatch, records
 from fused_lm.commands import doctor
 from fused_lm.commands.verify import _merge, records_of
+from fused_lm.lm import GPT, GPTConfig
+from fused_lm.lm.checkpoint import save_checkpoint
 from fused_lm.ops import registration
 from fused_lm.parity import run as parity_run
 from fused_lm.parity.cases import SMALL, AttentionCase, NormCase, verify_cases
@@ -24,7 +26,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     report = json.loads(capsys.readouterr().out)
     assert report["environment"]["torch"] == torch.__version__
     runs = {row["operator"]: row["runs"] for row in report["operators"]}
-    assert set(runs) == {"attention", "attention_weights", "layer_norm", "rms_norm"}
+    assert set(runs) == set(dispatch.TABLE)
     assert all(row["reasons"] for row in report["operators"])
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
@@ -51,6 +53,34 @@ def test_doctor_works_without_rich(
         monkeypatch.setitem(sys.modules, name, None)
     assert cli.main(["doctor"]) == 0
     assert "attention_weights" in capsys.readouterr().out
+
+
+def test_doctor_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--model", "gpt2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["parameters"] == 124_439_808  # Radford et al.'s 117 M, counted
+    saved = report["saved_bytes_per_token_and_block"]
+    assert saved["ours"] == sum(item["ours"] for item in saved["items"])
+    assert saved["ratio"] == pytest.approx(saved["ours"] / saved["stock"], abs=1e-4)
+    assert report["saved_bytes_per_sequence"]["ours"] == 12 * 1024 * saved["ours"]
+    assert cli.main(["doctor", "--model", "gpt2"]) == 0
+    assert f"{saved['ours']:,}" in capsys.readouterr().out
+
+
+def test_doctor_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = GPTConfig(num_layers=1, embed_dim=16, num_heads=2, activation="swiglu")
+    save_checkpoint(
+        tmp_path / "checkpoint.safetensors", GPT(config), config.to_dict(), step=1, run={}
+    )
+    assert cli.main(["doctor", "--model", str(tmp_path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["config"] == config.to_dict()
+
+
+@pytest.mark.parametrize("name", ["gpt3", "."])
+def test_doctor_of_no_model(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--model", name]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_parity_says_ok(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

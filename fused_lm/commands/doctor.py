@@ -19,6 +19,7 @@ import torch
 
 import fused_lm
 from fused_lm import dispatch, records
+from fused_lm.commands import model_report
 from fused_lm.version import __version__
 
 NAME = "doctor"
@@ -28,10 +29,23 @@ MINIMUM_TORCH = (2, 10)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="report instead what training this model keeps in memory: gpt2, gpt2-medium, "
+        "gpt2-large, gpt2-xl, or a checkpoint",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0; 1 if something keeps fused_lm from working."""
+    if args.model is not None:
+        found = model_report.report(args.model)
+        if args.json:
+            print(json.dumps(found, indent=2))
+        else:
+            _print_table(*model_report.rows_of(found))
+        return 0
     report = examine()
     if args.json:
         print(json.dumps(report, indent=2))
@@ -113,11 +127,18 @@ def _operators(device: torch.device) -> list[dict[str, Any]]:
     one = torch.empty((), dtype=dtype, device=device, requires_grad=True)  # a GPU may be full
     q, x = one.expand(1, 8, 1024, 64), one.expand(1024, 768)
     lse = one.detach().float().expand(1, 8, 1024)
+    wide, head, logits = one.expand(3072, 768), one.expand(50257, 768), one.expand(1024, 50257)
+    target = torch.zeros((), dtype=torch.int64, device=device).expand(1024)
     calls: list[tuple[str, tuple[torch.Tensor, ...], dict[str, Any]]] = [
         ("attention", (q, q, q), {"causal": True}),
         ("attention_weights", (q, q, lse), {"causal": True}),
         ("layer_norm", (x,), {"residual": x}),
         ("rms_norm", (x,), {"residual": x}),
+        ("rotary", (q, one.detach().expand(1024, 32), one.detach().expand(1024, 32)), {}),
+        ("linear_act", (x, wide), {}),
+        ("ffn", (x, wide, wide.T), {"recompute": True}),
+        ("cross_entropy", (logits, target), {}),
+        ("linear_cross_entropy", (x, head, target), {}),
     ]
     found = []
     for op, args, options in calls:

@@ -20,8 +20,6 @@ from fused_lm.pytorch import attention as pytorch_attention
 from fused_lm.reference import attention as reference
 from fused_lm.reference.layout import empty_heads
 
-OPS = ("attention", "attention_weights")
-
 
 def attention(
     q: Tensor,
@@ -182,11 +180,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, 
     *options, backend = ctx.options
     needs_dbias = any(ctx.needs_input_grad[5:6])
     arguments = (dout, dlse, q, k, v, out, lse, mask, key_mask, bias, rng, *options, needs_dbias)
-    if torch.is_grad_enabled():
-        gradients = torch.ops.fused_lm.attention_bwd.default(*arguments, backend)
-    else:
-        gradients = registration.execute("attention_bwd", *arguments, backend)
-    dq, dk, dv, dbias = gradients
+    dq, dk, dv, dbias = registration.run_backward("attention_bwd", *arguments, backend)
     return (dq, dk, dv, None, None, dbias if needs_dbias else None, *nothing)
 
 

@@ -355,6 +355,7 @@ _KERNELS = tuple(
         "attention_weights",
         "attention_tuning",
         "philox",
+        "tanh",
     )
 )
 dispatch.TABLE["attention"] = (
