@@ -13,6 +13,7 @@ hangs, the exchange fails after :data:`TIMEOUT`.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import warnings
@@ -183,6 +184,10 @@ def join(kind: str, device: torch.device) -> Iterator[Team]:
             f"another process of the run has ended or hangs ({reason}); "
             "go on from its last checkpoint with --resume."
         ) from error
+    # What still holds the group (a model in a cycle of references) keeps its threads alive, and
+    # those abort a Python that is being torn down.
+    gc.collect()
+    dist.barrier()
     _leave(ours)
 
 

@@ -97,33 +97,48 @@ def train(
     if config.steps is not None and config.minutes is not None:
         raise TrainError("a run's length is either --steps or --minutes; got both.")
     device = pick_device(config.device)
-    threads = torch.get_num_threads()
     with join(config.parallel, device) as team:
         emit: Emit = on_event if on_event is not None and team.is_first else lambda event: None
-        prepared = team.from_first(
-            lambda: _prepare(config, model_config, text, device, clock, start, emit, team)
-        )
-        found = None
-        if prepared.resumed:
-            found = checkpoint.read_checkpoint(config.out, training_state=True)
-        corpus = prepared.corpus(text)
-        trainer = Trainer(
-            config, prepared.plan, corpus, prepared.levels, device, emit, should_stop, team, found
-        )
-        try:
-            interrupted, curve = trainer.run(clock, start)
-        except Exception as error:
-            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise
-            reason = str(error).strip().split("\n")[0]
-            raise TrainError(
-                f"torch.compile failed here ({reason}); train without --compile."
-            ) from error
-        finally:
-            torch.set_num_threads(threads)
-        result = _result(trainer, prepared.levels[0], interrupted, curve)
-        emit({"event": "end", "result": result})
-        return result
+        return _train_in(team, config, model_config, text, device, emit, should_stop, clock, start)
+
+
+def _train_in(
+    team: Team,
+    config: TrainConfig,
+    model_config: GPTConfig | None,
+    text: Text,
+    device: torch.device,
+    emit: Emit,
+    should_stop: Callable[[], bool] | None,
+    clock: Callable[[], float],
+    start: float,
+) -> TrainResult:
+    """The run of one process; when it returns, nothing of the run is left in memory."""
+    threads = torch.get_num_threads()
+    prepared = team.from_first(
+        lambda: _prepare(config, model_config, text, device, clock, start, emit, team)
+    )
+    found = None
+    if prepared.resumed:
+        found = checkpoint.read_checkpoint(config.out, training_state=True)
+    corpus = prepared.corpus(text)
+    trainer = Trainer(
+        config, prepared.plan, corpus, prepared.levels, device, emit, should_stop, team, found
+    )
+    try:
+        interrupted, curve = trainer.run(clock, start)
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = str(error).strip().split("\n")[0]
+        raise TrainError(
+            f"torch.compile failed here ({reason}); train without --compile."
+        ) from error
+    finally:
+        torch.set_num_threads(threads)
+    result = _result(trainer, prepared.levels[0], interrupted, curve)
+    emit({"event": "end", "result": result})
+    return result
 
 
 @dataclass(frozen=True)
