@@ -218,6 +218,18 @@ def test_opcheck(activation: str) -> None:
 
 
 @pytest.mark.parametrize("backend", KERNELS)
+def test_the_fake_kernel_knows_the_strides(backend: str, device: torch.device) -> None:
+    """Of a transposed weight's gradient too, on which a compiler builds."""
+    x, pre, dy = torch.randn(5, 8), torch.randn(5, 6), torch.randn(6, 5).T
+    weight, bias = torch.randn(8, 6).T, torch.randn(6)
+    arguments = (dy, x, weight, bias, pre, "silu", False, True, True, True, backend)
+    moved = [t.to(device) if isinstance(t, Tensor) else t for t in arguments]
+    torch.library.opcheck(
+        torch.ops.fused_lm.linear_act_bwd.default, moved, test_utils=("test_faketensor",)
+    )
+
+
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("add", [False, True], ids=["new gradient", "given gradient"])
 def test_compiled_equals_eager(add: bool, backend: str, device: torch.device) -> None:
     def call(x: Tensor, weight: Tensor, bias: Tensor, total: Tensor | None) -> Tensor:

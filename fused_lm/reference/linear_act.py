@@ -124,7 +124,7 @@ def linear_backward(
     if needs_dweight or weight_grad is not None:
         total = wide(x).T @ dpre if transposed else dpre.T @ wide(x)
         if weight_grad is None:
-            dweight = total.to(weight.dtype)
+            dweight = torch.empty_like(weight).copy_(total)  # as the weight lies
         else:
             weight_grad.copy_(weight_grad.to(total.dtype) + total)
     if bias is not None:
