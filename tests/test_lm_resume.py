@@ -102,6 +102,23 @@ def test_resuming_needs_nothing_but_checkpoint_and_text(tmp_path: Path) -> None:
     assert model.config.vocab_size == 300 and checkpoint.tokenizer is not None
 
 
+def test_a_run_killed_after_its_last_step_is_evaluated_and_finished(tmp_path: Path) -> None:
+    def die_at(event: dict[str, Any]) -> None:
+        if event["event"] == "validation" and event["final"]:
+            raise KeyboardInterrupt
+
+    every = {"steps": 4, "log_every": 1, "save_every": 2}
+    train(config(tmp_path / "whole", **every), MODEL, TEXT)
+    cut = config(tmp_path / "cut", **every)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, MODEL, TEXT, die_at)
+    result = train(replace(cut, resume=True), None, TEXT)
+    assert result.step == 4 and not result.interrupted
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    with pytest.raises(TrainError, match="is complete after 4 steps"):
+        train(replace(cut, resume=True), None, TEXT)
+
+
 @pytest.mark.parametrize(
     "change",
     [

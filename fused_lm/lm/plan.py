@@ -161,13 +161,21 @@ def plan_resumed(config: TrainConfig, found: Checkpoint, text: Text) -> Plan:
             f"{config.out} was trained on another text than {text.name}; "
             "resume it with the --data it began with, unchanged."
         )
-    if ended:
+    if ended and is_finished(found):
         done = f"{found.step} steps" if plan.steps else f"{seconds_before / 60:.1f} minutes"
         raise TrainError(
             f"{config.out} is complete after {done}; give a larger --steps or --minutes to go on."
         )
     _refuse_changes(config, plan)
     return plan
+
+
+def is_finished(found: Checkpoint) -> bool:
+    """Whether a run had got through its final evaluation when it was saved.
+
+    Early checkpoints don't say; those at the end of a run nearly always had.
+    """
+    return bool(found.run.get("finished", True))
 
 
 def check_shares(plan: Plan, processes: int) -> None:

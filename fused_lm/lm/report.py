@@ -24,19 +24,26 @@ class Report:
         folder: Of the run.
         emit: Receives the events.
         resumed_step: None for a new run; otherwise what was logged of later steps is dropped.
+        finished: Whether the resumed run had been at its end; if not, a final evaluation that it
+            logged is dropped too.
         tensorboard: Whether to write event files below ``folder``/tensorboard.
     Raises:
         TrainError: If log or events can't be written. ImportError: without TensorBoard.
     """
 
     def __init__(
-        self, folder: Path, emit: Emit, resumed_step: int | None, tensorboard: bool
+        self,
+        folder: Path,
+        emit: Emit,
+        resumed_step: int | None,
+        finished: bool,
+        tensorboard: bool,
     ) -> None:
         self.folder, self.emit = folder, emit
         self.path = folder / LOG_NAME
         self._writer: Any = None
         try:
-            self._log = RunLog(self.path, resumed_step)
+            self._log = RunLog(self.path, resumed_step, finished)
         except OSError as error:
             raise TrainError(
                 f"{self.path} can't be written ({error.strerror or error}); "

@@ -37,18 +37,24 @@ class RunLog:
     ``problem`` says why until a later line succeeds.
     """
 
-    def __init__(self, path: Path, keep_up_to_step: int | None = None) -> None:
+    def __init__(
+        self, path: Path, keep_up_to_step: int | None = None, keep_final: bool = True
+    ) -> None:
         """Opens the log.
 
         Args:
             path: The file; its folder exists.
             keep_up_to_step: None empties it; otherwise entries of later steps are dropped, since a
                 resumed run takes those steps again.
+            keep_final: Whether to keep a final evaluation at that very step, which a run that was
+                killed between it and its last checkpoint makes again.
         Raises:
             OSError: If the file can't be opened for writing.
         """
         kept = [] if keep_up_to_step is None else read_log(path)
         kept = [e for e in kept if e.get("step", 0) <= (keep_up_to_step or 0)]
+        if not keep_final:
+            kept = [e for e in kept if not (e.get("final") and e["step"] == keep_up_to_step)]
         write_atomically(path, "".join(json.dumps(e) + "\n" for e in kept).encode())
         self.path = path
         self.entries = kept

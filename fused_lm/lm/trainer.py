@@ -17,7 +17,7 @@ from fused_lm.lm.data import BatchSampler
 from fused_lm.lm.gpt import GPT
 from fused_lm.lm.metrics import NATS_PER_BIT, RunningLoss, evaluate, perplexity
 from fused_lm.lm.parallel import PeerError, Team
-from fused_lm.lm.plan import Plan
+from fused_lm.lm.plan import Plan, is_finished
 from fused_lm.lm.precision import pick_precision
 from fused_lm.lm.report import Report
 from fused_lm.lm.schedule import learning_rate
@@ -70,6 +70,7 @@ class Trainer:
         self.file = config.out / checkpoint.FILE_NAME
         self.log_path = config.out / runlog.FILE_NAME
         self._running = RunningLoss(device, self.byte_lengths, team)
+        self._was_finished = found is None or is_finished(found)
         if found is not None:
             self._restore(found)
 
@@ -112,12 +113,14 @@ class Trainer:
             interrupted = self._loop()
             if not interrupted:
                 interrupted = not self._evaluate(self.config.final_eval_tokens, final=True)
-            self._save(final=True)
+            self._save(final=True, finished=not interrupted)
             return interrupted, None if interrupted else self._draw()
 
     def _open_report(self) -> None:
         resumed_step = self.step if self.step else None
-        self.report = Report(self.config.out, self.emit, resumed_step, self.config.tensorboard)
+        self.report = Report(
+            self.config.out, self.emit, resumed_step, self._was_finished, self.config.tensorboard
+        )
 
     def _begin(self) -> None:
         entry = {
@@ -254,7 +257,7 @@ class Trainer:
             return self.step % self.plan.save_every == 0
         return self.seconds() - self._last_save >= SAVE_EVERY_SECONDS
 
-    def _save(self, final: bool = False) -> None:
+    def _save(self, final: bool = False, finished: bool = False) -> None:
         """Saves; on the way a failure is only a warning, since the run still holds everything."""
         self._last_save = self.seconds()
         run = {
@@ -263,6 +266,7 @@ class Trainer:
             "begin_seconds": self.begin_seconds,
             "losses": self.losses,
             "since_log": self._since_log(),
+            "finished": finished,
             "unigram_bits": self.levels[0],
             "text_name": self.corpus.text.name,
         }
