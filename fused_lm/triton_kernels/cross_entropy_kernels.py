@@ -52,10 +52,15 @@ def capped(x, softcap, SOFTCAP: tl.constexpr):
 def load_rows(
     target_ptr, weight_ptr, inverse_count_ptr, rows, row_ok, V, weight_stride, ignore_index
 ):
-    """(target int64, counted, fault 0 or NaN, weight) of each row; ``rows`` may be a scalar."""
+    """(target, counted, fault, weight) of each row; ``rows`` may be a scalar.
+
+    The target is an int32 column, -1 where it is none; the fault is NaN where it should be one.
+    """
     target = tl.load(target_ptr + rows, mask=row_ok, other=0).to(tl.int64)
     counted = row_ok & (target != ignore_index)
-    fault = tl.where(counted & ((target < 0) | (target >= V)), float("nan"), 0.0)
+    known = (target >= 0) & (target < V)
+    fault = tl.where(counted & (known == 0), float("nan"), 0.0)
+    target = tl.where(known, target, -1).to(tl.int32)
     weight = fault + 1.0
     if weight_ptr is not None:
         weight *= tl.load(weight_ptr + rows * weight_stride, mask=row_ok, other=0.0).to(tl.float32)
@@ -79,12 +84,12 @@ def row_loss(
 
 @triton.jit
 def dlogits_tile(
-    s, t, m, inverse_l, log_l, weight, is_target, V, label_smoothing, z_loss,
+    e, t, m, total, weight, is_target, V, label_smoothing, z_loss,
     SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """fp32 gradient of scores s; row values broadcast against s."""
+    """fp32 gradient of scores with e = exp(s - m); row values broadcast against e."""
     on_target = 1.0
-    p = tl.exp(s - m) * (inverse_l * (1.0 + 2.0 * z_loss * (m + log_l)))
+    p = e * ((1.0 + 2.0 * z_loss * (m + tl.log(total))) / total)
     if SMOOTHING:
         p -= label_smoothing / tl.cast(V, tl.float32)
         on_target = 1.0 - label_smoothing
@@ -114,8 +119,8 @@ def cross_entropy_rows_kernel(
     )
     col_ok = (cols < V)[None, :]
     ok = counted[:, None] & col_ok
-    offsets = rows[:, None] * logits_stride + cols[None, :]
-    x = tl.load(logits_ptr + offsets, mask=ok, other=0.0).to(tl.float32)
+    places = logits_ptr + rows[:, None] * logits_stride + cols[None, :]
+    x = tl.load(places, mask=ok, other=0.0).to(tl.float32)
     s, t = capped(x, softcap, SOFTCAP)
 
     m = tl.max(tl.where(ok, s, float("-inf")), axis=1)
@@ -133,12 +138,12 @@ def cross_entropy_rows_kernel(
         tl.store(loss_ptr + rows, tl.where(counted, loss, 0.0), mask=row_ok)
     if dlogits_ptr is not None:
         ds = dlogits_tile(
-            s, t, m[:, None], (1.0 / total)[:, None], log_l[:, None], weight[:, None], is_target, V,
-            label_smoothing, z_loss, SMOOTHING, SOFTCAP,
+            e, t, m[:, None], total[:, None], weight[:, None], is_target, V, label_smoothing,
+            z_loss, SMOOTHING, SOFTCAP,
         )  # fmt: skip
         ds = tl.where(ok, ds, 0.0).to(dlogits_ptr.dtype.element_ty)
-        offsets = rows[:, None] * dlogits_stride + cols[None, :]
-        tl.store(dlogits_ptr + offsets, ds, mask=row_ok[:, None] & col_ok)
+        places = dlogits_ptr + rows[:, None] * dlogits_stride + cols[None, :]
+        tl.store(places, ds, mask=row_ok[:, None] & col_ok)
 
 
 @triton.jit
@@ -201,14 +206,14 @@ def cross_entropy_wide_kernel(
     score_sum = tl.zeros((LANES,), tl.float32)
     target_score = 0.0
     if counted:
-        known = (target >= 0) & (target < V)
-        target_x = tl.load(logits_ptr + first + target, mask=known, other=0.0).to(tl.float32)
+        target_x = tl.load(logits_ptr + first + target, mask=target >= 0, other=0.0).to(tl.float32)
         target_score = capped(target_x, softcap, SOFTCAP)[0]
         for start in range(0, length, TILE):
             cols, ok = edge_tile(start, head, body, length, LANES)
-            x = tl.load(logits_ptr + first + cols, mask=ok, other=0.0).to(tl.float32)
+            x = tl.load(logits_ptr + first + cols, mask=ok, other=float("-inf")).to(tl.float32)
             s = capped(x, softcap, SOFTCAP)[0]
-            s = tl.where(ok, s, float("-inf"))
+            if SOFTCAP:
+                s = tl.where(ok, s, float("-inf"))
             m, total, score_sum = accumulate(s, ok, m, total, score_sum, SMOOTHING)
         for tile in range(0, tiles):
             x = tl.load(
@@ -232,7 +237,6 @@ def cross_entropy_wide_kernel(
     if dlogits_ptr is not None:
         # In place, no thread may store while another still reads for the sums.
         tl.debug_barrier()
-        inverse_l = 1.0 / row_total
         seen_tiles = tl.where(counted, tiles, 0)
         for back in range(0, seen_tiles):
             start = body - (back + 1) * TILE
@@ -242,8 +246,8 @@ def cross_entropy_wide_kernel(
             s, t = capped(x, softcap, SOFTCAP)
             is_target = head + start + offsets == target
             ds = dlogits_tile(
-                s, t, row_m, inverse_l, log_l, weight, is_target, V, label_smoothing, z_loss,
-                SMOOTHING, SOFTCAP,
+                tl.exp(s - row_m), t, row_m, row_total, weight, is_target, V, label_smoothing,
+                z_loss, SMOOTHING, SOFTCAP,
             )  # fmt: skip
             ds = ds.to(dlogits_ptr.dtype.element_ty)
             tl.store(dlogits_ptr + out_aligned + start + offsets, ds)
@@ -252,11 +256,12 @@ def cross_entropy_wide_kernel(
             tl.store(dlogits_ptr + out_aligned + tile * TILE + offsets, nothing)
         for start in range(0, length, TILE):
             cols, ok = edge_tile(start, head, body, length, LANES)
-            x = tl.load(logits_ptr + first + cols, mask=ok & counted, other=0.0).to(tl.float32)
+            x = tl.load(logits_ptr + first + cols, mask=ok & counted, other=float("-inf"))
+            x = x.to(tl.float32)
             s, t = capped(x, softcap, SOFTCAP)
             ds = dlogits_tile(
-                s, t, row_m, inverse_l, log_l, weight, cols == target, V, label_smoothing, z_loss,
-                SMOOTHING, SOFTCAP,
+                tl.exp(s - row_m), t, row_m, row_total, weight, cols == target, V, label_smoothing,
+                z_loss, SMOOTHING, SOFTCAP,
             )  # fmt: skip
             ds = tl.where(counted, ds, 0.0).to(dlogits_ptr.dtype.element_ty)
             tl.store(dlogits_ptr + out_first + cols, ds, mask=ok)
