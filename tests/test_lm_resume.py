@@ -174,8 +174,12 @@ def killed_config(out: Path, steps: int, resume: bool = False) -> TrainConfig:
     return config(out, resume=resume, overwrite=not resume, **options, **every)
 
 
-def run_and_kill(out: Path, steps: int, after_s: float | None) -> bool:
-    """Runs or goes on; kills the process some time after its first step. True if it ended."""
+def run_and_kill(out: Path, steps: int, after_s: float | None, from_start: bool = False) -> bool:
+    """Runs or goes on; kills the process some time after its start or first step, or never.
+
+    Returns:
+        Whether it ended by itself.
+    """
     before = len(read_log(out / "log.jsonl"))
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(out), str(steps)],
@@ -187,7 +191,7 @@ def run_and_kill(out: Path, steps: int, after_s: float | None) -> bool:
         while after_s is not None and process.poll() is None:
             assert time.monotonic() < deadline
             stepped = len(read_log(out / "log.jsonl")) > before
-            if stepped and (out / FILE_NAME).is_file():
+            if from_start or (stepped and (out / FILE_NAME).is_file()):
                 time.sleep(after_s)
                 os.kill(process.pid, signal.SIGKILL)
                 break
@@ -205,7 +209,11 @@ def test_killed_at_random_moments(tmp_path: Path, kills: int, steps: int) -> Non
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(killed_config(whole, steps), MODEL, TEXT)
     saved = []
-    for _ in range(kills):
+    for kill in range(kills):
+        if kill % 4 == 3:  # while it starts, reads its checkpoint and cuts its log
+            assert not run_and_kill(cut, steps, moments.uniform(0.5, 3.0), from_start=True)
+            load_model(cut)
+            continue
         assert not run_and_kill(cut, steps, moments.uniform(0.0, 0.15)), "it ended unkilled"
         model, checkpoint = load_model(cut)
         assert all(torch.isfinite(p).all() for p in model.parameters())

@@ -195,7 +195,12 @@ def _checked(kind: str) -> str:
     """The kind to be, given how this process was started."""
     if kind not in KINDS:
         raise TrainError(f"--parallel is one of {', '.join(KINDS)}; got {kind!r}.")
-    launched = dist.is_initialized() or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+    launched = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+    if not dist.is_available():
+        if launched:
+            raise TrainError("this torch was built without torch.distributed; train without it.")
+    elif dist.is_initialized():
+        launched = True
     if kind == "auto":
         return "ddp" if launched else "none"
     if kind != "none" and not launched:
