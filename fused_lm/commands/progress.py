@@ -75,7 +75,8 @@ class Display:
     def on_validation(self, event: dict[str, Any]) -> None:
         self.say(
             f"step {event['step']:6d}  {event['elapsed_s']:6.1f} s  "
-            f"validation {event['bits_per_byte']:.3f} bits per byte"
+            f"validation {event['bits_per_byte']:.3f} bits per byte, "
+            f"{100 * event['accuracy']:.1f} % of next tokens right"
         )
         self._last = time.monotonic()
 

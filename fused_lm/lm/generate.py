@@ -76,6 +76,8 @@ def probabilities(
     wide = logits.double()
     # Only differences matter; without the largest, a tiny temperature can't overflow.
     scaled = (wide - wide.amax(dim=-1, keepdim=True)) / temperature
+    if top_k is None and top_p is None:
+        return scaled.softmax(dim=-1)
     descending, order = scaled.sort(dim=-1, descending=True, stable=True)
     descending[..., top_k if top_k is not None else descending.shape[-1] :] = float("-inf")
     kept = descending.softmax(dim=-1)

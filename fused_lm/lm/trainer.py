@@ -219,7 +219,8 @@ class Trainer:
         state = self._running.state()
         if not math.isfinite(state["loss_sum"]):
             held = f"{self.file} is from before" if self.file.is_file() else "nothing was saved"
-            raise TrainError(
+            # All processes see it, and one of them says it.
+            raise (TrainError if self.team.is_first else PeerError)(
                 f"the loss is no longer finite at step {self.step} ({held}); try a smaller --lr."
             )
         return state
