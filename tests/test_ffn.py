@@ -272,12 +272,12 @@ def test_compiled_equals_eager(backend: str, device: torch.device) -> None:
     ("change", "error", "text"),
     [
         ({"activation": "none"}, ValueError, "activation must be one of gelu"),
-        ({"down_weight": torch.randn(4, 7)}, ValueError, r"down_weight must be .* with in = 6"),
-        ({"down_bias": torch.randn(7)}, ValueError, r"down_bias must be \[out\]"),
+        ({"down_weight": torch.zeros(4, 7)}, ValueError, r"down_weight must be .* with in = 6"),
+        ({"down_bias": torch.zeros(7)}, ValueError, r"down_bias must be \[out\]"),
         ({"up_weight_grad": torch.zeros(6, 8)}, ValueError, "both, or none"),
         ({"activation": "swiglu"}, ValueError, r"down_weight must be .* with in = 3"),
     ],
-    ids=lambda value: str(value)[:30],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
 def test_errors(change: dict[str, object], error: type[Exception], text: str) -> None:
     arguments = inputs_of(Case("", (3, 8), 6, 4), torch.device("cpu"))

@@ -124,3 +124,12 @@ def test_autocast_makes_the_narrow_input_again(backend: str, device: torch.devic
         kept = gradients(norm_ffn, tensors, False, False)
         again = gradients(norm_ffn, tensors, True, False)
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+
+
+def test_a_stream_of_another_shape_is_refused() -> None:
+    stream, weight, bias, up, down = parameters(torch.device("cpu"))
+    source = NormInput(stream[:1], weight, bias, 1e-5, False)
+    with pytest.raises(ValueError, match=r"x_norm.stream must have the shape of x, got x_norm.str"):
+        fused_lm.ffn(stream, up, down, x_norm=source)
+    with fused_lm.use_backend("reference"), pytest.raises(ValueError, match="shape of x"):
+        fused_lm.linear_act(stream, up, x_norm=source)

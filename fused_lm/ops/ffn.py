@@ -11,7 +11,7 @@ from fused_lm import dispatch
 from fused_lm.ops import registration
 from fused_lm.ops.linear_act import by_rows, cast_for_autocast
 from fused_lm.ops.linear_checks import FFNCall, checked_ffn
-from fused_lm.ops.norm_input import NormInput, keep, restore
+from fused_lm.ops.norm_input import NormInput, check_norm_input, keep, restore
 from fused_lm.pytorch import linear_act as pytorch_linear
 from fused_lm.reference import ffn as reference
 from fused_lm.reference.linear_act import hidden_width, keeps_pre
@@ -60,6 +60,8 @@ def ffn(
         x, up_weight, down_weight, up_bias, down_bias, activation, transposed, recompute,
         up_weight_grad, down_weight_grad,
     )  # fmt: skip
+    if x_norm is not None:
+        check_norm_input(x_norm, x)
     backend = dispatch.choose("ffn", call)
     if backend == "pytorch":
         return pytorch_linear.ffn(

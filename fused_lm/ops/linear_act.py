@@ -11,7 +11,7 @@ from torch import Tensor
 from fused_lm import dispatch
 from fused_lm.ops import registration
 from fused_lm.ops.linear_checks import LinearActCall, checked_linear_act
-from fused_lm.ops.norm_input import NormInput, keep, restore
+from fused_lm.ops.norm_input import NormInput, check_norm_input, keep, restore
 from fused_lm.pytorch import linear_act as pytorch_linear
 from fused_lm.reference import linear_act as reference
 from fused_lm.reference.linear_act import keeps_pre
@@ -52,6 +52,8 @@ def linear_act(
     Source: Hendrycks, Gimpel 2016 (arXiv:1606.08415); Shazeer 2020 (arXiv:2002.05202).
     """
     call = checked_linear_act(x, weight, bias, weight_grad, activation, transposed)
+    if x_norm is not None:
+        check_norm_input(x_norm, x)
     backend = dispatch.choose("linear_act", call)
     if backend == "pytorch":
         return pytorch_linear.linear_act(x, weight, bias, activation, transposed)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_lm.ops import registration
+from fused_lm.ops.checks import shapes_of
 from fused_lm.ops.layernorm import layer_norm, rms_norm
 
 
@@ -33,6 +34,15 @@ class NormInput(NamedTuple):
     rms: bool
 
 
+def check_norm_input(x_norm: NormInput, x: Tensor) -> None:
+    """ValueError if ``x_norm`` can't be what x was made of."""
+    if x_norm.stream.shape != x.shape:
+        raise ValueError(
+            "x_norm.stream must have the shape of x, got "
+            + shapes_of(**{"x_norm.stream": x_norm.stream, "x": x})
+        )
+
+
 class Kept(NamedTuple):
     """How the input of a layer was kept; beside it, two tensors more are saved."""
 
@@ -43,7 +53,7 @@ class Kept(NamedTuple):
 def keep(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Three tensors to save instead of x; ``ctx.kept`` says what they are."""
     x_norm: NormInput | None = getattr(ctx, "extra", None)
-    if x_norm is None or x_norm.stream.shape != x.shape:
+    if x_norm is None:
         ctx.kept = Kept(x.dtype, None)
         return x, None, None
     ctx.kept = Kept(x.dtype, (x_norm.eps, x_norm.rms))
