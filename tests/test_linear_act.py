@@ -212,7 +212,7 @@ def test_opcheck(activation: str) -> None:
     )
     torch.library.opcheck(
         torch.ops.fused_lm.linear_act_bwd_add.default,
-        (torch.randn(5, 6), *arguments, torch.zeros_like(weight), "reference"),
+        (torch.randn(5, 6), *arguments, False, torch.zeros_like(weight), "reference"),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -247,6 +247,75 @@ def test_compiled_equals_eager(add: bool, backend: str, device: torch.device) ->
         results.append([y, *grads])
     for eager, compiled in zip(*results, strict=True):
         assert torch.equal(eager, compiled)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_given_gradient_is_no_saved_tensor(backend: str, device: torch.device) -> None:
+    """The buffer itself gets the sum: under hooks that hand out copies (offloading), over several
+    calls, with a zero_() in between, from one graph twice.
+    """
+    x, weight, bias = inputs_of(Case(""), device)
+    leaf = weight.clone().requires_grad_()
+    with fused_lm.use_backend(backend):
+        total = torch.zeros_like(weight)
+        fused_lm.linear_act(x, leaf, bias, weight_grad=total).sum().backward()
+        once, total = total, torch.zeros_like(weight)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+            first = fused_lm.linear_act(x, leaf, bias, weight_grad=total)
+            second = fused_lm.linear_act(x, leaf, bias, weight_grad=total)
+        total.zero_()
+        (first + second).sum().backward(retain_graph=True)
+        torch.testing.assert_close(total, 2 * once)
+        first.sum().backward()
+        torch.testing.assert_close(total, 3 * once)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_results_can_be_changed_in_place(backend: str, device: torch.device) -> None:
+    x, weight, bias = inputs_of(Case("", (2, 3, 8), 8), device)
+    leaf = x.clone().requires_grad_()
+    calls = (
+        lambda: fused_lm.linear_act(leaf, weight, bias),
+        lambda: fused_lm.ffn(leaf, weight, weight),
+        lambda: fused_lm.layer_norm(leaf, bias, bias, residual=leaf, return_residual=True)[0],
+        lambda: fused_lm.rms_norm(leaf, bias),
+    )
+    with fused_lm.use_backend(backend):
+        for call in calls:
+            y = call()
+            y += 1.0
+            y.sum().backward()
+
+
+def test_no_inputs_at_all(device: torch.device) -> None:
+    """A sum over nothing is the bias, as torch's linear has it."""
+    x, bias = torch.randn(2, 3, 0, requires_grad=True), torch.randn(5)
+    weight = torch.randn(5, 0, requires_grad=True)
+    for backend in BACKENDS:
+        with fused_lm.use_backend(backend):
+            y = fused_lm.linear_act(x, weight, bias, activation="none")
+        y.sum().backward()
+        assert torch.equal(y, bias.expand(2, 3, 5))
+
+
+def test_a_given_gradient_in_a_transform_is_refused() -> None:
+    x, weight = torch.randn(3, 4), torch.randn(5, 4)
+
+    def loss(weight: Tensor) -> Tensor:
+        return fused_lm.linear_act(x, weight, weight_grad=torch.zeros(5, 4)).sum()
+
+    with fused_lm.use_backend("reference"), pytest.raises(RuntimeError, match="no part of torch"):
+        torch.func.grad(loss)(weight)
+
+
+@pytest.mark.parametrize("held", [torch.zeros(5, 4).double(), torch.zeros(5, 4).long()])
+def test_a_given_gradient_of_another_kind_is_refused(held: Tensor) -> None:
+    with pytest.raises(TypeError, match="must be fp32, fp16, bf16 or of its weight's dtype"):
+        fused_lm.linear_act(torch.randn(3, 4), torch.randn(5, 4), weight_grad=held)
+    with pytest.raises(ValueError, match="must not be expanded"):
+        fused_lm.linear_act(
+            torch.randn(3, 4), torch.randn(5, 4), weight_grad=torch.zeros(1, 4).expand(5, 4)
+        )
 
 
 def test_no_second_derivative_of_a_sum_in_place() -> None:

@@ -111,13 +111,15 @@ def test_at_most_three_fifths_of_stock(size: tuple[int, int]) -> None:
     assert ratio(saved_for_backward(kept, 2)) > 0.9  # so recomputing is where it comes from
 
 
-def test_recomputing_changes_no_number(device: torch.device) -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_recomputing_changes_no_number(norm: str, backend: str, device: torch.device) -> None:
     results = []
     for recompute in (False, True):
         torch.manual_seed(0)
-        block = GPTBlock(C, H, dropout=0.2, recompute=recompute).to(device)
+        block = GPTBlock(C, H, norm=norm, dropout=0.2, recompute=recompute).to(device)
         x = torch.randn(B, T, C, device=device, requires_grad=True)
-        with fused_lm.use_backend("reference"):
+        with fused_lm.use_backend(backend):
             y = block(x)
             grads = torch.autograd.grad(y.square().sum(), [x, *block.parameters()])
         results.append([y, *grads])

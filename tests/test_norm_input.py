@@ -30,14 +30,18 @@ def norm_ffn(again: bool, rms: bool, *tensors: Tensor) -> Tensor:
         x = fused_lm.rms_norm(stream, weight, eps=1e-5)
     else:
         x = fused_lm.layer_norm(stream, weight, bias)
-    source = NormInput(stream, weight, None if rms else bias, 1e-5, rms) if again else None
+    source = NormInput(x, stream, weight, None if rms else bias, 1e-5, rms) if again else None
     return fused_lm.ffn(x, up, down, activation="silu", recompute=True, x_norm=source)
 
 
 def norm_linear(again: bool, rms: bool, *tensors: Tensor) -> Tensor:
     stream, weight, bias, up, _ = tensors
-    x: Any = fused_lm.layer_norm(stream, weight, bias)
-    source = NormInput(stream, weight, bias, 1e-5, False) if again else None
+    x: Any
+    if rms:
+        x = fused_lm.rms_norm(stream, weight, eps=1e-5)
+    else:
+        x = fused_lm.layer_norm(stream, weight, bias)
+    source = NormInput(x, stream, weight, None if rms else bias, 1e-5, rms) if again else None
     return fused_lm.linear_act(x, up, activation="none", x_norm=source)
 
 
@@ -126,10 +130,40 @@ def test_autocast_makes_the_narrow_input_again(backend: str, device: torch.devic
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
 
 
-def test_a_stream_of_another_shape_is_refused() -> None:
+def test_what_does_not_fit_is_refused() -> None:
     stream, weight, bias, up, down = parameters(torch.device("cpu"))
-    source = NormInput(stream[:1], weight, bias, 1e-5, False)
-    with pytest.raises(ValueError, match=r"x_norm.stream must have the shape of x, got x_norm.str"):
-        fused_lm.ffn(stream, up, down, x_norm=source)
-    with fused_lm.use_backend("reference"), pytest.raises(ValueError, match="shape of x"):
-        fused_lm.linear_act(stream, up, x_norm=source)
+    for parts in ((stream[:1], weight, bias), (stream, weight[:3], bias)):
+        with pytest.raises(ValueError, match="stream as x and parameters"):
+            fused_lm.ffn(stream, up, down, x_norm=NormInput(stream, *parts, 1e-5, False))
+        with pytest.raises(ValueError, match="stream as x and parameters"):
+            fused_lm.linear_act(stream, up, x_norm=NormInput(stream, *parts, 1e-5, False))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_stream_wider_than_the_kernels_is_normalised_as_wide(backend: str) -> None:
+    """fp64 around 1000: in fp32 the centred values would keep three digits."""
+    tensors = parameters(torch.device("cpu"))
+    stream = 1000 + 1e-3 * torch.randn(3, 5, C, dtype=torch.float64)
+    x: Any = fused_lm.layer_norm(stream, tensors[1].double(), tensors[2].double())
+    x = x.float().detach()
+    grads = []
+    for again in (False, True):
+        source = NormInput(x, stream, tensors[1].double(), tensors[2].double(), 1e-5, False)
+        with fused_lm.use_backend(backend):
+            y = fused_lm.linear_act(x, tensors[3], x_norm=source if again else None)
+        grads.append(torch.autograd.grad(y.sum(), tensors[3])[0])
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_hook_may_change_the_input(backend: str, device: torch.device) -> None:
+    """Then what the layer read is no longer what the norm returned."""
+    block = fused_lm.nn.GPTBlock(C, 4).to(device)
+    block.ffn.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    x = torch.randn(2, 5, C, device=device)
+    grads = []
+    for recompute in (False, True):
+        block.recompute = recompute
+        with fused_lm.use_backend(backend):
+            grads.append(torch.autograd.grad(block(x).sum(), block.ffn.up.weight)[0])
+    assert torch.equal(*grads)

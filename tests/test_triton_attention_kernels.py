@@ -13,9 +13,9 @@ import triton.language as tl
 
 from fused_lm.reference.philox import dropout_threshold, keep_mask
 from fused_lm.triton_kernels import attention, attention_tuning, interpreter
-from fused_lm.triton_kernels.attention_common import tanh
 from fused_lm.triton_kernels.attention_tuning import ROWS, SHARED_MEMORY, Tuning, tune
 from fused_lm.triton_kernels.philox import keep_tile, philox_4x32
+from fused_lm.triton_kernels.tanh import tanh
 
 interpreter.patch_interpreter()
 

@@ -221,7 +221,7 @@ class GPT(nn.Module):
         if self.norm is None:
             return x
         dropout_p = self.config.dropout if self.training else 0.0
-        narrow = autocast_dtype(x.device)  # what the head would cast to
+        narrow = None if x.dtype == torch.float64 else autocast_dtype(x.device)
         return fused_add_norm(self.norm, branch, x, dropout_p, out_dtype=narrow)[0]
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:

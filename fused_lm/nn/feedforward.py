@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from fused_lm.ops.ffn import ffn
 from fused_lm.ops.norm_input import NormInput
@@ -36,7 +37,7 @@ class FeedForward(nn.Module):
 
     Args:
         embed_dim: C.
-        ffn_dim: F. Default 4C, for ``swiglu`` and ``geglu`` 8C/3 rounded up to a multiple of 64.
+        ffn_dim: F. Default 4C, for a gated activation 8C/3 rounded up to a multiple of 64.
         activation: gelu | gelu_tanh | relu | relu_squared | silu | swiglu | geglu | geglu_tanh.
         bias: Whether both linears have a bias.
         dropout: Probability of dropping an element of the output, in training.
@@ -101,13 +102,17 @@ class FeedForward(nn.Module):
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a fused operator may read the module's weight in its place: nobody replaced it (by an
-    adapter, a quantised one), and nobody listens to its calls.
+    """Whether a fused operator may read the module's weight in its place: nobody replaced it or its
+    ``forward`` (by an adapter, a quantised one), and nobody listens to its calls.
     """
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
         module._backward_hooks,
         module._backward_pre_hooks,
+        torch_module._global_forward_hooks,
+        torch_module._global_forward_pre_hooks,
+        torch_module._global_backward_hooks,
+        torch_module._global_backward_pre_hooks,
     )
-    return type(module) is nn.Linear and not any(hooks)
+    return type(module) is nn.Linear and "forward" not in module.__dict__ and not any(hooks)

@@ -130,14 +130,14 @@ class GPTBlock(nn.Module):
             x = x if branch is None else x + _dropped(branch, dropout_p)
             attended = self._attend(x, None, key_mask, rotary, cache)
             x, stream = fused_add_norm(self.norm1, attended, x, dropout_p)
-            branch = self.ffn(x, x_norm=self._source(self.norm1, stream))
+            branch = self._feed_forward(x, self._source(self.norm1, x, stream))
             x, _ = fused_add_norm(self.norm2, branch, x, dropout_p)
             return (x, None) if return_branch else x
         hidden, stream = self._normed(self.norm1, branch, x, dropout_p)
-        source = self._source(self.norm1, stream)
+        source = self._source(self.norm1, hidden, stream)
         attended = self._attend(hidden, source, key_mask, rotary, cache)
         hidden, stream = self._normed(self.norm2, attended, stream, dropout_p)
-        branch = self.ffn(hidden, x_norm=self._source(self.norm2, stream))
+        branch = self._feed_forward(hidden, self._source(self.norm2, hidden, stream))
         return (stream, branch) if return_branch else stream + _dropped(branch, dropout_p)
 
     def _normed(
@@ -146,18 +146,24 @@ class GPTBlock(nn.Module):
         """(norm(s), s) of s = x + drop(branch). Autocast narrows norm(s) for the linear that reads
         it, so that nothing wider is written.
         """
-        narrow = autocast_dtype(x.device)
+        narrow = None if x.dtype == torch.float64 else autocast_dtype(x.device)
         if branch is None:
             return _norm(norm, x, out_dtype=narrow), x
         return fused_add_norm(norm, branch, x, dropout_p, out_dtype=narrow)
 
-    def _source(self, norm: LayerNorm | RMSNorm, stream: Tensor) -> NormInput | None:
+    def _source(
+        self, norm: LayerNorm | RMSNorm, hidden: Tensor, stream: Tensor
+    ) -> NormInput | None:
         """What the linear behind a norm needs to run it again."""
         if not self.recompute:
             return None
-        bias = None if isinstance(norm, RMSNorm) else norm.bias
         rms = isinstance(norm, RMSNorm)
-        return NormInput(stream, norm.weight, bias, norm_eps(norm, stream), rms)
+        bias = None if isinstance(norm, RMSNorm) else norm.bias
+        return NormInput(hidden, stream, norm.weight, bias, eps_of(norm, stream.dtype), rms)
+
+    def _feed_forward(self, x: Tensor, x_norm: NormInput | None) -> Tensor:
+        """Whatever ``ffn`` is now; only our own knows what to do with ``x_norm``."""
+        return self.ffn(x, x_norm=x_norm) if type(self.ffn) is FeedForward else self.ffn(x)
 
     def _attend(
         self,
@@ -241,14 +247,17 @@ def fused_add_norm(
 
 
 def _norm(norm: LayerNorm | RMSNorm, x: Tensor, **options: Any) -> Any:
+    residual = options.get("residual")
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    eps = eps_of(norm, dtype)
     if isinstance(norm, RMSNorm):
-        return rms_norm(x, norm.weight, eps=norm.eps, **options)
-    return layer_norm(x, norm.weight, norm.bias, eps=norm.eps, **options)
+        return rms_norm(x, norm.weight, eps=eps, **options)
+    return layer_norm(x, norm.weight, norm.bias, eps=eps, **options)
 
 
-def norm_eps(norm: LayerNorm | RMSNorm, stream: Tensor) -> float:
-    """The eps of a norm; RMSNorm's default is that of its input's dtype."""
-    return torch.finfo(stream.dtype).eps if norm.eps is None else norm.eps
+def eps_of(norm: LayerNorm | RMSNorm, dtype: torch.dtype) -> float:
+    """The eps of a norm of a stream of this dtype; RMSNorm's default depends on it."""
+    return torch.finfo(dtype).eps if norm.eps is None else norm.eps
 
 
 def _dropped(branch: Tensor, dropout_p: float) -> Tensor:

@@ -304,10 +304,10 @@ def _triton_refuses(call: Any) -> str | None:
 
 @functools.lru_cache(maxsize=1024)
 def _no_tile_on(D: int, Dv: int, element: int, index: int | None, score_bytes: int) -> str | None:
-    from fused_lm.triton_kernels import attention_tuning
+    from fused_lm.triton_kernels import attention_tuning, launch
 
     major, minor = torch.cuda.get_device_capability(index)
-    limit = attention_tuning.shared_memory_limit(major * 10 + minor)
+    limit = launch.shared_memory_limit(major * 10 + minor)
     return attention_tuning.refuses(D, Dv, element, limit, score_bytes)
 
 
@@ -347,6 +347,7 @@ def _never(call: Any) -> str | None:
 _KERNELS = tuple(
     f"triton_kernels/{name}.py"
     for name in (
+        "launch",
         "attention",
         "attention_common",
         "attention_fwd",

@@ -74,6 +74,15 @@ def _triton_refusal_on(kind: str, index: int | None) -> str | None:
 _triton_refusal_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def tf32_allowed(t: Tensor) -> bool:
+    """Whether torch would multiply this tensor in TF32; asks by the newer of torch's two settings,
+    because the older one raises once a user has set the newer.
+    """
+    if not t.is_cuda or t.dtype != torch.float32:
+        return False
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def interpreting() -> bool:
     """True where Triton's kernels run in its interpreter, as in the tests on a CPU."""
     return "triton" in sys.modules and bool(sys.modules["triton"].knobs.runtime.interpret)

@@ -220,7 +220,8 @@ _KERNELS = tuple(
         "cross_entropy_kernels",
         "cross_entropy_scalars",
         "cross_entropy_tuning",
-        "attention_common",
+        "launch",
+        "tanh",
     )
 )
 for _op in ("cross_entropy", "linear_cross_entropy"):

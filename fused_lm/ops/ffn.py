@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fused_lm import dispatch
 from fused_lm.ops import registration
-from fused_lm.ops.linear_act import by_rows, cast_for_autocast
+from fused_lm.ops.linear_act import by_rows, cast_for_autocast, reference_of, rows_of
 from fused_lm.ops.linear_checks import FFNCall, checked_ffn
-from fused_lm.ops.norm_input import NormInput, check_norm_input, keep, restore
+from fused_lm.ops.norm_input import NormInput, checked_norm_input, keep, restore
 from fused_lm.pytorch import linear_act as pytorch_linear
 from fused_lm.reference import ffn as reference
 from fused_lm.reference.linear_act import hidden_width, keeps_pre
@@ -43,12 +43,14 @@ def ffn(
             geglu_tanh: ``act(gate) * value``.
         transposed: Weights are [C, F] and [F, C2], as GPT-2's Conv1D keeps them.
         recompute: Drop the activation and make it again from the pre-activation in the epilogue of
-            a backward product: F elements a row less, one store more, the same numbers.
+            a backward product: F elements a row less, one store more, the same numbers. PyTorch's
+            backend keeps what PyTorch keeps.
         up_weight_grad, down_weight_grad, x_norm: As ``weight_grad`` and ``x_norm`` of
-            :func:`fused_lm.linear_act`; both gradients or none.
+            :func:`fused_lm.linear_act`.
     Returns:
         [..., C2], dtype of x (autocast's, under autocast).
-    Accuracy: |err| <= 2 x the error of the same-dtype torch reference; sums are fp32.
+    Accuracy: |err| <= 2 x the error of the same-dtype torch reference. Sums are fp32, but for y and
+        dx, which are torch's own products.
     Memory: saves x (with ``x_norm`` nothing new), the pre-activation and, without ``recompute``,
         the activation; relu saves the activation alone.
     Backends: triton, pytorch, reference.
@@ -60,8 +62,7 @@ def ffn(
         x, up_weight, down_weight, up_bias, down_bias, activation, transposed, recompute,
         up_weight_grad, down_weight_grad,
     )  # fmt: skip
-    if x_norm is not None:
-        check_norm_input(x_norm, x)
+    x_norm = checked_norm_input(x_norm, x)
     backend = dispatch.choose("ffn", call)
     if backend == "pytorch":
         return pytorch_linear.ffn(
@@ -81,34 +82,36 @@ def _arguments(call: FFNCall) -> tuple[Any, ...]:
 def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, ...]:
-    x, *tensors, activation, transposed, _, _, backend = inputs
-    ctx.save_for_backward(*tensors, *output[1:], *keep(ctx, x))
+    x, *parameters, up_grad, down_grad, activation, transposed, _, _, backend = inputs
+    ctx.weight_grads = (up_grad, down_grad)  # written, not read: see linear_act
+    ctx.save_for_backward(*parameters, *output[1:], *keep(ctx, x))
     ctx.options = (activation, transposed, backend)
     return output[:1]
 
 
 def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     """Gradients of the 12 inputs: x, both weights and both biases have one."""
-    *parameters, up_grad, down_grad, pre, hidden, x, weight, bias = ctx.saved_tensors
+    *parameters, pre, hidden, x, weight, bias = ctx.saved_tensors
     if dy is None:
         return (None,) * 12
     activation, transposed, backend = ctx.options
     x = restore(ctx.kept, x, weight, bias, backend)
     needs = [any(ctx.needs_input_grad[i : i + 1]) for i in range(5)]
     needs_dx, needs_up, needs_up_bias, needs_down, needs_down_bias = needs
-    rows = (dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
+    rows = (rows_of(dy), rows_of(x))
     arguments = (*rows, *parameters, pre, hidden, activation, transposed, needs_dx)
     arguments = (*arguments, needs_up_bias or needs_down_bias)
-    dup = ddown = None
-    if up_grad is not None and needs_up and needs_down:
-        dx, dup_bias, ddown_bias = registration.run_backward(
+    needed = zip((needs_up, needs_down), ctx.weight_grads, strict=True)
+    up_grad, down_grad = (grad if needs else None for needs, grad in needed)
+    needs_up, needs_down = needs_up and up_grad is None, needs_down and down_grad is None
+    arguments = (*arguments, needs_up, needs_down)
+    if up_grad is None and down_grad is None:
+        found = registration.run_backward("ffn_bwd", *arguments, backend)
+    else:
+        found = registration.run_backward(
             "ffn_bwd_add", *arguments, up_grad, down_grad, backend, differentiable=False
         )
-        needs_up = needs_down = False
-    else:
-        dx, dup, dup_bias, ddown, ddown_bias = registration.run_backward(
-            "ffn_bwd", *arguments, needs_up or needs_down, backend
-        )
+    dx, dup, dup_bias, ddown, ddown_bias = found
     return (
         dx.view(x.shape) if needs_dx else None,
         dup if needs_up else None,
@@ -145,34 +148,38 @@ def _fake_backward(
     down_bias: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    needs_dx, needs_dbiases, needs_dweights, _ = rest[-4:]
+    needs_dx, needs_dbiases, needs_dup, needs_ddown, _ = rest[-5:]
 
     def gradient(t: Tensor | None, needed: bool) -> Tensor:
         return torch.empty_like(t) if needed and t is not None else x.new_empty(0)
 
     return (
         x.new_empty(x.shape if needs_dx else (0,)),
-        gradient(up_weight, needs_dweights),
+        gradient(up_weight, needs_dup),
         gradient(up_bias, needs_dbiases),
-        gradient(down_weight, needs_dweights),
+        gradient(down_weight, needs_ddown),
         gradient(down_bias, needs_dbiases),
     )
 
 
-def _fake_backward_add(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward_add(*arguments: Any) -> tuple[Tensor, ...]:
     *tensors, _, _, backend = arguments
-    dx, _, dup_bias, _, ddown_bias = _fake_backward(*(*tensors, False, backend))
-    return dx, dup_bias, ddown_bias
+    return _fake_backward(*(*tensors, backend))
 
 
 registration.implement("ffn_fwd", "ffn", "ffn_forward")
 registration.implement("ffn_bwd", "ffn", "ffn_backward")
-registration.implement("ffn_bwd_add", "ffn", "ffn_backward_add")
+registration.implement("ffn_bwd_add", "ffn", "ffn_backward")
 registration.register_fake("ffn_fwd", _fake_forward)
 registration.register_fake("ffn_bwd", _fake_backward)
 registration.register_fake("ffn_bwd_add", _fake_backward_add)
 registration.register_autograd("ffn_fwd", _backward, _setup_context)
 registration.register_reference_gradient("ffn_bwd", reference.ffn_backward_of_input)
 _run = registration.route(
-    "ffn_fwd", 7, reference.ffn_forward, _setup_context, _backward, adapt=by_rows
+    "ffn_fwd",
+    7,
+    reference_of(reference.ffn_forward, 5, 6),
+    _setup_context,
+    _backward,
+    adapt=by_rows,
 )

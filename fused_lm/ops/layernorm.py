@@ -116,8 +116,11 @@ def _by_rows(
     rows = x.reshape(-1, shape[-1])
     added = None if residual is None else residual.reshape(rows.shape)
     y, stream, *statistics = forward(rows, added, *rest)
-    has_stream = stream.dim() == 2
-    return y.view(shape), stream.view(shape) if has_stream else stream, *statistics
+    # Views that an autograd.Function returns can't be changed in place; these are none.
+    y = torch.ops.aten._unsafe_view(y, shape)
+    if stream.dim() == 2:
+        stream = torch.ops.aten._unsafe_view(stream, shape)
+    return y, stream, *statistics
 
 
 def _setup_layer_norm(

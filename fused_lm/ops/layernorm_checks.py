@@ -143,6 +143,7 @@ def _never(call: NormCall) -> str | None:
 _KERNELS = tuple(
     f"triton_kernels/{name}.py"
     for name in (
+        "launch",
         "layernorm",
         "layernorm_fwd",
         "layernorm_bwd",

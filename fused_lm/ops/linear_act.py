@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from fused_lm import dispatch
 from fused_lm.ops import registration
 from fused_lm.ops.linear_checks import LinearActCall, checked_linear_act
-from fused_lm.ops.norm_input import NormInput, check_norm_input, keep, restore
+from fused_lm.ops.norm_input import NormInput, checked_norm_input, keep, restore
 from fused_lm.pytorch import linear_act as pytorch_linear
 from fused_lm.reference import linear_act as reference
 from fused_lm.reference.linear_act import keeps_pre
@@ -39,12 +40,16 @@ def linear_act(
         transposed: The weight is [C, F], as GPT-2's Conv1D keeps it; nothing is transposed.
         weight_grad: Shape of the weight, any float dtype. The backward adds the weight's gradient
             into it, in fp32 and rounded once, and autograd gets none: for gradient accumulation,
-            an fp32 ``weight_grad`` loses nothing to a 16-bit sum. No second derivatives.
+            an fp32 ``weight_grad`` loses nothing to a 16-bit sum. Any backward through this call
+            adds, one that asks only for the gradient of x too; hooks of DDP, FSDP and a GradScaler
+            don't see it. No second derivatives, no ``torch.func``.
         x_norm: The norm that made x (:class:`fused_lm.NormInput`), to run it again in the backward
-            instead of keeping x. Ignored by PyTorch's backend and by compilers.
+            instead of keeping x. Ignored by PyTorch's backend, by compilers, and where x is no
+            longer the tensor that the norm returned.
     Returns:
         [..., F], dtype of x (autocast's, under autocast).
-    Accuracy: |err| <= 2 x the error of the same-dtype torch reference; sums are fp32.
+    Accuracy: |err| <= 2 x the error of the same-dtype torch reference. Sums are fp32, but for dx,
+        which is torch's own product.
     Memory: saves x (with ``x_norm`` nothing new) and the pre-activation (for relu the output).
     Backends: triton, pytorch, reference.
     Raises: ValueError on shape or value, TypeError on dtype or device mix, RuntimeError if a forced
@@ -52,8 +57,7 @@ def linear_act(
     Source: Hendrycks, Gimpel 2016 (arXiv:1606.08415); Shazeer 2020 (arXiv:2002.05202).
     """
     call = checked_linear_act(x, weight, bias, weight_grad, activation, transposed)
-    if x_norm is not None:
-        check_norm_input(x_norm, x)
+    x_norm = checked_norm_input(x_norm, x)
     backend = dispatch.choose("linear_act", call)
     if backend == "pytorch":
         return pytorch_linear.linear_act(x, weight, bias, activation, transposed)
@@ -78,37 +82,44 @@ def by_rows(forward: Callable[..., Any], x: Tensor, *rest: Any) -> tuple[Tensor,
     """Runs a forward on rows [N, C] and gives y the leading dims of x again."""
     if x.dim() == 2:
         return forward(x, *rest)
-    y, *saved = forward(x.reshape(-1, x.shape[-1]), *rest)
-    return y.view(*x.shape[:-1], y.shape[-1]), *saved
+    y, *saved = forward(rows_of(x), *rest)
+    # A view that an autograd.Function returns can't be changed in place; this is none.
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])), *saved
+
+
+def rows_of(t: Tensor) -> Tensor:
+    """[..., C] as [N, C]; C may be 0."""
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, ...]:
-    x, weight, bias, weight_grad, activation, transposed, _, backend = inputs
+    x, weight, bias, ctx.weight_grad, activation, transposed, _, backend = inputs
     y, pre = output
     pre = y if activation == "relu" else pre
-    ctx.save_for_backward(weight, bias, weight_grad, pre, *keep(ctx, x))
+    # weight_grad is written, not read: as a saved tensor it could be a copy, or of an old version.
+    ctx.save_for_backward(weight, bias, pre, *keep(ctx, x))
     ctx.options = (activation, transposed, backend)
     return (y,)
 
 
 def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     """Gradients of the 8 inputs: x, weight and bias have one."""
-    weight, bias, weight_grad, pre, x, norm_weight, norm_bias = ctx.saved_tensors
+    weight, bias, pre, x, norm_weight, norm_bias = ctx.saved_tensors
     if dy is None:
         return (None,) * 8
     activation, transposed, backend = ctx.options
     x = restore(ctx.kept, x, norm_weight, norm_bias, backend)
     needs_dx, needs_dweight, needs_dbias = (any(ctx.needs_input_grad[i : i + 1]) for i in range(3))
-    pre = pre.reshape(-1, pre.shape[-1]) if activation == "relu" else pre
-    rows = (dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
+    pre = rows_of(pre) if activation == "relu" else pre
+    rows = (rows_of(dy), rows_of(x))
     tensors = (*rows, weight, bias, pre, activation, transposed, needs_dx, needs_dbias)
-    if weight_grad is not None and needs_dweight:
-        dx, dbias = registration.run_backward(
-            "linear_act_bwd_add", *tensors, weight_grad, backend, differentiable=False
+    if ctx.weight_grad is not None and needs_dweight:
+        dx, _, dbias = registration.run_backward(
+            "linear_act_bwd_add", *tensors, False, ctx.weight_grad, backend, differentiable=False
         )
-        dweight = None
+        needs_dweight, dweight = False, None
     else:
         dx, dweight, dbias = registration.run_backward(
             "linear_act_bwd", *tensors, needs_dweight, backend
@@ -156,15 +167,30 @@ def _fake_backward(
     )
 
 
-def _fake_backward_add(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _fake_backward_add(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, _, backend = arguments
-    dx, _, dbias = _fake_backward(*(*tensors, False, backend))
-    return dx, dbias
+    return _fake_backward(*(*tensors, backend))
+
+
+def reference_of(function: Callable[..., Any], *gradients: int) -> Callable[..., Any]:
+    """The reference forward for transforms, which can't add into a gradient (the arguments at
+    ``gradients``).
+    """
+
+    def plain(*arguments: Any) -> Any:
+        if any(arguments[i] is not None for i in gradients):
+            raise RuntimeError(
+                "a given weight gradient is no part of torch.func's functions, nor of tensor "
+                "subclasses: leave it out there"
+            )
+        return function(*arguments)
+
+    return plain
 
 
 registration.implement("linear_act_fwd", "linear_act", "linear_act_forward")
 registration.implement("linear_act_bwd", "linear_act", "linear_act_backward")
-registration.implement("linear_act_bwd_add", "linear_act", "linear_act_backward_add")
+registration.implement("linear_act_bwd_add", "linear_act", "linear_act_backward")
 registration.register_fake("linear_act_fwd", _fake_forward)
 registration.register_fake("linear_act_bwd", _fake_backward)
 registration.register_fake("linear_act_bwd_add", _fake_backward_add)
@@ -173,7 +199,7 @@ registration.register_reference_gradient("linear_act_bwd", reference.linear_act_
 _run = registration.route(
     "linear_act_fwd",
     4,
-    reference.linear_act_forward,
+    reference_of(reference.linear_act_forward, 3),
     _setup_context,
     _backward,
     adapt=by_rows,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +14,12 @@ from fused_lm.ops.checks import (
     autocast_enabled,
     check_same_device,
     shapes_of,
+    tf32_allowed,
     triton_refusal,
 )
 from fused_lm.reference.activations import ACTIVATIONS, GATES
+
+FEW_ROWS = 128
 
 
 class LinearActCall(NamedTuple):
@@ -81,8 +85,6 @@ def checked_ffn(
         _check_gated(up_weight, transposed, activation, "up_weight")
         hidden //= 2
     _check_linear(x, hidden, down_weight, down_bias, down_weight_grad, transposed, "down_")
-    if (up_weight_grad is None) != (down_weight_grad is None):
-        raise ValueError("give up_weight_grad and down_weight_grad both, or none of them")
     return FFNCall(
         x, up_weight, up_bias, down_weight, down_bias, up_weight_grad, down_weight_grad,
         activation, transposed, recompute,
@@ -142,8 +144,13 @@ def _check_weight_grad(weight: Tensor, weight_grad: Tensor, name: str) -> None:
             f"{name} must have the shape of its weight, got {list(weight_grad.shape)} for "
             f"{list(weight.shape)}"
         )
-    if weight_grad.dtype not in FLOATS or weight_grad.requires_grad:
-        raise TypeError(f"{name} must be a float tensor that needs no gradient itself")
+    wide = weight_grad.dtype == torch.float64 != weight.dtype
+    if weight_grad.dtype not in FLOATS or wide or weight_grad.requires_grad:
+        raise TypeError(
+            f"{name} must be fp32, fp16, bf16 or of its weight's dtype, and need no gradient itself"
+        )
+    if any(n > 1 and step == 0 for n, step in zip(weight.shape, weight_grad.stride(), strict=True)):
+        raise ValueError(f"{name} must not be expanded: its elements share memory")
     check_same_device({"weight": weight, name: weight_grad})
 
 
@@ -169,13 +176,19 @@ def _triton_refuses(call: Any) -> str | None:
 
 
 def _shape_class(call: Any) -> tuple[str, int]:
-    """Family: the epilogue and the weights' layout; size: width, by comparison with constants."""
+    """Family: the epilogue, the weights' layout, whether rows are too few to fill a tile (as when
+    tokens are generated) and how fp32 is multiplied; size: width. All by comparison with constants.
+    """
     kind = "gated" if call.activation in GATES else "plain"
     kinds = [kind if call.activation != "none" else "none"]
     if call.transposed:
         kinds.append("transposed")
     if getattr(call, "recompute", False):
         kinds.append("recompute")
+    if math.prod(call.x.shape[:-1]) < FEW_ROWS:
+        kinds.append("few")
+    if tf32_allowed(call.x):
+        kinds.append("tf32")
     C = call.x.shape[-1]
     return "-".join(kinds), sum(1 for limit in (1024, 2048, 4096) if limit < C)
 
@@ -187,6 +200,7 @@ def _never(call: Any) -> str | None:
 _KERNELS = tuple(
     f"triton_kernels/{name}.py"
     for name in (
+        "launch",
         "linear_act",
         "linear_act_fwd",
         "linear_act_bwd",

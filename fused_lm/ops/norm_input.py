@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_lm.ops import registration
-from fused_lm.ops.checks import shapes_of
+from fused_lm.ops.checks import check_same_device, shapes_of
 from fused_lm.ops.layernorm import layer_norm, rms_norm
 
 
@@ -22,11 +22,17 @@ class NormInput(NamedTuple):
     """What x was made of: ``layer_norm(stream, weight, bias)``, or ``rms_norm`` without a bias.
 
     Attributes:
+        output: x itself. A layer that is handed another tensor (a hook's, a cast one) keeps that.
         stream: [..., C], what the norm normalised: its second output where it added a residual,
             else its input.
+        weight, bias: [C] or None.
+        eps: As the norm used it.
         rms: It was ``rms_norm``.
+
+    Second derivatives are those by the stream and the norm's parameters: x is no variable any more.
     """
 
+    output: Tensor
     stream: Tensor
     weight: Tensor | None
     bias: Tensor | None
@@ -34,13 +40,23 @@ class NormInput(NamedTuple):
     rms: bool
 
 
-def check_norm_input(x_norm: NormInput, x: Tensor) -> None:
-    """ValueError if ``x_norm`` can't be what x was made of."""
-    if x_norm.stream.shape != x.shape:
+def checked_norm_input(x_norm: NormInput | None, x: Tensor) -> NormInput | None:
+    """``x_norm`` if x is its output, else None.
+
+    Raises:
+        ValueError: A shape doesn't fit. TypeError: a tensor is on another device.
+    """
+    if x_norm is None or x_norm.output is not x:
+        return None
+    parts = {"stream": x_norm.stream, "weight": x_norm.weight, "bias": x_norm.bias}
+    tensors = {f"x_norm.{name}": t for name, t in parts.items() if t is not None}
+    fits = all(t.shape in (x.shape, x.shape[-1:]) for t in tensors.values())
+    if x_norm.stream.shape != x.shape or not fits:
         raise ValueError(
-            "x_norm.stream must have the shape of x, got "
-            + shapes_of(**{"x_norm.stream": x_norm.stream, "x": x})
+            f"x_norm needs stream as x and parameters [C], got {shapes_of(x=x, **tensors)}"
         )
+    check_same_device({"x": x, **tensors})
+    return x_norm
 
 
 class Kept(NamedTuple):
@@ -77,5 +93,6 @@ def restore(
     parameters = (weight,) if rms else (weight, bias)
     arguments = (rows, None, *parameters, None, eps, 0.0, kept.dtype, saved.dtype)
     op = "rms_norm_fwd" if rms else "layer_norm_fwd"
+    backend = "reference" if saved.dtype == torch.float64 else backend
     y, *_ = registration.execute(op, *arguments, backend)
     return y.view(saved.shape)

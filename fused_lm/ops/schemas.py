@@ -21,11 +21,17 @@ _SCORE = (
 )
 
 _LINEAR_BWD = (
-    "Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor pre, str activation, bool transposed"
+    "Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor pre, str activation, bool transposed,"
+    " bool needs_dx, bool needs_dbias, bool needs_dweight"
 )
+_LINEAR_GRADIENTS = "(Tensor dx, Tensor dweight, Tensor dbias)"
 _FFN = "Tensor up_weight, Tensor? up_bias, Tensor down_weight, Tensor? down_bias"
 _FFN_BWD = (
-    f"Tensor dy, Tensor x, {_FFN}, Tensor pre, Tensor hidden, str activation, bool transposed"
+    f"Tensor dy, Tensor x, {_FFN}, Tensor pre, Tensor hidden, str activation, bool transposed,"
+    " bool needs_dx, bool needs_dbiases, bool needs_dup, bool needs_ddown"
+)
+_FFN_GRADIENTS = (
+    "(Tensor dx, Tensor dup_weight, Tensor dup_bias, Tensor ddown_weight, Tensor ddown_bias)"
 )
 
 _LOSS = "SymInt ignore_index, float label_smoothing, float z_loss, float softcap, str reduction"
@@ -77,28 +83,19 @@ SCHEMAS = {
         "(Tensor x, Tensor weight, Tensor? bias, Tensor? weight_grad, str activation,"
         " bool transposed, bool keep_pre, str backend) -> (Tensor y, Tensor pre)"
     ),
-    "linear_act_bwd": (
-        f"({_LINEAR_BWD}, bool needs_dx, bool needs_dbias, bool needs_dweight, str backend)"
-        " -> (Tensor dx, Tensor dweight, Tensor dbias)"
-    ),
+    "linear_act_bwd": f"({_LINEAR_BWD}, str backend) -> {_LINEAR_GRADIENTS}",
     "linear_act_bwd_add": (
-        f"({_LINEAR_BWD}, bool needs_dx, bool needs_dbias, Tensor(a!) weight_grad, str backend)"
-        " -> (Tensor dx, Tensor dbias)"
+        f"({_LINEAR_BWD}, Tensor(a!) weight_grad, str backend) -> {_LINEAR_GRADIENTS}"
     ),
     "ffn_fwd": (
         f"(Tensor x, {_FFN}, Tensor? up_weight_grad, Tensor? down_weight_grad, str activation,"
         " bool transposed, bool keep_pre, bool keep_hidden, str backend)"
         " -> (Tensor y, Tensor pre, Tensor hidden)"
     ),
-    "ffn_bwd": (
-        f"({_FFN_BWD}, bool needs_dx, bool needs_dbiases, bool needs_dweights, str backend)"
-        " -> (Tensor dx, Tensor dup_weight, Tensor dup_bias, Tensor ddown_weight,"
-        " Tensor ddown_bias)"
-    ),
+    "ffn_bwd": f"({_FFN_BWD}, str backend) -> {_FFN_GRADIENTS}",
     "ffn_bwd_add": (
-        f"({_FFN_BWD}, bool needs_dx, bool needs_dbiases, Tensor(a!) up_weight_grad,"
-        " Tensor(b!) down_weight_grad, str backend)"
-        " -> (Tensor dx, Tensor dup_bias, Tensor ddown_bias)"
+        f"({_FFN_BWD}, Tensor(a!)? up_weight_grad, Tensor(b!)? down_weight_grad, str backend)"
+        f" -> {_FFN_GRADIENTS}"
     ),
     "cross_entropy_fwd": (
         f"(Tensor logits, Tensor target, {_LOSS}, str gradient, str backend)"

@@ -102,6 +102,10 @@ def verify_linear_cases() -> list[LinearCase]:
             LinearCase("ffn", "gelu", ("recompute",), N, C, 4 * C),
             LinearCase("ffn", "gelu", (), N, C, 4 * C),
             LinearCase("ffn", "swiglu", ("recompute",), N, C, gated),
+            LinearCase("linear_act", "none", (), N, C, 3 * C),
             LinearCase("linear_act", "gelu", (), N, C, 4 * C),
+            LinearCase("ffn", "swiglu", (), N, C, gated),
+            LinearCase("linear_act", "swiglu", (), N, C, gated),
+            LinearCase("ffn", "gelu_tanh", ("transposed", "recompute"), N, C, 4 * C),
         ]
     return cases

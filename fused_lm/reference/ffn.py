@@ -13,8 +13,6 @@ and sources: see :mod:`fused_lm.reference.linear_act`.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from fused_lm.reference.activations import activate, activate_backward
@@ -55,7 +53,8 @@ def ffn_backward(
     transposed: bool,
     needs_dx: bool,
     needs_dbiases: bool,
-    needs_dweights: bool,
+    needs_dup: bool,
+    needs_ddown: bool,
     up_weight_grad: Tensor | None = None,
     down_weight_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -66,20 +65,13 @@ def ffn_backward(
         hidden = activate(wide(pre), activation).to(x.dtype)
     dhidden, ddown_weight, ddown_bias = linear_backward(
         wide(dy), hidden, down_weight, down_bias, down_weight_grad, transposed, True,
-        needs_dweights, wide(dy).dtype,
+        needs_ddown, wide(dy).dtype,
     )  # fmt: skip
     dpre = activate_backward(dhidden, wide(pre), activation)
     dx, dup_weight, dup_bias = linear_backward(
-        dpre, x, up_weight, up_bias, up_weight_grad, transposed, needs_dx, needs_dweights
+        dpre, x, up_weight, up_bias, up_weight_grad, transposed, needs_dx, needs_dup
     )
     return dx, dup_weight, dup_bias, ddown_weight, ddown_bias
-
-
-def ffn_backward_add(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dup_bias, ddown_bias) of :func:`ffn_backward`; the last two are the weight gradients."""
-    *rest, up_weight_grad, down_weight_grad = arguments
-    dx, _, dup_bias, _, ddown_bias = ffn_backward(*(*rest, False, up_weight_grad, down_weight_grad))
-    return dx, dup_bias, ddown_bias
 
 
 def ffn_backward_of_input(
@@ -95,14 +87,15 @@ def ffn_backward_of_input(
     transposed: bool,
     needs_dx: bool,
     needs_dbiases: bool,
-    needs_dweights: bool,
+    needs_dup: bool,
+    needs_ddown: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The backward as a function of the inputs alone, for second derivatives."""
     pre = project(x, up_weight, up_bias, transposed)
     hidden = activate(wide(pre), activation).to(x.dtype)
     return ffn_backward(
         dy, x, up_weight, up_bias, down_weight, down_bias, pre, hidden, activation, transposed,
-        needs_dx, needs_dbiases, needs_dweights,
+        needs_dx, needs_dbiases, needs_dup, needs_ddown,
     )  # fmt: skip
 
 

@@ -16,8 +16,6 @@ fp32 (fp64 for fp64). Sources: see :mod:`fused_lm.reference.activations`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -65,13 +63,6 @@ def linear_act_backward(
         dpre = activate_backward(dpre, wide(pre), activation)
     bias = bias if needs_dbias else None
     return linear_backward(dpre, x, weight, bias, weight_grad, transposed, needs_dx, needs_dweight)
-
-
-def linear_act_backward_add(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """(dx, dbias) of :func:`linear_act_backward`; the last argument is ``weight_grad``."""
-    *rest, weight_grad = arguments
-    dx, _, dbias = linear_act_backward(*(*rest, False, weight_grad))
-    return dx, dbias
 
 
 def linear_act_backward_of_input(

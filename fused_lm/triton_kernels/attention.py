@@ -27,9 +27,10 @@ from fused_lm.triton_kernels.attention_bwd import (
 from fused_lm.triton_kernels.attention_common import Dropout, Masks, Strides
 from fused_lm.triton_kernels.attention_dbias import attention_bwd_dbias
 from fused_lm.triton_kernels.attention_fwd import attention_fwd
-from fused_lm.triton_kernels.attention_tuning import Tuning, shared_memory_limit, tune
+from fused_lm.triton_kernels.attention_tuning import Tuning, tune
 from fused_lm.triton_kernels.attention_weights import attention_weights
 from fused_lm.triton_kernels.interpreter import interpreting, patch_interpreter
+from fused_lm.triton_kernels.launch import shared_memory_limit
 
 patch_interpreter()
 

@@ -22,14 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-_KIB = 1024
-SHARED_MEMORY = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
-"""KiB of shared memory one program can have, by compute capability."""
-
-
-def shared_memory_limit(arch: int) -> int:
-    """Bytes one program can have; an unknown target gets what all known ones have."""
-    return SHARED_MEMORY.get(arch, min(SHARED_MEMORY.values())) * _KIB
+from fused_lm.triton_kernels.launch import shared_memory_limit
 
 
 @dataclass(frozen=True)
@@ -181,4 +174,4 @@ def _padded(dim: int) -> int:
 
 
 def _is_wgmma(shared_limit: int) -> bool:
-    return shared_limit >= SHARED_MEMORY[90] * _KIB
+    return shared_limit >= shared_memory_limit(90)

@@ -114,7 +114,7 @@ def compile_one(task: tuple[str, int]) -> list[dict[str, Any]]:
 
 
 def _resources(kernel: Any, log: str) -> dict[str, Any]:
-    from fused_lm.triton_kernels.attention_tuning import shared_memory_limit
+    from fused_lm.triton_kernels.launch import shared_memory_limit
 
     def number(pattern: str) -> int:
         return sum(int(n) for n in re.findall(pattern, log))

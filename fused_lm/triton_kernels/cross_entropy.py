@@ -26,7 +26,7 @@ from fused_lm.triton_kernels.cross_entropy_tuning import (
     tuning,
 )
 from fused_lm.triton_kernels.interpreter import patch_interpreter
-from fused_lm.triton_kernels.layernorm import _device_of, _rows_contiguous
+from fused_lm.triton_kernels.launch import device_of, rows_contiguous
 
 
 def cross_entropy_forward(
@@ -40,7 +40,7 @@ def cross_entropy_forward(
     gradient: str,
 ) -> tuple[Tensor, Tensor]:
     """logits [N, V], target [N] -> loss ([N], or [] reduced), dlogits [N, V] or empty."""
-    logits, target = _rows_contiguous(logits), target.contiguous()
+    logits, target = rows_contiguous(logits), target.contiguous()
     loss = logits.new_empty(logits.shape[0], dtype=torch.float32)
     dlogits = None
     count = None
@@ -64,7 +64,7 @@ def cross_entropy_backward(
     reduction: str,
 ) -> Tensor:
     """dlogits [N, V] of dloss ([N], or [] reduced)."""
-    logits = _rows_contiguous(logits)
+    logits = rows_contiguous(logits)
     dlogits = logits.new_empty(logits.shape)
     options = (ignore_index, label_smoothing, z_loss, softcap)
     _gradient_into(dlogits, dloss, logits, target, options, reduction)
@@ -93,7 +93,7 @@ def scale_in_place(dlogits: Tensor, dloss: Tensor) -> None:
         return
     chosen = scale_tuning()
     patch_interpreter()
-    with _device_of(dlogits):
+    with device_of(dlogits):
         scale_kernel[(N,)](
             dlogits, dloss, V, _stride(dloss), chosen.lanes, num_warps=chosen.num_warps
         )
@@ -142,7 +142,7 @@ def launch(
         label_smoothing != 0.0, softcap != 0.0,
     )  # fmt: skip
     patch_interpreter()
-    with _device_of(logits):
+    with device_of(logits):
         if chosen.rows:
             cross_entropy_rows_kernel[(-(-N // chosen.rows),)](
                 *arguments, chosen.rows, chosen.block_v, num_warps=chosen.num_warps
@@ -158,7 +158,7 @@ def inverse_count(target: Tensor, ignore_index: int) -> Tensor:
     """fp32 [1]: 1 / number of rows that count, on the device."""
     found = target.new_empty(1, dtype=torch.float32)
     patch_interpreter()
-    with _device_of(target):
+    with device_of(target):
         inverse_count_kernel[(1,)](
             target, found, target.shape[0], ignore_index, REDUCE_ROWS, num_warps=REDUCE_WARPS
         )
@@ -171,7 +171,7 @@ def reduced(loss: Tensor, target: Tensor, ignore_index: int, reduction: str) -> 
         return loss
     total = loss.new_empty(())
     patch_interpreter()
-    with _device_of(loss):
+    with device_of(loss):
         reduce_loss_kernel[(1,)](
             loss, target, total, loss.shape[0], ignore_index, reduction == "mean", REDUCE_ROWS,
             num_warps=REDUCE_WARPS,

@@ -32,7 +32,7 @@ Source: Milakov, Gimelshein 2018 (arXiv:1805.02867), the running maximum.
 import triton
 import triton.language as tl
 
-from fused_lm.triton_kernels.attention_common import tanh
+from fused_lm.triton_kernels.tanh import tanh
 
 ALIGN = tl.constexpr(8)
 """Elements: 16 bytes of 16-bit logits."""

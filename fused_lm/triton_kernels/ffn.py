@@ -64,7 +64,8 @@ def ffn_backward(
     transposed: bool,
     needs_dx: bool,
     needs_dbiases: bool,
-    needs_dweights: bool,
+    needs_dup: bool,
+    needs_ddown: bool,
     up_weight_grad: Tensor | None = None,
     down_weight_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -72,25 +73,18 @@ def ffn_backward(
     pre, hidden = kept(pre, hidden, activation)
     up_bias, down_bias = (up_bias, down_bias) if needs_dbiases else (None, None)
     again = None
-    needs_hidden = needs_dweights or down_weight_grad is not None
+    needs_hidden = needs_ddown or down_weight_grad is not None
     if hidden.dim() == 1 and needs_hidden:
         F = down_weight.shape[0 if transposed else 1]
         again = hidden = x.new_empty(x.shape[0], F)
     dpre, dup_bias = dgrad_act(dy, down_weight, pre, up_bias, activation, transposed, again)
     _, ddown_bias = act_backward(dy, None, down_bias, "none")
     ddown_weight = weight_gradient(
-        dy, hidden, down_weight, transposed, needs_dweights, down_weight_grad
+        dy, hidden, down_weight, transposed, needs_ddown, down_weight_grad
     )
     dx = input_gradient(dpre, up_weight, transposed) if needs_dx else x.new_empty(0)
-    dup_weight = weight_gradient(dpre, x, up_weight, transposed, needs_dweights, up_weight_grad)
+    dup_weight = weight_gradient(dpre, x, up_weight, transposed, needs_dup, up_weight_grad)
     return dx, dup_weight, dup_bias, ddown_weight, ddown_bias
-
-
-def ffn_backward_add(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dup_bias, ddown_bias) of :func:`ffn_backward`; the last two are the weight gradients."""
-    *rest, up_weight_grad, down_weight_grad = arguments
-    dx, _, dup_bias, _, ddown_bias = ffn_backward(*(*rest, False, up_weight_grad, down_weight_grad))
-    return dx, dup_bias, ddown_bias
 
 
 def instantiations() -> dict[str, Callable[[], object]]:
@@ -112,5 +106,5 @@ def _instantiate(dtype: torch.dtype, C: int, F: int, activation: str, out: int) 
         x, up, up_bias, down, down_bias, None, None, activation, False, True, False
     )
     ffn_backward(
-        y, x, up, up_bias, down, down_bias, pre, hidden, activation, False, True, True, True
+        y, x, up, up_bias, down, down_bias, pre, hidden, activation, False, True, True, True, True
     )

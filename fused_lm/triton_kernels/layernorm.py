@@ -5,10 +5,7 @@ Arguments are those of ``fused_lm.reference.layernorm``; fp64 is refused by the 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import overload
 
 import torch
 from torch import Tensor
@@ -16,6 +13,7 @@ from torch import Tensor
 from fused_lm.reference.philox import dropout_scale, dropout_threshold
 from fused_lm.triton_kernels.column_sums import column_sums_tuning
 from fused_lm.triton_kernels.interpreter import patch_interpreter
+from fused_lm.triton_kernels.launch import device_of, multiprocessors, rows_contiguous
 from fused_lm.triton_kernels.layernorm_bwd import (
     norm_bwd_finalize_kernel,
     norm_bwd_kernel,
@@ -28,9 +26,6 @@ from fused_lm.triton_kernels.layernorm_tuning import (
     forward_tuning,
     row_means_tuning,
 )
-
-INTERPRETER_SMS = 2
-"""Stands for the SM count where there is no GPU: small, and more than one strip."""
 
 
 def layer_norm_forward(
@@ -122,7 +117,7 @@ def _forward(
     rstd = x.new_empty(N, dtype=torch.float32)
     if N == 0:
         return y, stream, rstd
-    x, residual = _rows_contiguous(x), _rows_contiguous(residual)
+    x, residual = rows_contiguous(x), rows_contiguous(residual)
     tuning = forward_tuning(C, _read_bytes(x, residual))
     arguments = (
         x, residual, _contiguous(weight), _contiguous(bias), _contiguous(rng), y,
@@ -130,7 +125,7 @@ def _forward(
         dropout_threshold(dropout_p), dropout_scale(dropout_p), mean is not None,
     )  # fmt: skip
     patch_interpreter()
-    with _device_of(x):
+    with device_of(x):
         if tuning.looped:
             norm_fwd_wide_kernel[(N,)](
                 *arguments, tuning.block_c, num_warps=tuning.num_warps, enable_fp_fusion=True
@@ -166,7 +161,7 @@ def _backward(
     dresidual = stream.new_empty((N, C) if separate else (0,), dtype=residual_dtype or x_dtype)
     if N == 0:
         return dx, dresidual, _zeros_like(weight, dx), _zeros_like(bias, dx)
-    dy, dstream, stream = _rows_contiguous(dy), _rows_contiguous(dstream), _rows_contiguous(stream)
+    dy, dstream, stream = rows_contiguous(dy), rows_contiguous(dstream), rows_contiguous(stream)
     weight_data, mean, rstd = _contiguous(weight), _contiguous(mean), rstd.contiguous()
     tuning = backward_tuning(C, _read_bytes(dy, dstream, stream))
     column_blocks = _ceil_div(C, tuning.block_c)
@@ -174,7 +169,7 @@ def _backward(
     dweight_partial = None if weight is None else rstd.new_empty((strips, C))
     dbias_partial = None if bias is None else rstd.new_empty((strips, C))
     patch_interpreter()
-    with _device_of(dx):
+    with device_of(dx):
         row_means = _row_means(dy, stream, weight_data, mean, rstd) if tuning.looped else None
         norm_bwd_kernel[(column_blocks, strips)](
             dy, dstream, stream, weight_data, mean, rstd, row_means, _contiguous(rng), dx,
@@ -237,27 +232,6 @@ def _strips(N: int, column_blocks: int, tuning: Tuning, device: torch.device) ->
     return min(_ceil_div(N, tuning.rows), max(1, programs // column_blocks))
 
 
-def multiprocessors(device: torch.device) -> int:
-    """SMs of a GPU; a small constant in the interpreter."""
-    if device.type != "cuda":
-        return INTERPRETER_SMS
-    return _cuda_multiprocessors(device)
-
-
-@functools.cache
-def _cuda_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@overload
-def _rows_contiguous(t: Tensor) -> Tensor: ...
-@overload
-def _rows_contiguous(t: None) -> None: ...
-def _rows_contiguous(t: Tensor | None) -> Tensor | None:
-    """The tensor, or one contiguous copy where its columns are not adjacent."""
-    return t if t is None or t.shape[-1] == 1 or t.stride(-1) == 1 else t.contiguous()
-
-
 def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
@@ -277,10 +251,6 @@ def _read_bytes(*tensors: Tensor | None) -> int:
 
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def _device_of(t: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
 
 
 def instantiations() -> dict[str, Callable[[], object]]:

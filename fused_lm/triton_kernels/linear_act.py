@@ -8,18 +8,17 @@ better GEMM. Weight gradients are ours: cuBLAS may add the parts of a split sum 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from fused_lm.ops.checks import tf32_allowed
 from fused_lm.reference.activations import GATES
-from fused_lm.triton_kernels.attention_tuning import shared_memory_limit
 from fused_lm.triton_kernels.column_sums import column_sums, sums_to
 from fused_lm.triton_kernels.interpreter import interpreting, patch_interpreter
-from fused_lm.triton_kernels.layernorm import multiprocessors
+from fused_lm.triton_kernels.launch import device_of, multiprocessors, shared_memory_limit
 from fused_lm.triton_kernels.linear_act_bwd import act_bwd_kernel, dgrad_act_kernel, wgrad_kernel
 from fused_lm.triton_kernels.linear_act_fwd import linear_act_fwd_kernel
 from fused_lm.triton_kernels.linear_act_tuning import (
@@ -56,8 +55,8 @@ def linear_act_forward(
     if y.numel() == 0:
         return y, pre
     w_in, w_out = weight.stride() if transposed else weight.stride()[::-1]
-    tile = _tile("gated" if gated else "forward", x, M, N)
     with device_of(x):
+        tile = _tile("gated" if gated else "forward", x, M, N)
         linear_act_fwd_kernel[(tile.tiles(M, N),)](
             x, weight, None if bias is None else bias.contiguous(), y, pre if keep_pre else None,
             M, N, C, *x.stride(), w_out, w_in, GATES.get(activation, activation), gated,
@@ -87,13 +86,6 @@ def linear_act_backward(
     dx = input_gradient(dpre, weight, transposed) if needs_dx else x.new_empty(0)
     dweight = weight_gradient(dpre, x, weight, transposed, needs_dweight, weight_grad)
     return dx, dweight, dbias
-
-
-def linear_act_backward_add(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """(dx, dbias) of :func:`linear_act_backward`; the last argument is ``weight_grad``."""
-    *rest, weight_grad = arguments
-    dx, _, dbias = linear_act_backward(*(*rest, False, weight_grad))
-    return dx, dbias
 
 
 def act_backward(
@@ -193,11 +185,11 @@ def dgrad_act(
     if pre.numel() == 0:
         return dpre, dy.new_empty(0) if bias is None else torch.zeros_like(bias)
     w_n, w_k = weight.stride() if transposed else weight.stride()[::-1]
-    tile = _tile("dgrad", dy, M, N)
-    partial = None
-    if bias is not None:
-        partial = dy.new_empty((-(-M // tile.block_m), pre.shape[1]), dtype=torch.float32)
     with device_of(dy):
+        tile = _tile("dgrad", dy, M, N)
+        partial = None
+        if bias is not None:
+            partial = dy.new_empty((-(-M // tile.block_m), pre.shape[1]), dtype=torch.float32)
         dgrad_act_kernel[(tile.tiles(M, N),)](
             dy, weight, pre, dpre, hidden, partial, M, N, K, *dy.stride(), w_k, w_n,
             GATES.get(activation, activation), gated, *product_options(dy, K, tile),
@@ -235,20 +227,14 @@ def product_options(like: Tensor, K: int, tile: Tuning) -> tuple[str, bool]:
 
 def precision(like: Tensor) -> str:
     """How fp32 operands are multiplied: as torch's own linears do on this device."""
-    if like.is_cuda and torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return "ieee"
-
-
-def device_of(t: Tensor) -> AbstractContextManager[object]:
-    """The device a launch needs to be current."""
-    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+    return "tf32" if tf32_allowed(like) else "ieee"
 
 
 def instantiations() -> dict[str, Callable[[], object]]:
     """Name -> forward and backward with meta tensors, for ``compile_check``."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     return {
+        "linear-act-bf16-c768-swiglu-f1": lambda: _instantiate(bf16, 768, 2, "swiglu"),
         "linear-act-bf16-c768-gelu": lambda: _instantiate(bf16, 768, 3072, "gelu"),
         "linear-act-bf16-c1600-swiglu": lambda: _instantiate(bf16, 1600, 8192, "swiglu"),
         "linear-act-fp16-c768-gelu-tanh-conv1d": lambda: _instantiate(

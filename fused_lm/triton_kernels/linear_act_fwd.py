@@ -121,7 +121,7 @@ def linear_act_fwd_kernel(
     cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     ok = row_ok[:, None] & col_ok[None, :]
     if GATED:
-        values = weight + N.to(tl.int64) * w_out
+        values = weight + tl.cast(N, tl.int64) * w_out  # N = 1 is a constant
         acc, acc_value = product_pair(
             x, x_rows, row_ok, x_k, weight, values, w_cols, col_ok, w_in, K, acc, acc, PRECISION,
             EVEN_K, BLOCK_K,

@@ -55,7 +55,14 @@ class Tuning:
 
 _TILES = {
     "forward": (
-        Tuning(128, 128, 64, 8, 4, "64 sums a thread: the most with which no epilogue spills"),
+        Tuning(
+            128,
+            128,
+            64,
+            8,
+            4,
+            "64 sums a thread: the most with which no epilogue spills where K fills tiles",
+        ),
         Tuning(128, 128, 32, 8, 3, "as before, within 99 KB of shared memory"),
     ),
     "gated": (
@@ -118,7 +125,7 @@ def wgrad_tuning(
     else:
         fitting = _fitting(_WGRAD, element_bytes, shared_limit, 1)
         enough = (t for t in fitting if t.tiles(M, N) >= sms)
-        tile = next(enough, fitting[-1])
+        tile = next(enough, min(fitting, key=lambda t: t.block_n))
     parts = min(sms // tile.tiles(M, N), K // _ROWS_PER_SPLIT, _MAX_SPLITS)
     return tile, max(1, parts)
 
