@@ -123,7 +123,7 @@ def route(
         if is_compiling():
             way = compiled if needs_gradient(inputs) else unrecorded
             return way(*arguments, backend)
-        if in_transform():
+        if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return plain(*arguments)
         last = 0
         for i, t in enumerate(inputs, 1):
@@ -149,14 +149,16 @@ def _eager_function(
 
     Each argument and each output costs a call a fifth of a microsecond or more: what lies behind
     the last input with a gradient goes in as one tuple, and what only the backward needs is no
-    output. ``apply`` is that of Function's base: :func:`in_transform` has been asked already.
+    output. ``apply`` is that of Function's base: Function's own asks again what :func:`route` has.
     """
 
     def forward_of(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        arguments = inputs[:-2] + inputs[-2]
-        ctx.extra = inputs[-1]
+        arguments, extra = inputs[:-2] + inputs[-2], inputs[-1]
         outputs = forward(*arguments)
         ctx.set_materialize_grads(False)
+        if extra is None:
+            return setup_context(ctx, arguments, outputs)
+        ctx.extra = extra
         outputs = setup_context(ctx, arguments, outputs)
         ctx.extra = None  # what of it is needed has been saved
         return outputs
