@@ -13,7 +13,8 @@ import triton.language as tl
 
 from fused_lm.reference.philox import dropout_threshold, keep_mask
 from fused_lm.triton_kernels import attention, attention_tuning, interpreter
-from fused_lm.triton_kernels.attention_tuning import ROWS, SHARED_MEMORY, Tuning, tune
+from fused_lm.triton_kernels.attention_tuning import ROWS, Tuning, tune
+from fused_lm.triton_kernels.launch import SHARED_MEMORY
 from fused_lm.triton_kernels.philox import keep_tile, philox_4x32
 from fused_lm.triton_kernels.tanh import tanh
 
