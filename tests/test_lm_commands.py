@@ -193,11 +193,21 @@ def test_command_errors_are_one_sentence(
         err = capsys.readouterr().err
         assert words in err and err.startswith("error: ") and err.count("\n") == 1, err
         assert "Traceback" not in err
-    for arguments in (["--steps", "0"], ["--minutes", "x"], ["--lr", "-1"], ["--batch", "1.5"]):
+    huge = str(10**20)
+    for arguments in (
+        ["--steps", "0"],
+        ["--minutes", "x"],
+        ["--minutes", "inf"],
+        ["--lr", "-1"],
+        ["--lr", "nan"],
+        ["--batch", "1.5"],
+        ["--seed", huge],
+        ["--vocab-size", huge],
+    ):
         with pytest.raises(SystemExit) as caught:
             cli.main(["train", *arguments])
         assert caught.value.code == 2
-        assert "expected a" in capsys.readouterr().err
+        assert "expected a" in capsys.readouterr().err, arguments
 
 
 def test_ctrl_c_saves_and_loses_nothing(text_file: Path, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -149,6 +151,62 @@ def test_diverged_run_stops_before_it_saves(tmp_path: Path) -> None:
     with pytest.raises(TrainError, match=r"no longer finite .* smaller --lr"):
         train(config(tmp_path / "run", steps=50, lr=1e30, log_every=1), MODEL, TEXT)
     assert not (tmp_path / "run" / FILE_NAME).exists()
+
+
+def test_diverged_run_is_noticed_by_an_evaluation_too(tmp_path: Path) -> None:
+    """The first update ruins the weights; no log line stands between it and the evaluation."""
+    for more in ({"steps": 50, "eval_every": 2, "log_every": 50}, {"steps": 1}):
+        with pytest.raises(TrainError, match=r"no longer finite at step .* start again with a sm"):
+            train(config(tmp_path / "run", lr=1e30, **more), MODEL, TEXT)
+        assert not (tmp_path / "run" / FILE_NAME).exists()
+
+
+def test_one_run_at_a_time_in_a_folder(tmp_path: Path) -> None:
+    refused = []
+
+    def second(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and not refused:
+            with pytest.raises(TrainError, match="another run is going on in") as caught:
+                train(config(tmp_path / "run", steps=1, overwrite=True), MODEL, TEXT)
+            refused.append(caught)
+
+    train(config(tmp_path / "run", steps=2), MODEL, TEXT, second)
+    assert refused
+    train(config(tmp_path / "run", steps=3, resume=True), None, TEXT)
+
+
+def test_a_new_run_replaces_the_old_one_only_when_it_stands(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(config(out, steps=1), MODEL, TEXT)
+    with pytest.raises(ValueError, match="Overflow"):
+        train(config(out, steps=1, overwrite=True, seed=2**70), MODEL, TEXT)
+    assert read_checkpoint(out).step == 1
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "log.jsonl").write_text('{"kind": "begin", "step": 0}\n')
+    assert train(config(out, steps=1), MODEL, TEXT).step == 1
+
+
+def test_writers_of_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """Whole contents of one of them at every instant, and none of them fails."""
+    program = (
+        "import sys; from pathlib import Path; from fused_lm.lm.atomic import write_atomically\n"
+        "for _ in range(100): write_atomically(Path(sys.argv[1]), sys.argv[2].encode() * 10000)"
+    )
+    path = tmp_path / "file"
+    writers = [
+        subprocess.Popen([sys.executable, "-c", program, str(path), letter]) for letter in "ab"
+    ]
+    seen = set()
+    while any(writer.poll() is None for writer in writers):
+        if path.exists():
+            seen.add(path.read_bytes())
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert seen <= {b"a" * 10000, b"b" * 10000} and seen
+    assert [left.name for left in tmp_path.iterdir()] == ["file"]
 
 
 def test_full_disk_on_the_way_is_a_warning_and_at_the_end_an_error(

@@ -44,7 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--tokenizer", help="bytes, or bpe: tokens learned from the text (default: bytes)"
     )
-    run.add_argument("--vocab-size", type=whole, metavar="V", help="of bpe (default: 4096)")
+    run.add_argument(
+        "--vocab-size",
+        type=number(int, 1, most=2**31 - 1),
+        metavar="V",
+        help="of bpe (default: 4096)",
+    )
     run.add_argument("--out", metavar="DIR", type=Path, help="default: runs/<name of the text>")
     length = run.add_mutually_exclusive_group()
     length.add_argument(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import secrets
+import time
 from contextlib import suppress
 from pathlib import Path
+
+ABANDONED_SECONDS = 3600.0
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -16,10 +21,11 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         OSError: If it can't be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        sweep(path)
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -28,6 +34,19 @@ def write_atomically(path: Path, content: bytes) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name in the same folder that no other process writes to, on whatever machine."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def sweep(path: Path) -> None:
+    """Removes what killed writers of this file left; a living one has written within the hour."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                left.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -73,7 +73,7 @@ class RunningLoss:
 
     def __init__(self, device: torch.device, byte_lengths: np.ndarray, team: Team) -> None:
         self._byte_lengths, self._team = byte_lengths, team
-        self._sum = torch.zeros((), device=device)
+        self._sum = torch.zeros((), dtype=torch.float64, device=device)
         self.steps = 0
         self._bytes = 0
 
@@ -94,7 +94,8 @@ class RunningLoss:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes back to a :meth:`state`."""
-        self._sum.fill_(state["loss_sum"])
+        # One process carries all of it: a share of each would be rounded.
+        self._sum.fill_(state["loss_sum"] * self._team.size if self._team.is_first else 0.0)
         self.steps = state["count"]
         self._bytes = state["bytes"] if self._team.is_first else 0
 

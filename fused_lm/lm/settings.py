@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fused_lm.lm import checkpoint, runlog
+from fused_lm.lm import checkpoint
+from fused_lm.lm.atomic import temporary_beside
 from fused_lm.lm.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from fused_lm.lm.parallel import Team
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -93,6 +98,53 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+@contextmanager
+def claimed(out: Path, team: Team) -> Iterator[None]:
+    """Keeps other runs out of a folder while this one lasts.
+
+    Raises:
+        TrainError: A run is going on there, or the folder can't be written.
+    """
+    held: list[int] = []
+    team.from_first(lambda: held.append(_locked(out)))
+    try:
+        yield
+    finally:
+        for handle in held:
+            os.close(handle)
+
+
+def _locked(out: Path) -> int:
+    """A handle of the folder, locked until it is closed."""
+    import fcntl
+
+    _make_writable(out)
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise TrainError(
+            f"another run is going on in {out}; expected another folder with --out."
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    return handle
+
+
+def _make_writable(out: Path) -> None:
+    probe = temporary_beside(out / "writable")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        os.unlink(probe)
+    except OSError as error:
+        reason = error.strerror or error
+        raise TrainError(
+            f"{out} can't be written ({reason}); expected a writable folder."
+        ) from error
+
+
 def open_folder(config: TrainConfig) -> Checkpoint | None:
     """Makes the run's folder and looks at what is in it.
 
@@ -104,28 +156,19 @@ def open_folder(config: TrainConfig) -> Checkpoint | None:
         CheckpointError: If the run there can't be read.
     """
     out = config.out
-    held = [out / checkpoint.FILE_NAME, out / runlog.FILE_NAME]
+    file = out / checkpoint.FILE_NAME
     if config.resume:
-        if not held[0].is_file():
+        if not file.is_file():
             raise TrainError(
                 f"{out} holds no checkpoint to resume; start the run without --resume."
             )
-        found = checkpoint.read_checkpoint(held[0], training_state=True)
+        found = checkpoint.read_checkpoint(file, training_state=True)
     else:
         found = None
-        if any(path.exists() for path in held) and not config.overwrite:
+        if file.exists() and not config.overwrite:
             raise TrainError(
                 f"{out} already holds a run; expected --resume to go on with it, "
                 "--overwrite to replace it, or another folder with --out."
             )
-    probe = out / ".writable.tmp"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        os.unlink(probe)
-    except OSError as error:
-        reason = error.strerror or error
-        raise TrainError(
-            f"{out} can't be written ({reason}); expected a writable folder."
-        ) from error
+    _make_writable(out)
     return found

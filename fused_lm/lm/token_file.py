@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import struct
-import time
 import zlib
 from collections.abc import Iterable
 from contextlib import suppress
@@ -20,10 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
+from fused_lm.lm.atomic import sweep, temporary_beside
+
 _MAGIC = b"FLMTOKN1"
 _HEADER = struct.Struct("<8sIIQQ32s")
 _CHUNK = 1 << 24
-_ABANDONED_SECONDS = 3600.0
 
 
 class TokenFileError(ValueError):
@@ -62,11 +62,11 @@ def write_tokens(path: Path, key: bytes, slices: Iterable[np.ndarray], dtype: np
         OSError: If it can't be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    sweep(path)
+    temporary = temporary_beside(path)
     crc, lengths = 0, []
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(bytes(_HEADER.size))
             for tokens in slices:
                 content = tokens.astype(dtype).tobytes()
@@ -85,14 +85,6 @@ def write_tokens(path: Path, key: bytes, slices: Iterable[np.ndarray], dtype: np
     finally:
         with suppress(OSError):
             temporary.unlink()
-
-
-def _remove_abandoned(path: Path) -> None:
-    """What killed writers of this file left; a living one has written within the hour."""
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
-        with suppress(OSError):
-            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
-                left.unlink()
 
 
 def read_tokens(path: Path, key: bytes) -> Tokens:

@@ -23,7 +23,7 @@ from fused_lm.lm.parallel import Team, join
 from fused_lm.lm.plan import Plan, check_shares, plan_new, plan_resumed
 from fused_lm.lm.report import import_tensorboard
 from fused_lm.lm.restore import tokenizer_of
-from fused_lm.lm.settings import Emit, TrainConfig, TrainError, open_folder, pick_device
+from fused_lm.lm.settings import Emit, TrainConfig, TrainError, claimed, open_folder, pick_device
 from fused_lm.lm.text import Text, bigram_entropy, unigram_entropy
 from fused_lm.lm.tokenizer import BYTES, AnyTokenizer, BPETokenizer, ByteTokenizer
 from fused_lm.lm.trainer import Trainer
@@ -97,7 +97,7 @@ def train(
     if config.steps is not None and config.minutes is not None:
         raise TrainError("a run's length is either --steps or --minutes; got both.")
     device = pick_device(config.device)
-    with join(config.parallel, device) as team:
+    with join(config.parallel, device) as team, claimed(config.out, team):
         emit: Emit = on_event if on_event is not None and team.is_first else lambda event: None
         return _train_in(team, config, model_config, text, device, emit, should_stop, clock, start)
 
@@ -125,6 +125,9 @@ def _train_in(
     trainer = Trainer(
         config, prepared.plan, corpus, prepared.levels, device, emit, should_stop, team, found
     )
+    if found is None and team.is_first:  # only now does a run stand that can replace the old one
+        trainer.file.unlink(missing_ok=True)
+    found = None  # its tensors are as large as the model's
     try:
         interrupted, curve = trainer.run(clock, start)
     except Exception as error:
@@ -191,8 +194,6 @@ def _prepare(
     check_shares(plan, team.size)
     prepared = _Prepared(plan, found is not None, document, levels)
     prepared.corpus(text)  # so that the other processes find the tokens made
-    if found is None and config.overwrite:
-        (config.out / checkpoint.FILE_NAME).unlink(missing_ok=True)
     return prepared
 
 

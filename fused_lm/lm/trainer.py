@@ -70,6 +70,7 @@ class Trainer:
         self.file = config.out / checkpoint.FILE_NAME
         self.log_path = config.out / runlog.FILE_NAME
         self._running = RunningLoss(device, self.byte_lengths, team)
+        self._norm: torch.Tensor | None = None
         self._was_finished = found is None or is_finished(found)
         if found is not None:
             self._restore(found)
@@ -180,7 +181,7 @@ class Trainer:
             scaler=self.scaler,
             team=self.team,
         )
-        self._rate = rate
+        self._rate, self._norm = rate, norm
         self._running.add(loss, targets)
         self._tokens_since_log += self._tokens_per_step()
         self.step += 1
@@ -217,13 +218,21 @@ class Trainer:
     def _since_log(self) -> dict[str, Any]:
         """Losses since the last log line; here a diverged run is noticed."""
         state = self._running.state()
-        if not math.isfinite(state["loss_sum"]):
-            held = f"{self.file} is from before" if self.file.is_file() else "nothing was saved"
-            # All processes see it, and one of them says it.
-            raise (TrainError if self.team.is_first else PeerError)(
-                f"the loss is no longer finite at step {self.step} ({held}); try a smaller --lr."
-            )
+        self._must_be_finite("loss", state["loss_sum"])
+        # A scaler looks for gradients that are not finite, and leaves out their step.
+        if self._norm is not None and self.scaler is None:
+            self._must_be_finite("gradient", float(self._norm))
         return state
+
+    def _must_be_finite(self, what: str, value: float) -> None:
+        """All processes see the same value, and one of them says what is wrong with it."""
+        if math.isfinite(value):
+            return
+        held = f"{self.file} is from before" if self.file.is_file() else "nothing was saved"
+        raise (TrainError if self.team.is_first else PeerError)(
+            f"the {what} is no longer finite at step {self.step} ({held}); start again with a "
+            "smaller --lr."
+        )
 
     def _evaluate(self, num_tokens: int, final: bool = False) -> bool:
         """Scores the validation text. Returns False if a stop was asked for meanwhile."""
@@ -240,6 +249,7 @@ class Trainer:
         if score is None:
             return False
         bits = score.bits_per_byte
+        self._must_be_finite("validation loss", bits)
         self.losses |= {"perplexity": score.perplexity, "accuracy": score.accuracy}
         self.losses["validation_bits"] = bits
         entry = {
