@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,7 +128,10 @@ def _locked(out: Path) -> int:
             f"another run is going on in {out}; expected another folder with --out."
         ) from None
     except OSError:  # a file system without locks
-        pass
+        return handle
+    for left in out.glob(".*.tmp"):  # of writers who were killed: nobody else writes here now
+        with suppress(OSError):
+            left.unlink()
     return handle
 
 
