@@ -282,7 +282,8 @@ def measure_import() -> tuple[list[Row], list[str]]:
 
 def show(rows: list[Row], heavy: list[str]) -> None:
     """Prints the table."""
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor()}")
+    python = f"Python {platform.python_version()} ({platform.python_compiler()})"
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {python}")
     print(f"{'what':<44} {'median':>10} {'95 % interval':>22} {'limit':>8}  verdict")
     for row in rows:
         numbers = [row.median, row.low, row.high]

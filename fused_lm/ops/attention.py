@@ -129,7 +129,7 @@ def attention_weights(
         average_heads,
     )
     backend = dispatch.choose("attention_weights", call)
-    q, k = _operands(call.q, call.k)
+    q, k = _operands((call.q, call.k))
     call = call._replace(q=q, k=k)
     differentiable = (call.q, call.k, call.lse, call.bias)
     if registration.through_reference(differentiable):
@@ -143,11 +143,12 @@ def _prepared(call: AttentionCall) -> tuple[Any, ...]:
     """The op's arguments; here the dropout state is drawn, which only a kernel needs."""
     if call.dropout_p > 0.0 and call.rng is None:
         call = call._replace(rng=registration.make_rng(call.q.device))
-    q, k, v, *rest, _ = call
-    return (*_operands(q, k, v), *rest)
+    operands = call[:3]
+    fitting = _operands(operands)
+    return call[:-1] if fitting is operands else fitting + call[3:-1]
 
 
-def _operands(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _operands(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """One dtype under autocast, and the one place that copies: kernels read the rows of a head as
     they lie, with any other stride.
     """
@@ -156,7 +157,7 @@ def _operands(*tensors: Tensor) -> tuple[Tensor, ...]:
         if dtype is not None and tensors[0].dtype != torch.float64:
             tensors = tuple(t.to(dtype) for t in tensors)
     for t in tensors:
-        if t.stride(-1) != 1:
+        if not t.is_contiguous() and t.stride(-1) != 1:
             return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
     return tensors
 

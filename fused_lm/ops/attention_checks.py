@@ -95,11 +95,12 @@ def checked_call(
     if mask is not None or key_mask is not None or bias is not None:
         mask, key_mask, bias = _checked_masks(q, k, mask, key_mask, bias)
     lower, upper = None, None
+    _, _, T, D = q.shape
     if causal or window is not None:
-        lower, upper = _band(q.shape[2], k.shape[2], causal, window)
+        lower, upper = _band(T, k.shape[2], causal, window)
     if softcap or dropout_p or rng is not None:
         _check_numbers(softcap, dropout_p, rng, q)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scale = D**-0.5 if scale is None else scale
     return AttentionCall(
         q, k, v, mask, key_mask, bias, rng, lower, upper, scale, softcap, dropout_p, return_lse
     )

@@ -94,16 +94,12 @@ def rms_norm(
 
 def _run(call: NormCall, backend: str, rms: bool) -> tuple[Tensor, Tensor]:
     """The way of a call that no operator of PyTorch's takes: (y, stream)."""
-    x, residual, weight, bias, rng, *options = call
     if call.dropout_p == 0.0:
-        rng = None
-    elif rng is None:
-        rng = registration.make_rng(x.device)
-    tensors = (x, residual, weight, rng) if rms else (x, residual, weight, bias, rng)
-    y, *stream = _RUN[rms]((*tensors, *options), backend)
-    if residual is None and rng is None:
-        return y, x if x.dtype is call.residual_dtype else x.to(call.residual_dtype)
-    return y, stream[0]
+        call = call if call.rng is None else call._replace(rng=None)
+    elif call.rng is None:
+        call = call._replace(rng=registration.make_rng(call.x.device))
+    y, *stream = _RUN[rms](call[:3] + call[4:] if rms else call, backend)  # an RMSNorm has no bias
+    return y, stream[0] if stream else call.x.to(call.residual_dtype)
 
 
 def _by_rows(
@@ -123,36 +119,17 @@ def _by_rows(
     return y, stream, *statistics
 
 
-def _setup_layer_norm(
+def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    x, residual, weight, bias, rng, _, dropout_p, _, _, backend = inputs
-    return _save(ctx, x, residual, output, (weight, bias, rng), dropout_p, backend)
-
-
-def _setup_rms_norm(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    x, residual, weight, rng, _, dropout_p, _, _, backend = inputs
-    return _save(ctx, x, residual, output, (weight, rng), dropout_p, backend)
-
-
-def _save(
-    ctx: Any,
-    x: Tensor,
-    residual: Tensor | None,
-    output: tuple[Tensor, ...],
-    saved: tuple[Tensor | None, ...],
-    dropout_p: float,
-    backend: str,
 ) -> tuple[Tensor, ...]:
     """Saves the stream, which is x itself where the operator returned an empty one; returns y, and
     the stream if there is one.
     """
+    x, residual, *parameters, rng, _, dropout_p, _, _, backend = inputs
     residual_dtype = None if residual is None else residual.dtype
-    has_stream = residual is not None or saved[-1] is not None
+    has_stream = residual is not None or rng is not None
     ctx.options = (has_stream, dropout_p, x.dtype, residual_dtype, backend)
-    ctx.save_for_backward(output[1] if has_stream else x, *output[2:], *saved)
+    ctx.save_for_backward(output[1] if has_stream else x, *output[2:], *parameters, rng)
     return output[:2] if has_stream else output[:1]
 
 
@@ -270,12 +247,11 @@ def _fake_rms_norm_backward(
 
 
 _RUN: dict[bool, Callable[[tuple[Any, ...], str], Any]] = {}
-for _op, _tensors, _backward_formula, _setup, _fake, _fake_bwd, _reference in (
+for _op, _tensors, _backward_formula, _fake, _fake_bwd, _reference in (
     (
         "layer_norm",
         5,
         _backward_layer_norm,
-        _setup_layer_norm,
         _fake_layer_norm,
         _fake_layer_norm_backward,
         reference.layer_norm_backward_of_stream,
@@ -284,7 +260,6 @@ for _op, _tensors, _backward_formula, _setup, _fake, _fake_bwd, _reference in (
         "rms_norm",
         4,
         _backward_rms_norm,
-        _setup_rms_norm,
         _fake_rms_norm,
         _fake_rms_norm_backward,
         reference.rms_norm_backward_of_stream,
@@ -294,13 +269,13 @@ for _op, _tensors, _backward_formula, _setup, _fake, _fake_bwd, _reference in (
     registration.implement(f"{_op}_bwd", "layernorm", f"{_op}_backward")
     registration.register_fake(f"{_op}_fwd", _fake)
     registration.register_fake(f"{_op}_bwd", _fake_bwd)
-    registration.register_autograd(f"{_op}_fwd", _backward_formula, _setup)
+    registration.register_autograd(f"{_op}_fwd", _backward_formula, _setup_context)
     registration.register_reference_gradient(f"{_op}_bwd", _reference)
     _RUN[_op == "rms_norm"] = registration.route(
         f"{_op}_fwd",
         _tensors,
         getattr(reference, f"{_op}_forward"),
-        _setup,
+        _setup_context,
         _backward_formula,
         adapt=_by_rows,
     )

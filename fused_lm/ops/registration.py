@@ -112,7 +112,24 @@ def route(
     ``adapt(function, *arguments)`` calls any of the ways with arguments in the op's own shapes.
     """
     opaque = getattr(torch.ops.fused_lm, op).default
-    ways: tuple[Callable[..., Any], ...] = (reference, partial(execute, op), opaque)
+    functions = FUNCTIONS[op]
+
+    def direct(*arguments: Any) -> Any:
+        """As :func:`execute`, for a caller who has looked at the tensors: no call that can be
+        spared.
+        """
+        function = functions.get(arguments[-1])
+        if (
+            function is None
+            or _len_torch_dispatch_stack()
+            or profiler._is_profiler_enabled
+            or _is_any_autocast_enabled()
+        ):
+            return execute(op, *arguments)
+        with _AutoDispatchBelowAutograd():
+            return function(*arguments[:-1])
+
+    ways: tuple[Callable[..., Any], ...] = (reference, direct, opaque)
     if adapt is not None:
         ways = tuple(partial(adapt, way) for way in ways)
     plain, unrecorded, compiled = ways
@@ -121,8 +138,7 @@ def route(
     def run(arguments: tuple[Any, ...], backend: str, extra: Any = None) -> Any:
         inputs = arguments[:tensors]
         if is_compiling():
-            way = compiled if needs_gradient(inputs) else unrecorded
-            return way(*arguments, backend)
+            return compiled(*arguments, backend)
         if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return plain(*arguments)
         last = 0
@@ -276,9 +292,8 @@ def execute(op: str, *args: Any) -> Any:
     on (no dispatch mode, no profiler, no fake tensors, no autocast to switch off) it is called
     directly.
     """
-    first = args[0]
     if (
-        type(first) in _PLAIN
+        type(args[0]) in _PLAIN
         and not is_compiling()
         and not _len_torch_dispatch_stack()
         and not profiler._is_profiler_enabled
