@@ -1,4 +1,5 @@
 # make demo: a GPT trained in minutes.  make test: the tests.  make test-all: the long ones too.  make lint.
+# make wheel: the release with CUDA kernels for every GPU, in dist/; needs nvcc.
 # TORCH chooses another build: make test TORCH='torch==2.12.*'
 
 PYTHON ?= python3
@@ -9,8 +10,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q
 MINUTES ?= 4
 # Threads that wait spin by default, and starve the others where something else runs too.
 export OMP_WAIT_POLICY ?= passive
+# What these targets show needs no nvcc, and a build of the kernels takes minutes.
+INSTALL := FUSED_LM_SKIP_CUDA=1 $(PIP)
 
-.PHONY: demo test test-all lint golden clean
+.PHONY: demo test test-all lint golden wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fused-lm doctor
@@ -30,12 +33,17 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/codespell
+	git ls-files '*.h' '*.c' '*.cpp' '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
 
 golden: $(VENV)/.test
 	$(BIN)/python -m tests.golden.write
 
+wheel: $(VENV)/.torch
+	FUSED_LM_FORCE_CUDA=1 FUSED_LM_CUDA_ARCHS="80;90;100;120" \
+	  $(BIN)/python -m pip --disable-pip-version-check wheel -v --no-deps -w dist .
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs
+	rm -rf $(VENV) build dist *.egg-info runs fused_lm/_C.* fused_lm/_build.json
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -44,13 +52,15 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(PIP) -e ".[lm,triton]"
+	$(INSTALL) -e ".[lm,triton]"
 	@touch $@
 
+# CuTe's headers, which the harness is held against; what its wheel asks for is not used.
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	$(PIP) -e ".[test]"
+	$(INSTALL) -e ".[test]"
+	$(PIP) --no-deps nvidia-cutlass==4.2.0.0
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) -e ".[dev]"
+	$(INSTALL) -e ".[dev]"
 	@touch $@

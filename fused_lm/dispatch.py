@@ -30,8 +30,8 @@ from torch.compiler import is_compiling
 
 from fused_lm import records
 
-BACKENDS = ("triton", "pytorch", "reference")
-"""Names that can be forced, in order of preference; ``auto`` is the fourth choice."""
+BACKENDS = ("cuda", "triton", "pytorch", "reference")
+"""Names that can be forced, in order of preference; ``auto`` is the fifth choice."""
 
 _LOGGER = logging.getLogger("fused_lm")
 _FORCED = os.environ.get("FUSED_LM_BACKEND", "auto")
@@ -107,7 +107,8 @@ _state = _State()
 
 @contextlib.contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Forces a backend in this thread: ``"triton"``, ``"pytorch"``, ``"reference"`` or ``"auto"``.
+    """Forces a backend in this thread: ``"cuda"``, ``"triton"``, ``"pytorch"``, ``"reference"`` or
+    ``"auto"``.
 
     Raises:
         ValueError: Unknown name. A call that the forced backend refuses raises RuntimeError.

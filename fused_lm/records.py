@@ -4,8 +4,9 @@ A record is one line of a JSON file. Records ship in ``fused_lm/verified.json``,
 verify`` writes the same on the user's own GPU into :func:`user_file`. Both are read once, at the
 first call that asks; a broken user file is reported and left out, never fatal.
 
-A kernel is named by the hash of its source without comments, docstrings and layout, with Triton's
-minor version: what changes the compiled kernel changes the hash, what explains it doesn't.
+A Triton kernel is named by the hash of its source without comments, docstrings and layout, with
+Triton's minor version: what changes the compiled kernel changes the hash, what explains it doesn't.
+A CUDA kernel is named by the hash of its machine code, which the build wrote down.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ SHAPE_CLASSES: dict[str, Callable[[Any], tuple[str, int]]] = {}
 """Operator -> function of a call that returns (family, size index); filled by ``ops/``."""
 
 KERNEL_SOURCES: dict[tuple[str, str], tuple[str, ...]] = {}
-"""(operator, backend) -> files below the package whose code is the kernel; filled by ``ops/``."""
+"""(operator, backend) -> the files whose code is the kernel; filled by ``ops/``. Paths below the
+package, for ``cuda`` names of what ``csrc/kernels/*.cu`` were compiled to.
+"""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ def _missing(
 ) -> str | None:
     """Eager users ask once a call, and hear the same until the files are read again."""
     gpu = torch.cuda.get_device_name(device_index)
-    sizes = _table().get((op, backend, kernel_id(op, backend), gpu, mode, dtype, family), {})
+    kernel = kernel_id(op, backend, device_index)
+    sizes = _table().get((op, backend, kernel, gpu, mode, dtype, family), {})
     measured = [s for s in sizes if s <= size]
     if not measured:
         if not any(key[3] == gpu for key in _table()):
@@ -115,12 +119,22 @@ missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def kernel_id(op: str, backend: str) -> str:
-    """Hash of the kernel's code (comments, docstrings and layout don't count) and Triton's minor
-    version.
+def kernel_id(op: str, backend: str, device_index: int | None = None) -> str:
+    """Hash of the kernel's code: of a Triton kernel (comments, docstrings and layout don't count)
+    with Triton's minor version, of a CUDA kernel what that GPU runs, of all its targets without
+    one.
     """
+    files = KERNEL_SOURCES[op, backend]
+    if backend == "cuda":
+        from fused_lm.cuda import extension
+
+        capability = (
+            None if device_index is None else torch.cuda.get_device_capability(device_index)
+        )
+        text = " ".join(extension.kernel_hashes(files, capability))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
     digest = hashlib.sha256(_triton_minor().encode())
-    for name in KERNEL_SOURCES[op, backend]:
+    for name in files:
         digest.update(_code_of((_PACKAGE / name).read_text()).encode())
     return digest.hexdigest()[:16]
 

@@ -184,13 +184,15 @@ def test_stages_survive_a_crash_and_a_hang(tmp_path: Path) -> None:
 def test_a_lost_job_makes_a_record_that_forbids(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else its class would take the verdict of a smaller one."""
     from fused_lm.commands import verify
-    from fused_lm.parity.worker import labels_of
+    from fused_lm.parity.worker import Job, labels_of
 
-    monkeypatch.setattr(verify, "_gpu_name", lambda device: "G")
-    jobs = [(verify_cases()[0], "bfloat16")]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "G")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+    jobs = [Job(verify_cases()[0], "bfloat16", "triton")]
     lost = {"job": 0, "problem": "no answer in 90 s"}
-    labels = verify._labels(jobs, lost, torch.device("cuda"))
-    assert labels == {**labels_of(*jobs[0], "G"), "parity": False}
+    gpu = torch.device("cuda", 0)
+    labels = verify._labels(jobs, lost, gpu)
+    assert labels == {**labels_of(jobs[0], gpu), "parity": False}
     made = records_of([{**labels, **lost}])
     assert [(r.mode, r.parity, r.gpu) for r in made] == [
         ("infer", False, "G"),
@@ -198,6 +200,26 @@ def test_a_lost_job_makes_a_record_that_forbids(monkeypatch: pytest.MonkeyPatch)
     ]
     assert records_of([{"job": 0, "problem": None, "skipped": True, **labels}]) == []
     assert records_of([{"worst": "not measured", "problem": "out of memory", **labels}]) == []
+
+
+def test_verify_has_a_job_for_every_kernel_that_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fused_lm.cuda import extension
+    from fused_lm.parity.worker import jobs_for
+
+    def backends(device: torch.device) -> set[tuple[str, str]]:
+        return {(job.case.op, job.backend) for job in jobs_for(device)}
+
+    kernels = {
+        (op, i.name) for op, impls in dispatch.TABLE.items() for i in impls if i.needs_record
+    }
+    triton = {(op, name) for op, name in kernels if name == "triton"}
+    assert backends(torch.device("cpu")) == triton
+    refusal = "no extension"
+    monkeypatch.setattr(extension, "refusal", lambda t: refusal)
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)  # no GPU to make it on
+    assert backends(torch.device("cuda", 0)) == triton
+    monkeypatch.setattr(extension, "refusal", lambda t: None)
+    assert backends(torch.device("cuda", 0)) == kernels
 
 
 def test_a_broken_record_file_is_replaced(

@@ -20,6 +20,7 @@ import torch
 import fused_lm
 from fused_lm import dispatch, records
 from fused_lm.commands import model_report
+from fused_lm.cuda import extension
 from fused_lm.version import __version__
 
 NAME = "doctor"
@@ -93,10 +94,20 @@ def _environment() -> dict[str, str | None]:
         "NVIDIA driver": _driver(),
         "triton": _version("triton"),
         "numpy": _version("numpy"),
-        "CUDA extension": "not part of this version: kernels are Triton's",
+        "CUDA extension": _extension(),
         "forced backend": dispatch.current_backend(),
         "records": f"{own} ({'there' if own.is_file() else 'none'})",
     }
+
+
+def _extension() -> str:
+    """What it was built with and for, or why it isn't there and what mends it."""
+    why = extension.why_not()
+    if why is not None:
+        return why.removeprefix("the CUDA extension ")
+    report = extension.build_report()
+    cubins = ", ".join(f"sm_{arch}" for arch in report["archs"])
+    return f"CUDA {report['toolkit']}, {cubins}, PTX of compute_{report['ptx']}"
 
 
 def _driver() -> str | None:
@@ -165,6 +176,10 @@ def _faults() -> list[dict[str, Any]]:
         fault("a GPU is here, but torch is a CPU build", "pip install --force-reinstall torch")
     elif gpu_there and not torch.cuda.is_available():
         fault("a GPU is here, but torch can't use it (driver too old?)", "nvidia-smi")
+    why = extension.why_not()
+    # Without a GPU nobody misses it, but one that is there and broken is a fault anywhere.
+    if why is not None and (gpu_there or "kernels" in extension.build_report()):
+        fault(why.split("; mend: ")[0], extension.mending_command())
     if importlib.util.find_spec("triton") is None and platform.system() == "Linux":
         fault("triton is missing, so no kernel of ours can run", "pip install 'fused_lm[triton]'")
     missing = [name for name in ("rich", "safetensors", "matplotlib") if _version(name) is None]

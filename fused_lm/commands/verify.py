@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     device = chosen_device(args.device)
     console = Console(highlight=False)
-    jobs = jobs_for(device.type)[: args.limit]
+    jobs = jobs_for(device)[: args.limit]
     if not jobs or args.minutes <= 0:
         raise UserError("nothing to verify: --limit and --minutes must be above 0")
     out = _prepared_folder(args.out, device)
@@ -103,8 +103,7 @@ def _labels(jobs: list[Any], result: dict[str, Any], device: torch.device) -> di
         return {}
     from fused_lm.parity.worker import labels_of
 
-    case, dtype = jobs[result["job"]]
-    return {**labels_of(case, dtype, _gpu_name(device)), "parity": False}
+    return {**labels_of(jobs[result["job"]], device), "parity": False}
 
 
 def records_of(results: list[dict[str, Any]]) -> list[records.Record]:
@@ -160,8 +159,7 @@ def _merge(new: list[records.Record]) -> int:
 def _line(jobs: list[Any], result: dict[str, Any]) -> str:
     from rich.markup import escape
 
-    case, dtype = jobs[result["job"]]
-    name = f"{case.op} {case.name} {dtype}"
+    name = jobs[result["job"]].name
     if result["problem"] is not None:
         return f"[red]FAIL[/] {name}: {escape(result['problem'])}"
     if result.get("skipped"):

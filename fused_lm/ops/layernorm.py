@@ -48,7 +48,8 @@ def layer_norm(
         y [..., C], or (y, stream).
     Accuracy: statistics in fp32 of the stream as stored; |err| <= 2 x the error of the same-dtype
         torch reference.
-    Memory: 8 bytes a row beyond the outputs.   Backends: triton, pytorch, reference.
+    Memory: 8 bytes a row beyond the outputs.   Backends: cuda, triton, pytorch,
+        reference.
     Raises: ValueError on shape or value, TypeError on dtype or device mix, RuntimeError if a forced
         backend refuses.
     Source: Ba, Kiros, Hinton 2016 (arXiv:1607.06450).
@@ -269,6 +270,8 @@ for _op, _tensors, _backward_formula, _fake, _fake_bwd, _reference in (
     registration.implement(f"{_op}_bwd", "layernorm", f"{_op}_backward")
     registration.register_fake(f"{_op}_fwd", _fake)
     registration.register_fake(f"{_op}_bwd", _fake_bwd)
+    registration.register_fake_of_cuda(f"{_op}_fwd", _fake)
+    registration.register_fake_of_cuda(f"{_op}_bwd", _fake_bwd)
     registration.register_autograd(f"{_op}_fwd", _backward_formula, _setup_context)
     registration.register_reference_gradient(f"{_op}_bwd", _reference)
     _RUN[_op == "rms_norm"] = registration.route(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_lm import dispatch, records
+from fused_lm.cuda import extension
 from fused_lm.ops.checks import (
     FLOATS,
     check_dropout,
@@ -121,6 +122,14 @@ def _pytorch_refuses(call: NormCall) -> str | None:
     return f"PyTorch's norm can't mix a {stream} input with parameters of another dtype"
 
 
+def _cuda_refuses(call: NormCall) -> str | None:
+    tensors = (call.x, call.residual, call.weight, call.bias)
+    dtypes = [t.dtype for t in tensors if t is not None]
+    if torch.float64 in (*dtypes, call.out_dtype, call.residual_dtype):
+        return "the CUDA kernels compute in fp32; float64 runs through the reference"
+    return extension.refusal(call.x)
+
+
 def _triton_refuses(call: NormCall) -> str | None:
     if torch.float64 in (call.x.dtype, call.out_dtype, call.residual_dtype):
         return "the Triton kernels compute in fp32; float64 runs through the reference"
@@ -154,9 +163,11 @@ _KERNELS = tuple(
 )
 for _op in ("layer_norm", "rms_norm"):
     dispatch.TABLE[_op] = (
+        dispatch.Impl("cuda", _cuda_refuses, needs_record=True),
         dispatch.Impl("triton", _triton_refuses, needs_record=True),
         dispatch.Impl("pytorch", _pytorch_refuses),
         dispatch.Impl("reference", _never),
     )
     records.SHAPE_CLASSES[_op] = _shape_class
+    records.KERNEL_SOURCES[_op, "cuda"] = ("layernorm_fwd", "layernorm_bwd")
     records.KERNEL_SOURCES[_op, "triton"] = _KERNELS

@@ -195,6 +195,11 @@ def register_fake(op: str, fake: Callable[..., Any]) -> None:
     torch.library.register_fake(f"fused_lm::{op}", fake, lib=LIBRARY)
 
 
+def register_fake_of_cuda(op: str, fake: Callable[..., Any]) -> None:
+    """As :func:`register_fake` for the extension's op behind ``op``, which has no backend."""
+    register_fake(f"cuda_{op}", lambda *arguments: fake(*arguments, "cuda"))
+
+
 def register_reference_gradient(op: str, function: Callable[..., Any]) -> None:
     """Derivatives of an op through plain PyTorch: for backward ops this gives second
     derivatives.

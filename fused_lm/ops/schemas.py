@@ -113,9 +113,16 @@ SCHEMAS = {
     ),
 }
 
-SCHEMA_HASH = hashlib.sha256(repr(sorted(SCHEMAS.items())).encode()).hexdigest()[:16]
+_IN_CUDA = ("layer_norm_fwd", "layer_norm_bwd", "rms_norm_fwd", "rms_norm_bwd")
+CUDA_SCHEMAS = {f"cuda_{name}": SCHEMAS[name].replace(", str backend)", ")") for name in _IN_CUDA}
+"""What the C++ extension implements: the operators above without ``backend``, behind the backend
+``cuda``.
+"""
+
+_ALL = {**SCHEMAS, **CUDA_SCHEMAS}
+SCHEMA_HASH = hashlib.sha256(repr(sorted(_ALL.items())).encode()).hexdigest()[:16]
 """Built into the C++ extension; a mismatch at load means a stale build."""
 
 LIBRARY = torch.library.Library("fused_lm", "DEF")
-for _name, _schema in SCHEMAS.items():
+for _name, _schema in _ALL.items():
     LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -11,6 +11,7 @@ import torch
 
 import fused_lm
 from fused_lm import dispatch
+from fused_lm.cuda import extension
 from fused_lm.ops.checks import interpreting, triton_refusal
 from fused_lm.parity.cases import Case
 from fused_lm.parity.judge import judge
@@ -91,8 +92,9 @@ def runnable(case: Case, backend: str, dtype: str, device: torch.device) -> bool
         return False
     if backend == "pytorch":
         return not {"dropout", "softcap"} & set(case.features)
-    if backend == "triton":
-        return dtype != "float64" and triton_refusal(torch.empty(0, device=device)) is None
+    refusals = {"cuda": extension.refusal, "triton": triton_refusal}
+    if backend in refusals:
+        return dtype != "float64" and refusals[backend](torch.empty(0, device=device)) is None
     return True
 
 

@@ -10,12 +10,13 @@ import argparse
 import json
 import sys
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 import fused_lm
 from fused_lm import dispatch, records
+from fused_lm.cuda import extension
 from fused_lm.explain import call_of
 from fused_lm.parity.cases import (
     SMALL,
@@ -29,47 +30,76 @@ from fused_lm.parity.run import DTYPES, run_case, use_interpreter_without_gpu
 from fused_lm.parity.supervise import RESTART
 from fused_lm.parity.timing import interleaved_medians
 
-BACKEND = "triton"
 LONG = 4096
 """Rows from which parity looks at one batch entry and one head: its fp64 scores are T x S."""
 
 
-def jobs_for(device: str) -> list[tuple[Case, str]]:
-    """Cases and dtypes in order of worth; the same list in parent and worker."""
-    if device == "cpu":
-        return [(case, dtype) for dtype in ("float32", "bfloat16") for case in SMALL]
-    cases = verify_cases()
-    return [(case, dtype) for dtype in ("bfloat16", "float16", "float32") for case in cases]
+class Job(NamedTuple):
+    """One kernel to prove and to time."""
+
+    case: Case
+    dtype: str
+    backend: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.case.op} {self.case.name} {self.dtype} {self.backend}"
 
 
-def run_job(case: Case, dtype: str, device: torch.device) -> dict[str, Any]:
+def jobs_for(device: torch.device) -> list[Job]:
+    """Every kernel that can run here, in order of worth; the same list in parent and worker."""
+    on_cpu = device.type == "cpu"
+    cases = SMALL if on_cpu else verify_cases()
+    dtypes = ("float32", "bfloat16") if on_cpu else ("bfloat16", "float16", "float32")
+    return [
+        Job(case, dtype, impl.name)
+        for dtype in dtypes
+        for case in cases
+        for impl in dispatch.TABLE[case.op]
+        if impl.needs_record and _can_run(impl.name, device)
+    ]
+
+
+def _can_run(backend: str, device: torch.device) -> bool:
+    """Without a GPU Triton's kernels run in the interpreter, others not at all; with one, a missing
+    Triton is told job by job, a missing extension by ``doctor``.
+    """
+    if backend != "cuda":
+        return True
+    return device.type == "cuda" and extension.refusal(torch.empty(0, device=device)) is None
+
+
+def run_job(job: Job, device: torch.device) -> dict[str, Any]:
     """Parity and, on a GPU, the ratio of PyTorch's time to ours for inference and training."""
-    result = run_case(_slice(case), BACKEND, dtype, device)
+    case, dtype, backend = job
+    result = run_case(_slice(case), backend, dtype, device)
     report = {**result.as_dict(), "case": case.name, "parity": result.ok}
     if device.type == "cuda":
-        report.update(labels_of(case, dtype, torch.cuda.get_device_name(device)))
+        report.update(labels_of(job, device))
         if result.ok:
             try:
-                report["times"] = _times(case, dtype, device)
+                report["times"] = _times(job, device)
             except torch.OutOfMemoryError as error:
                 report["problem"] = f"not timed: {error}".split("\n")[0]
     return report
 
 
-def labels_of(case: Case, dtype: str, gpu: str) -> dict[str, Any]:
-    """What a record of this case is about."""
+def labels_of(job: Job, device: torch.device) -> dict[str, Any]:
+    """What a record of this job is about."""
+    case, dtype, backend = job
     problem = case.build(DTYPES[dtype], torch.device("meta"))
     family, size = records.SHAPE_CLASSES[case.op](call_of(case.op, **problem.arguments))
-    kernel = records.kernel_id(case.op, BACKEND)
+    index = torch.cuda.current_device() if device.index is None else device.index
     return {
-        "op": case.op, "backend": BACKEND, "dtype": dtype, "family": family, "size": size,
-        "kernel": kernel, "gpu": gpu,
+        "op": case.op, "backend": backend, "dtype": dtype, "family": family, "size": size,
+        "kernel": records.kernel_id(case.op, backend, index),
+        "gpu": torch.cuda.get_device_name(index),
     }  # fmt: skip
 
 
-def has_record(case: Case, dtype: str, gpu: str) -> bool:
+def has_record(job: Job, device: torch.device) -> bool:
     """Whether the user's own file already knows this kernel, class and GPU."""
-    labels = labels_of(case, dtype, gpu)
+    labels = labels_of(job, device)
     return any(all(getattr(r, k) == v for k, v in labels.items()) for r in records.known())
 
 
@@ -93,7 +123,8 @@ def _slice(case: Case) -> Case:
     return replace(case, B=few, H=few * (case.H // case.Hkv), Hkv=few)
 
 
-def _times(case: Case, dtype: str, device: torch.device) -> dict[str, dict[str, float]]:
+def _times(job: Job, device: torch.device) -> dict[str, dict[str, float]]:
+    case, dtype, ours = job
     problem = case.build(DTYPES[dtype], device)
     peer = without_kernels(case.op, problem.arguments)
     leaves = [t.detach().requires_grad_() for t in problem.inputs]
@@ -116,7 +147,7 @@ def _times(case: Case, dtype: str, device: torch.device) -> dict[str, dict[str, 
     found = {}
     for mode, make in (("infer", forward), ("train", step)):
         ours_us, theirs_us = interleaved_medians(
-            [make(BACKEND, problem.theirs), make(peer, problem.theirs)]
+            [make(ours, problem.theirs), make(peer, problem.theirs)]
         )
         found[mode] = {"ours_us": ours_us, "pytorch_us": theirs_us, "ratio": theirs_us / ours_us}
     return found
@@ -136,15 +167,13 @@ def main() -> int:
     if device.type == "cpu":
         use_interpreter_without_gpu()
         import fused_lm.triton_kernels.attention  # noqa: F401
-    jobs = jobs_for(device.type)
+    jobs = jobs_for(device)
     with open(args.results, "a") as results:
         for index in range(args.start, min(args.stop, len(jobs))):
-            case, dtype = jobs[index]
-            known = device.type == "cuda" and not args.again
-            if known and has_record(case, dtype, torch.cuda.get_device_name(device)):
+            if device.type == "cuda" and not args.again and has_record(jobs[index], device):
                 report: dict[str, Any] = {"problem": None, "skipped": True}
             else:
-                report = run_job(case, dtype, device)
+                report = run_job(jobs[index], device)
             results.write(json.dumps({"job": index, **report}) + "\n")
             results.flush()
             if device.type == "cuda" and not _context_alive():

@@ -1,0 +1,145 @@
+"""The parts of the extension's build that need no compiler, and the schemas it implements."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from build_tools import commands, cuda_build, toolchain
+from build_tools.toolchain import Missing
+from fused_lm.ops import schemas
+from fused_lm.reference import layernorm as reference
+
+NVCC = """#!/bin/sh
+case "$1" in
+--dryrun) echo '#$ TOP={root}/bin/..' >&2 ;;
+--version) echo 'Cuda compilation tools, release {version}, V{version}.88' ;;
+--list-gpu-code) printf 'sm_80\\nsm_90a\\n' ;;
+esac
+"""
+PARTS = ("include/cuda_runtime.h", "include/crt/host_config.h", "lib/libcudart_static.a")
+
+
+def _toolkit(root: Path, version: str, nvcc: Path | None = None) -> Path:
+    """A toolkit that consists of what is looked for, and its nvcc."""
+    for part in (*PARTS, "nvvm/bin/cicc"):
+        (root / part).parent.mkdir(parents=True, exist_ok=True)
+        (root / part).touch()
+    nvcc = nvcc or root / "bin/nvcc"
+    nvcc.parent.mkdir(exist_ok=True)
+    nvcc.write_text(NVCC.format(root=root, version=version))
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+def test_where_nvcc_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path / 'scripts'}:/bin:/usr/bin")
+    monkeypatch.setattr(toolchain.shutil, "which", lambda name: None)
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(Missing, match="nvcc was found neither in CUDA_HOME, on PATH nor in"):
+        toolchain._find_toolkit([])
+    _toolkit(tmp_path / "nvidia/cu13", "13.0")
+    wheel = toolchain._find_toolkit([str(tmp_path / "nvidia")])
+    assert (wheel.version, wheel.archs) == ("13.0", ("80", "90a"))
+    # On PATH lies a script; its toolkit is elsewhere.
+    script = _toolkit(tmp_path / "usr", "13.1", tmp_path / "nvcc")
+    monkeypatch.setattr(toolchain.shutil, "which", lambda name: str(script))
+    on_path = toolchain._find_toolkit([str(tmp_path / "nvidia")])
+    assert (on_path.version, on_path.include) == ("13.1", tmp_path / "usr/include")
+    _toolkit(tmp_path / "chosen", "13.2")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "chosen"))
+    assert toolchain._find_toolkit([]).version == "13.2"
+    (tmp_path / "chosen/lib/libcudart_static.a").unlink()
+    assert toolchain._find_toolkit([]).version == "13.1", "one that is not whole is left out"
+    (tmp_path / "usr/include/cuda_runtime.h").unlink()
+    with pytest.raises(Missing, match=r"chosen/bin/nvcc has no libcudart_static\.a") as caught:
+        toolchain._find_toolkit([])
+    assert caught.value.mend == f"pip install {toolchain.TOOLKIT_WHEELS}"
+
+
+def test_torch_that_is_too_old(tmp_path: Path) -> None:
+    header = tmp_path / "torch/include/torch/csrc/stable/tensor.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    version = tmp_path / "torch/version.py"
+    version.write_text("__version__ = '2.9.1+cu128'\n")
+    with pytest.raises(Missing, match=r"torch 2\.9\.1\+cu128 is older than 2\.10"):
+        toolchain._find_torch([str(tmp_path / "torch")])
+    version.write_text("__version__ = '2.10.0'\n")
+    assert toolchain._find_torch([str(tmp_path / "torch")]) == (tmp_path / "torch", "2.10.0")
+
+
+def test_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = ("75", "80", "86", "90", "90a", "100", "120")
+    monkeypatch.setattr(toolchain, "gpu_archs", lambda: ["86"])
+    monkeypatch.delenv("FUSED_LM_CUDA_ARCHS", raising=False)
+    assert cuda_build.chosen_archs(known) == ["86"]
+    for gpus in ([], ["75"], ["130"]):
+        monkeypatch.setattr(toolchain, "gpu_archs", lambda gpus=gpus: gpus)
+        assert cuda_build.chosen_archs(known) == ["80", "90", "100", "120"]
+    monkeypatch.setenv("FUSED_LM_CUDA_ARCHS", "9.0; 80,100")
+    assert cuda_build.chosen_archs(known) == ["80", "90", "100"]
+    for wrong in ("75", "ninety", "99"):
+        monkeypatch.setenv("FUSED_LM_CUDA_ARCHS", wrong)
+        with pytest.raises(Missing, match="this nvcc compiles for: 80, 86, 90, 100, 120"):
+            cuda_build.chosen_archs(known)
+
+
+def test_kernels_for_hopper_are_compiled_for_it_alone(tmp_path: Path) -> None:
+    for name in ("norm.cu", "attention_sm90.cu"):
+        (tmp_path / name).touch()
+    hopper, norm = cuda_build.units_of(tmp_path, ["80", "90"])
+    assert hopper.gencode == ["-gencode=arch=compute_90a,code=sm_90a"]
+    assert norm.gencode == [
+        "-gencode=arch=compute_80,code=[sm_80,compute_80]",
+        "-gencode=arch=compute_90,code=sm_90",
+    ]
+    assert [unit.name for unit in cuda_build.units_of(tmp_path, ["80"])] == ["norm"]
+
+
+def test_jobs_follow_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = len(os.sched_getaffinity(0))
+    for free, expected in ((1.0, 1), (6.5, min(2, cores)), (3000.0, cores)):
+        monkeypatch.setattr(toolchain, "free_gib", lambda free=free: free)
+        assert toolchain.jobs() == expected
+
+
+def test_the_build_knows_the_schemas_without_torch() -> None:
+    assert commands.schema_hash() == schemas.SCHEMA_HASH
+
+
+def _arguments(op: str) -> tuple[object, ...]:
+    x, weight, rng = torch.randn(4, 8), torch.randn(8), torch.arange(4)
+    statistics = (torch.randn(4), torch.rand(4) + 0.5)
+    dtype = torch.float32
+    bias, mean = ((), ()) if op.startswith("rms") else ((weight,), statistics[:1])
+    if op.endswith("fwd"):
+        return (x, x, weight, *bias, rng, 1e-5, 0.25, torch.bfloat16, dtype)
+    return (x, x, x, weight, *bias, *mean, statistics[1], rng, 0.25, dtype, dtype)
+
+
+@pytest.mark.parametrize("name", sorted(schemas.CUDA_SCHEMAS))
+def test_inner_ops(name: str) -> None:
+    """Schema, fake and aliasing of what the extension implements, by the reference on a CPU; and
+    the fake on a GPU's tensors.
+    """
+    op = name.removeprefix("cuda_")
+    inner = getattr(torch.ops.fused_lm, name).default
+    function = getattr(reference, op.replace("_fwd", "_forward").replace("_bwd", "_backward"))
+    arguments = _arguments(op)
+    with torch.library._scoped_library("fused_lm", "IMPL") as library:
+        library.impl(name, function, "CPU")
+        torch.library.opcheck(inner, arguments)
+        expected = inner(*arguments)
+    with FakeTensorMode():
+        on_gpu = [
+            torch.empty(a.shape, dtype=a.dtype, device="cuda") if torch.is_tensor(a) else a
+            for a in arguments
+        ]
+        for fake, real in zip(inner(*on_gpu), expected, strict=True):
+            assert fake.is_cuda and fake.shape == real.shape and fake.dtype == real.dtype
