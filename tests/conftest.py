@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Iterator
 
 import torch
 
@@ -14,6 +15,12 @@ if not HAS_GPU:
 import pytest  # noqa: E402
 
 from fused_lm.triton_kernels import interpreter  # noqa: E402
+from tests.simt import backend as simt  # noqa: E402
+from tests.simt.report import (  # noqa: E402, F401
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
@@ -22,7 +29,23 @@ torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
 @pytest.fixture(autouse=True)
 def _seeded(request: pytest.FixtureRequest) -> None:
     """Random inputs follow from the test's own id: failures repeat, no two tests share inputs."""
-    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+    torch.manual_seed(_seed_of(request))
+
+
+def _seed_of(request: pytest.FixtureRequest) -> int:
+    return zlib.crc32(request.node.nodeid.encode())
+
+
+@pytest.fixture(autouse=True)
+def _simt(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test with a ``backend`` of the harness runs in a schedule that follows from its id."""
+    callspec = getattr(request.node, "callspec", None)
+    backend = callspec.params.get("backend") if callspec else None
+    if not isinstance(backend, str) or backend not in simt.BACKENDS:
+        yield
+        return
+    with simt.installed(backend, _seed_of(request)):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,57 @@
+"""``simt_plain``, ``simt_race`` and ``simt_asan`` as backends of the ordinary operator tests.
+
+``use_backend("simt_race")`` works only inside :func:`installed`: ``FUSED_LM_BACKEND`` and users do
+not know these names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from fused_lm import dispatch
+from fused_lm.ops import registration
+from fused_lm.ops.schemas import CUDA_SCHEMAS
+from tests.simt import build, runtime
+
+PREFIX = "simt_"
+PROBLEM = build.unavailable()
+_NAMES = ("asan",) if runtime.sanitized() else ("plain", "race")
+BACKENDS = tuple(PREFIX + name for name in _NAMES) if PROBLEM is None else ()
+"""For the parameters of a test: the builds that can run in this process."""
+
+
+@contextmanager
+def installed(backend: str, seed: int = 0) -> Iterator[runtime.Harness]:
+    """Makes a backend known to dispatch, and gives it the schedule of a seed."""
+    harness = runtime.load(backend.removeprefix(PREFIX))
+    harness.configure(runtime.Schedule.of_seed(seed))
+    tables, names = dict(dispatch.TABLE), dispatch.BACKENDS
+    impl = dispatch.Impl(backend, _refuses, needs_record=True)
+    ops = [name.removeprefix("cuda_") for name in CUDA_SCHEMAS]
+    try:
+        dispatch.BACKENDS = (backend, *names)
+        for op in ops:
+            registration.FUNCTIONS[op][backend] = partial(harness.call, op)
+            public = op.removesuffix("_fwd")
+            if public in tables:
+                dispatch.TABLE[public] = (impl, *tables[public])
+        yield harness
+    finally:
+        dispatch.BACKENDS = names
+        dispatch.TABLE.update(tables)
+        for op in ops:
+            registration.FUNCTIONS[op].pop(backend, None)
+        harness.configure()
+
+
+def _refuses(call: Any) -> str | None:
+    dtypes = {value.dtype for value in call if isinstance(value, torch.Tensor)}
+    dtypes |= {value for value in call if isinstance(value, torch.dtype)}
+    if torch.float64 in dtypes:
+        return "the CUDA kernels compute in fp32; float64 runs through the reference"
+    return None if call[0].is_cpu else "simt runs on CPU tensors"

@@ -1,0 +1,148 @@
+// cp.async: copies that happen between their issue and the wait for their group.
+#include <algorithm>
+#include <cstring>
+
+#include "harness/race.h"
+#include "harness/state.h"
+#include "harness/transactions.h"
+
+namespace simt {
+namespace {
+
+constexpr int kInFlightByte = 0xfd;  // what shared memory holds until a lazy copy happens
+
+void perform(Copy& copy) {
+  if (copy.done) return;
+  memset(copy.shared, 0, copy.bytes);
+  if (copy.source_bytes > 0) memcpy(copy.shared, copy.global, copy.source_bytes);
+  copy.done = true;
+  if (kRaceBuild) block().race->expect_change(copy.shared, copy.bytes);
+}
+
+// Serial number of the thread's oldest copy that has not happened.
+size_t oldest_open(const Fiber& fiber) {
+  for (const CopyGroup& group : fiber.groups) {
+    for (const Copy& copy : group.copies) {
+      if (!copy.done) return copy.serial;
+    }
+  }
+  for (const Copy& copy : fiber.open_group.copies) {
+    if (!copy.done) return copy.serial;
+  }
+  return fiber.copies_issued + 1;
+}
+
+// Arrivals whose copies have all happened.
+void settle(Fiber& fiber) {
+  while (!fiber.arrivals.empty() && fiber.arrivals.front().after_copy < oldest_open(fiber)) {
+    const PendingArrival arrival = fiber.arrivals.front();
+    fiber.arrivals.erase(fiber.arrivals.begin());
+    fiber.copies_waited_for = std::max(fiber.copies_waited_for, arrival.after_copy);
+    VectorClock clock;
+    if (kRaceBuild) block().race->release_copies(fiber.id, arrival.after_copy, clock);
+    arrive_at(arrival.barrier, clock, arrival.here);
+  }
+}
+
+void perform_all(CopyGroup& group) {
+  for (Copy& copy : group.copies) perform(copy);
+}
+
+bool happens_now() {
+  return config.timing == Timing::kEager || (config.timing == Timing::kRandom && coin());
+}
+
+}  // namespace
+
+void cp_async(void* shared, const void* global, int bytes, int source_bytes, Location here) {
+  Fiber& fiber = self();
+  const uint32_t address = shared_address(shared);
+  const uint32_t offset = checked_shared_offset(address, bytes, "cp.async", here);
+  if (address % bytes || reinterpret_cast<uintptr_t>(global) % bytes) {
+    fail("cp.async at %s: %d bytes to 0x%x from %p are not aligned", to_string(here).c_str(), bytes,
+         address, global);
+  }
+  if (source_bytes < 0 || source_bytes > bytes) {
+    fail("cp.async at %s: %d source bytes of %d", to_string(here).c_str(), source_bytes, bytes);
+  }
+  if (source_bytes > 0) {
+    checked_global(global, source_bytes, false, "cp.async", here);
+    count_access(here, reinterpret_cast<uintptr_t>(global), source_bytes, false);
+  }
+  const size_t serial = ++fiber.copies_issued;
+  if (kRaceBuild) block().race->copy_access(fiber.id, serial, offset, bytes, {here});
+  Copy copy{static_cast<char*>(shared),
+            static_cast<const char*>(global),
+            bytes,
+            source_bytes,
+            serial,
+            here,
+            false};
+  if (happens_now()) {
+    perform(copy);
+  } else {
+    memset(shared, kInFlightByte, bytes);
+  }
+  fiber.open_group.copies.push_back(copy);
+}
+
+void cp_async_commit(Location here) {
+  if (!takes_part("cp.async commit", here)) return;
+  Fiber& fiber = self();
+  fiber.groups.push_back(std::move(fiber.open_group));
+  fiber.open_group = {};
+}
+
+void cp_async_wait(int pending_groups, Location here) {
+  if (!takes_part("cp.async wait", here)) return;
+  Fiber& fiber = self();
+  while (static_cast<int>(fiber.groups.size()) > pending_groups) {
+    perform_all(fiber.groups.front());
+    fiber.groups.erase(fiber.groups.begin());
+  }
+  settle(fiber);
+  if (!kRaceBuild) return;
+  size_t in_flight = fiber.open_group.copies.size();
+  for (const CopyGroup& group : fiber.groups) in_flight += group.copies.size();
+  block().race->acquire_copies(fiber.id, fiber.copies_issued - in_flight);
+}
+
+void mbarrier_arrive_cp_async(uint64_t* barrier, Location here) {
+  if (!takes_part("mbarrier arrive cp.async", here)) return;
+  Fiber& fiber = self();
+  const uint32_t address = shared_address(barrier);
+  checked_shared_offset(address, 8, "mbarrier arrive cp.async", here);
+  if (kRaceBuild) block().race->thread_access(self().id, address - kSharedBase, 8, false, {here});
+  fiber.arrivals.push_back({address, fiber.copies_issued, here});
+  settle(fiber);
+}
+
+bool progress_copies() {
+  std::vector<Fiber*> waiting;
+  for (const auto& fiber : block().fibers) {
+    if (!fiber->arrivals.empty()) waiting.push_back(fiber.get());
+  }
+  if (waiting.empty()) return false;
+  const bool any = config.order == Order::kRandom;
+  Fiber& fiber = *waiting[any ? block().random() % waiting.size() : 0];
+  for (CopyGroup& group : fiber.groups) perform_all(group);
+  perform_all(fiber.open_group);
+  settle(fiber);
+  return true;
+}
+
+std::string leftovers(const Fiber& fiber) {
+  for (const CopyGroup& group : fiber.groups) {
+    for (const Copy& copy : group.copies) {
+      if (copy.serial <= fiber.copies_waited_for) continue;
+      return "a cp.async that nobody waited for, issued at " + to_string(copy.here);
+    }
+  }
+  for (const Copy& copy : fiber.open_group.copies) {
+    if (copy.serial <= fiber.copies_waited_for) continue;
+    return "a cp.async that was never committed, issued at " + to_string(copy.here);
+  }
+  return "";
+}
+
+}  // namespace simt

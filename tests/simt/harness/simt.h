@@ -1,0 +1,160 @@
+// simt: CUDA kernels on a CPU, thread by thread. The public part, which the host twins of csrc/ptx
+// (tests/simt/ptx) are written on; state.h is what lies behind it.
+#pragma once
+
+#include <vector_functions.h>
+#include <vector_types.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace simt {
+
+// A place in a kernel's source. As a default argument, here() is the place of the call.
+struct Location {
+  const char* file;
+  int line;
+  static constexpr Location here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+  }
+};
+std::string to_string(Location location);  // file name and line
+bool same_place(Location a, Location b);
+
+// What launch() throws: the report of one mistake in a kernel.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+// Ends the launch with a report; from inside a kernel it adds block and thread.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// The running thread and its block, as a kernel may see them.
+struct ThreadView {
+  uint3 index;
+  int id, warp, lane;
+};
+struct BlockView {
+  uint3 index;
+  dim3 size, grid;
+  char* smem;
+  uint32_t smem_bytes;
+};
+extern ThreadView* current_thread;
+extern BlockView* current_block;
+
+// Which ready thread runs next. A thread runs until it has to wait.
+enum class Order { kRoundRobin, kReverse, kFirst, kRandom };
+// When asynchronous copies happen: at their issue, as late as their wait allows, or by a coin.
+enum class Timing { kEager, kLazy, kRandom };
+
+struct Config {
+  Order order = Order::kRoundRobin;
+  Timing timing = Timing::kLazy;
+  uint64_t seed = 0;  // of kRandom, and of the order of blocks where it isn't 0
+  uint32_t max_smem_bytes = 227 * 1024;
+  bool count_transactions = false;  // sectors and wavefronts (race build)
+  Location dropped{nullptr, 0};     // this synchronisation does nothing: a mutant
+};
+extern Config config;
+
+// Exact counts of one or more launches. Bytes and transactions need the race build.
+struct Counters {
+  uint64_t launches, blocks, switches;
+  uint64_t global_read_bytes, global_write_bytes;
+  uint64_t global_sectors, global_ideal_sectors;        // of 32 bytes
+  uint64_t shared_wavefronts, shared_ideal_wavefronts;  // of 128 bytes
+  uint64_t mma_flops;
+};
+extern Counters counters;
+
+// True in the build whose memory accesses are seen one by one.
+extern const bool kRaceBuild;
+
+// --- Memory -----------------------------------------------------------------------------------
+// "Device" memory: between red zones, filled with NaN, known to the bounds checks.
+void* device_malloc(size_t bytes);
+void device_free(void* p);
+bool is_device_memory(const void* p);
+
+// Shared addresses start here: CUDA 12 and newer keep the first KiB of a block's window.
+constexpr uint32_t kSharedBase = 1024;
+uint32_t shared_address(const void* p);
+
+// Memory that an atomic changes: it conflicts with nothing, but the race detector must know.
+void note_atomic(const void* p, uint32_t bytes);
+
+// --- Synchronisation --------------------------------------------------------------------------
+// Every wrapper that synchronises asks this first: false drops it. The places are recorded.
+bool takes_part(const char* kind, Location here);
+struct Site {
+  std::string kind, file;
+  int line;
+};
+std::vector<Site> sites();
+void forget_sites();
+
+// A warp-wide operation: runs `run` once, by the last lane of `mask` to come, with the records of
+// all lanes (null outside of the mask).
+using WarpFunction = void (*)(void** records, uint32_t mask);
+void warp_collective(const char* kind, uint32_t mask, void* record, WarpFunction run,
+                     Location here);
+void sync_warp(uint32_t mask, Location here);
+uint32_t vote(uint32_t mask, bool predicate, Location here);
+
+constexpr int kAllThreads = -1;
+void barrier_sync(int barrier, int threads, Location here);
+void barrier_arrive(int barrier, int threads, Location here);
+int barrier_reduce(int predicate, Location here);  // __syncthreads_count
+
+void mbarrier_init(uint64_t* barrier, uint32_t arrivals, Location here);
+void mbarrier_invalidate(uint64_t* barrier, Location here);
+void mbarrier_arrive(uint64_t* barrier, Location here);
+void mbarrier_arrive_cp_async(uint64_t* barrier, Location here);
+void mbarrier_wait(uint64_t* barrier, uint32_t parity, Location here);
+
+void cp_async(void* shared, const void* global, int bytes, int source_bytes, Location here);
+void cp_async_commit(Location here);
+void cp_async_wait(int pending_groups, Location here);
+
+// --- Matrices ---------------------------------------------------------------------------------
+enum class Half { kFloat16, kBFloat16 };
+void ldmatrix(uint32_t* registers, const void* row, int matrices, bool transposed, Location here);
+void stmatrix(const uint32_t* registers, void* row, int matrices, bool transposed, Location here);
+void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, Half type, Location here);
+
+// --- Launch -----------------------------------------------------------------------------------
+void run_grid(const void* kernel, dim3 grid, dim3 block, size_t smem_bytes,
+              const std::function<void()>& body);
+std::vector<std::string> kernels_run();  // every instantiation that was launched, by name
+
+// One value through all lanes of a mask: lane l gets that of lane source.
+template <class T>
+T shuffle(uint32_t mask, T value, int source, Location here) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 8);
+  struct Record {
+    T in, out;
+    int source;
+    Location here;
+  } record{value, value, source, here};
+  warp_collective(
+      "__shfl_sync", mask, &record,
+      [](void** records, uint32_t mask) {
+        for (int lane = 0; lane < 32; ++lane) {
+          if (!(mask >> lane & 1)) continue;
+          auto* mine = static_cast<Record*>(records[lane]);
+          if (!(mask >> mine->source & 1)) {
+            fail("shuffle at %s: lane %d reads lane %d, which is not in mask %08x",
+                 to_string(mine->here).c_str(), lane, mine->source, mask);
+          }
+          mine->out = static_cast<Record*>(records[mine->source])->in;
+        }
+      },
+      here);
+  return record.out;
+}
+
+}  // namespace simt

@@ -1,0 +1,129 @@
+// The state of a running grid: one block at a time, its threads as fibers, all on one OS thread.
+#pragma once
+
+#include <array>
+#include <map>
+#include <memory>
+#include <random>
+
+#include "harness/simt.h"
+
+namespace simt {
+
+constexpr int kWarpSize = 32;
+constexpr int kNamedBarriers = 16;
+
+// Times of every agent (race.h) that its owner knows of; empty: knows of nothing.
+using VectorClock = std::vector<uint32_t>;
+
+enum class State : uint8_t { kReady, kWaiting, kDone };
+
+// What a thread waits for, as a deadlock report shows it.
+struct Wait {
+  const char* kind = "";
+  Location here{nullptr, 0};
+  uint64_t object = 0, detail = 0;
+};
+
+// One cp.async, or the arrival that follows a thread's copies.
+struct Copy {
+  char* shared;
+  const char* global;
+  int bytes, source_bytes;
+  size_t serial;  // among the thread's copies, from 1
+  Location here;
+  bool done;
+};
+struct CopyGroup {
+  std::vector<Copy> copies;
+};
+struct PendingArrival {
+  uint32_t barrier;   // shared address
+  size_t after_copy;  // serial number of the last copy it waits for
+  Location here;
+};
+
+struct Fiber : ThreadView {
+  State state = State::kReady;
+  Wait wait;
+  void* stack_pointer = nullptr;
+  char* stack = nullptr;
+  void* asan_stack = nullptr;
+
+  CopyGroup open_group;
+  std::vector<CopyGroup> groups;         // oldest first
+  std::vector<PendingArrival> arrivals;  // oldest first
+  size_t copies_issued = 0, copies_waited_for = 0;
+};
+
+// A warp collective that some lanes have reached. Disjoint masks may wait side by side.
+struct Collective {
+  const char* kind = nullptr;
+  uint32_t mask = 0, arrived = 0;
+  Location here{nullptr, 0};
+  std::array<void*, kWarpSize> records{};
+};
+struct Warp {
+  std::vector<Collective> open;
+  uint32_t ready = 0;
+};
+
+struct NamedBarrier {
+  int expected = 0, arrived = 0, total = 0;
+  Location here{nullptr, 0};
+  std::vector<int> waiters;
+  std::map<int, Location> of_warp;  // where each warp's first lane arrived
+  VectorClock clock;
+};
+
+struct MBarrier {
+  uint32_t count = 0;
+  int64_t pending = 0;
+  uint64_t phase = 0;
+  Location here{nullptr, 0}, last_arrival{nullptr, 0};
+  std::vector<int> waiters;
+  VectorClock arriving, ended;  // of this phase's arrivals so far, of the phases before it
+};
+
+class RaceDetector;
+
+struct Block : BlockView {
+  Block();
+  ~Block();
+  int threads = 0, warps_count = 0, live = 0, cursor = 0;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<Warp> warps;
+  std::array<NamedBarrier, kNamedBarriers> barriers;
+  std::map<uint32_t, MBarrier> mbarriers;  // by shared address
+  std::mt19937_64 random;
+  std::string failure;
+  int reduced = 0;  // by the last __syncthreads_count
+  const std::function<void()>* body = nullptr;
+  std::unique_ptr<RaceDetector> race;  // race build only
+};
+
+inline Block& block() { return *static_cast<Block*>(current_block); }
+inline Fiber& self() { return *static_cast<Fiber*>(current_thread); }
+inline bool in_kernel() { return current_thread != nullptr; }
+
+// fiber.cpp
+void start_fiber(Fiber& fiber);
+void resume(Fiber& fiber);
+void return_to_scheduler();
+void release_stack(Fiber& fiber);
+
+// scheduler.cpp
+void wait_for(const char* kind, Location here, uint64_t object = 0, uint64_t detail = 0);
+void wake(int thread);
+bool coin();
+
+// async copies (cp_async.cpp), mbarriers (mbarrier.cpp)
+bool progress_copies();  // completes one copy that somebody may wait for; false: there is none
+void arrive_at(uint32_t barrier, const VectorClock& clock, Location here);
+std::string leftovers(const Fiber& fiber);
+
+// memory.cpp
+uint32_t checked_shared_offset(uint32_t address, uint32_t bytes, const char* what, Location here);
+void checked_global(const void* p, size_t bytes, bool write, const char* what, Location here);
+
+}  // namespace simt

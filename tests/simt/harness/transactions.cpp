@@ -1,0 +1,119 @@
+#include "harness/transactions.h"
+
+#include <algorithm>
+#include <unordered_map>
+
+namespace simt {
+namespace {
+
+constexpr uint32_t kSectorBytes = 32;
+constexpr uint32_t kBanks = 32, kBankBytes = 4;
+
+struct Lanes {
+  uint32_t mask = 0;
+  bool shared = false;
+  std::array<uintptr_t, kWarpSize> address{};
+  std::array<uint32_t, kWarpSize> bytes{};
+};
+
+struct WarpAccesses {
+  std::unordered_map<uint64_t, Lanes> instructions;
+  std::array<std::unordered_map<uint64_t, uint32_t>, kWarpSize> visits;
+};
+
+std::vector<WarpAccesses> warps;
+const Block* warps_of;
+
+uint64_t place_of(Origin origin) {
+  if (origin.code != nullptr) return reinterpret_cast<uint64_t>(origin.code);
+  return reinterpret_cast<uint64_t>(origin.here.file) * 31 + origin.here.line;
+}
+
+template <class T>
+void keep_distinct(std::vector<T>& values) {
+  std::sort(values.begin(), values.end());
+  values.erase(std::unique(values.begin(), values.end()), values.end());
+}
+
+void count_sectors(const Lanes& lanes) {
+  std::vector<uintptr_t> sectors;
+  uint64_t bytes = 0;
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    if (!(lanes.mask >> lane & 1)) continue;
+    const uintptr_t first = lanes.address[lane], last = first + lanes.bytes[lane] - 1;
+    bytes += lanes.bytes[lane];
+    for (uintptr_t s = first / kSectorBytes; s <= last / kSectorBytes; ++s) sectors.push_back(s);
+  }
+  keep_distinct(sectors);
+  counters.global_sectors += sectors.size();
+  counters.global_ideal_sectors += (bytes + kSectorBytes - 1) / kSectorBytes;
+}
+
+// Lanes whose accesses one wavefront can serve: 128 bytes in all.
+int lanes_at_once(const Lanes& lanes) {
+  const uint32_t widest = *std::max_element(lanes.bytes.begin(), lanes.bytes.end());
+  return widest >= 16 ? 8 : widest == 8 ? 16 : 32;
+}
+
+void count_wavefronts(const Lanes& lanes) {
+  const int step = lanes_at_once(lanes);
+  for (int first = 0; first < kWarpSize; first += step) {
+    std::vector<uintptr_t> words;
+    for (int lane = first; lane < first + step; ++lane) {
+      if (!(lanes.mask >> lane & 1)) continue;
+      const uintptr_t end = lanes.address[lane] + lanes.bytes[lane];
+      for (uintptr_t w = lanes.address[lane] / kBankBytes; w * kBankBytes < end; ++w) {
+        words.push_back(w);
+      }
+    }
+    if (words.empty()) continue;
+    keep_distinct(words);
+    std::array<int, kBanks> in_bank{};
+    for (uintptr_t w : words) ++in_bank[w % kBanks];
+    counters.shared_wavefronts += *std::max_element(in_bank.begin(), in_bank.end());
+    counters.shared_ideal_wavefronts += (words.size() + kBanks - 1) / kBanks;
+  }
+}
+
+}  // namespace
+
+void count_access(Origin origin, uintptr_t address, uint32_t bytes, bool shared) {
+  if (!kRaceBuild || !config.count_transactions) return;
+  const Fiber& fiber = self();
+  if (warps_of != &block() || static_cast<int>(warps.size()) != block().warps_count) {
+    warps.assign(block().warps_count, {});
+    warps_of = &block();
+  }
+  WarpAccesses& warp = warps[fiber.warp];
+  const uint64_t place = place_of(origin);
+  const uint64_t key = place << 20 | (warp.visits[fiber.lane][place]++ & 0xfffff);
+  Lanes& lanes = warp.instructions[key];
+  lanes.mask |= 1u << fiber.lane;
+  lanes.shared = shared;
+  lanes.address[fiber.lane] = address;
+  lanes.bytes[fiber.lane] = bytes;
+}
+
+// ldmatrix and stmatrix read or write the eight 16-byte rows of a matrix at a time.
+void count_matrix_rows(const uint32_t* row_addresses, int matrices) {
+  if (!kRaceBuild || !config.count_transactions) return;
+  constexpr int kRows = 8, kRowBytes = 16;
+  for (int m = 0; m < matrices; ++m) {
+    std::array<int, kRows> in_column{};
+    for (int row = 0; row < kRows; ++row) {
+      ++in_column[row_addresses[m * kRows + row] / kRowBytes % kRows];
+    }
+    counters.shared_wavefronts += *std::max_element(in_column.begin(), in_column.end());
+    counters.shared_ideal_wavefronts += 1;
+  }
+}
+
+void flush_transactions(int warp) {
+  if (!kRaceBuild || warps_of != &block() || warp >= static_cast<int>(warps.size())) return;
+  for (const auto& [key, lanes] : warps[warp].instructions) {
+    lanes.shared ? count_wavefronts(lanes) : count_sectors(lanes);
+  }
+  warps[warp] = {};
+}
+
+}  // namespace simt

@@ -1,0 +1,14 @@
+// What csrc/common/device.h asks, answered without a GPU.
+#include "common/device.h"
+
+namespace fused_lm {
+
+DeviceScope::DeviceScope(int) : previous_index_(0) {}
+DeviceScope::~DeviceScope() = default;
+
+Stream current_stream(int) { return nullptr; }
+
+// Small, and more than one, so that persistent grids have several blocks with several tiles.
+int multiprocessors(int) { return 2; }
+
+}  // namespace fused_lm

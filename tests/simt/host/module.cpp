@@ -1,0 +1,121 @@
+// The harness' face to Python: how to run, what was counted, and torch's CPU memory as device
+// memory between red zones.
+#include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+
+#include "harness/simt.h"
+#include "kernels/layernorm_tuning.h"
+#include "planted/planted.h"
+
+namespace py = pybind11;
+
+namespace {
+
+bool allocate_on_device = false;
+
+// Stands before torch's own allocator; memory of either is freed by whoever made it.
+class DeviceAllocator final : public c10::Allocator {
+ public:
+  explicit DeviceAllocator(c10::Allocator* ordinary) : ordinary_(ordinary) {}
+
+  c10::DataPtr allocate(size_t bytes) override {
+    if (!allocate_on_device) return ordinary_->allocate(bytes);
+    void* p = simt::device_malloc(bytes);
+    return {p, p, &free_device, c10::Device(c10::DeviceType::CPU)};
+  }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
+
+ private:
+  static void free_device(void* p) { simt::device_free(p); }
+  c10::Allocator* ordinary_;
+};
+
+void install_allocator() {
+  static DeviceAllocator allocator(c10::GetCPUAllocator());
+  c10::SetCPUAllocator(&allocator, 1);
+}
+
+const char* interned(const std::string& text) {
+  static std::map<std::string, int> kept;
+  return kept.emplace(text, 0).first->first.c_str();
+}
+
+template <class Choice>
+Choice choice(const std::string& name, const std::map<std::string, Choice>& choices) {
+  const auto found = choices.find(name);
+  if (found == choices.end()) throw py::value_error("unknown choice: " + name);
+  return found->second;
+}
+
+void configure(const std::string& order, const std::string& timing, uint64_t seed,
+               bool count_transactions, const std::string& dropped_file, int dropped_line) {
+  simt::Config fresh;
+  fresh.order = choice<simt::Order>(order, {{"round_robin", simt::Order::kRoundRobin},
+                                            {"reverse", simt::Order::kReverse},
+                                            {"first", simt::Order::kFirst},
+                                            {"random", simt::Order::kRandom}});
+  fresh.timing = choice<simt::Timing>(timing, {{"eager", simt::Timing::kEager},
+                                               {"lazy", simt::Timing::kLazy},
+                                               {"random", simt::Timing::kRandom}});
+  fresh.seed = seed;
+  fresh.count_transactions = count_transactions;
+  if (dropped_line > 0) fresh.dropped = {interned(dropped_file), dropped_line};
+  simt::config = fresh;
+}
+
+std::map<std::string, uint64_t> counters() {
+  const simt::Counters& c = simt::counters;
+  return {{"launches", c.launches},
+          {"blocks", c.blocks},
+          {"switches", c.switches},
+          {"global_read_bytes", c.global_read_bytes},
+          {"global_write_bytes", c.global_write_bytes},
+          {"global_sectors", c.global_sectors},
+          {"global_ideal_sectors", c.global_ideal_sectors},
+          {"shared_wavefronts", c.shared_wavefronts},
+          {"shared_ideal_wavefronts", c.shared_ideal_wavefronts},
+          {"mma_flops", c.mma_flops}};
+}
+
+std::vector<std::tuple<std::string, int, std::string>> sites() {
+  std::vector<std::tuple<std::string, int, std::string>> found;
+  for (const simt::Site& site : simt::sites()) found.emplace_back(site.file, site.line, site.kind);
+  return found;
+}
+
+// What the formulas of bytes moved in csrc/kernels/layernorm_*.cu depend on.
+py::dict norm_tuning(int64_t C, int vector_width, bool forward) {
+  const fused_lm::NormTuning tuning = forward ? fused_lm::norm_forward_tuning(C, vector_width)
+                                              : fused_lm::norm_backward_tuning(C, vector_width);
+  using namespace py::literals;
+  return py::dict("looped"_a = tuning.shape == fused_lm::NormShape::kLooped,
+                  "threads_per_row"_a = tuning.threads_per_row, "groups"_a = tuning.groups,
+                  "rows_per_block"_a = tuning.rows_per_block(),
+                  "blocks_per_sm"_a = tuning.blocks_per_sm);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(SIMT_LIBRARY, m) {
+  install_allocator();
+  m.attr("RACE_BUILD") = simt::kRaceBuild;
+  m.def("configure", &configure, py::arg("order"), py::arg("timing"), py::arg("seed"),
+        py::arg("count_transactions"), py::arg("dropped_file"), py::arg("dropped_line"));
+  m.def("counters", &counters);
+  m.def("reset_counters", [] { simt::counters = {}; });
+  m.def("sites", &sites);
+  m.def("forget_sites", &simt::forget_sites);
+  m.def("kernels_run", &simt::kernels_run);
+  m.def("allocate_on_device", [](bool on) { allocate_on_device = on; });
+  m.def("is_device_memory",
+        [](uintptr_t p) { return simt::is_device_memory(reinterpret_cast<const void*>(p)); });
+  m.def("norm_tuning", &norm_tuning);
+  m.def("planted_kernels", &planted::names);
+  m.def("run_planted", &planted::run);
+}

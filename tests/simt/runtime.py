@@ -1,0 +1,153 @@
+"""The project's CUDA operators on torch CPU tensors, in one build of the harness.
+
+    harness = load("race")
+    harness.configure(order="random", seed=7)
+    y, stream, mean, rstd = harness.call("layer_norm_fwd", x, None, weight, bias, ...)
+
+Every tensor that goes in is copied into device memory of its own extent, and what comes out lies in
+device memory too: between red zones, filled with NaN before.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.machinery
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.simt import build
+
+ORDERS = ("round_robin", "reverse", "first", "random")
+TIMINGS = ("eager", "lazy", "random")
+VECTOR_BYTES = 16
+"""Widest access whose alignment a kernel asks about."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Who runs next, when asynchronous copies happen, and what is switched off.
+
+    ``seed`` steers the random ones and, unless it is 0, the order of the blocks. ``dropped``
+    is (file, line) of a synchronisation that does nothing.
+    """
+
+    order: str = "round_robin"
+    timing: str = "lazy"
+    seed: int = 0
+    count_transactions: bool = False
+    dropped: tuple[str, int] = ("", 0)
+
+    @classmethod
+    def of_seed(cls, seed: int) -> Schedule:
+        """One of many, each with a fair chance."""
+        order, timing = ORDERS[seed % 4], TIMINGS[seed // 4 % 3]
+        return cls(order, timing, seed % 2**31)
+
+
+class Harness:
+    """One build, loaded into this process."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.module = _import(name)
+        self.schedule = Schedule()
+        self.schedules: set[Schedule] = set()
+        self.configure()
+
+    def configure(self, schedule: Schedule | None = None, **choices: Any) -> None:
+        """Sets the schedule of all following calls."""
+        self.schedule = schedule or Schedule(**choices)
+        given = asdict(self.schedule)
+        dropped_file, dropped_line = given.pop("dropped")
+        self.module.configure(**given, dropped_file=dropped_file, dropped_line=dropped_line)
+
+    def call(self, op: str, *arguments: Any) -> Any:
+        """Runs ``cuda_<op>``; a mistake in a kernel is a RuntimeError with what replays it."""
+        function = getattr(getattr(torch.ops, build.module_name(self.name)), f"cuda_{op}").default
+        self.schedules.add(self.schedule)
+        with torch.no_grad(), self.device_memory():
+            on_device = [_copied(a) if isinstance(a, Tensor) else a for a in arguments]
+            try:
+                return function(*on_device)
+            except RuntimeError as error:
+                text = str(error).split("\nException raised from")[0]
+                raise RuntimeError(f"{text}\n(simt_{self.name}, {self.schedule})") from None
+
+    @contextmanager
+    def device_memory(self) -> Iterator[None]:
+        """CPU tensors made inside are allocations that the harness watches."""
+        self.module.allocate_on_device(True)
+        try:
+            yield
+        finally:
+            self.module.allocate_on_device(False)
+
+    @contextmanager
+    def counting(self, **choices: Any) -> Iterator[dict[str, int]]:
+        """Counts what runs inside; the dict is filled at the end."""
+        before = self.schedule
+        self.configure(count_transactions=True, **choices)
+        self.module.reset_counters()
+        found: dict[str, int] = {}
+        try:
+            yield found
+        finally:
+            found.update(self.module.counters())
+            self.configure(before)
+
+
+@functools.cache
+def load(name: str) -> Harness:
+    """The harness of a build, compiled and imported at first use."""
+    harness = Harness(name)
+    _LOADED.append(harness)
+    return harness
+
+
+def loaded() -> list[Harness]:
+    """Those of this process."""
+    return list(_LOADED)
+
+
+_LOADED: list[Harness] = []
+_LIBRARIES: list[torch.library.Library] = []
+
+
+def sanitized() -> bool:
+    """Whether AddressSanitizer is in this process: then only its own build can run."""
+    return "libasan" in os.environ.get("LD_PRELOAD", "")
+
+
+def _import(name: str) -> Any:
+    from fused_lm.ops.schemas import CUDA_SCHEMAS
+
+    path = build.build(name)
+    library = torch.library.Library(build.module_name(name), "DEF")
+    for op, schema in CUDA_SCHEMAS.items():
+        library.define(op + schema)
+    _LIBRARIES.append(library)
+    loader = importlib.machinery.ExtensionFileLoader(build.module_name(name), str(path))
+    spec = importlib.util.spec_from_file_location(build.module_name(name), path, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def _copied(t: Tensor) -> Tensor:
+    """The same sizes, strides and alignment in memory that ends where the tensor ends."""
+    if t.numel() == 0:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
+    steps = zip(t.shape, t.stride(), strict=True)
+    extent = 1 + sum((size - 1) * stride for size, stride in steps)
+    lead = t.data_ptr() % VECTOR_BYTES // t.element_size()
+    memory = torch.empty(lead + extent, dtype=t.dtype)
+    memory[lead:].copy_(t.as_strided((extent,), (1,), t.storage_offset()))
+    return memory.as_strided(t.shape, t.stride(), lead)

@@ -1,0 +1,49 @@
+"""The norms' tests once more with kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+The sanitizers must be in a process from its start, so pytest runs in one of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.simt import backend as simt
+from tests.simt import build, report, runtime
+from tests.simt.planted import sanitized
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(
+    simt.PROBLEM is not None or runtime.sanitized(), reason=str(simt.PROBLEM or "we are it")
+)
+
+
+def test_norms_under_the_sanitizers() -> None:
+    build.build("asan")
+    pytest_alone = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [
+            *pytest_alone,
+            "-k",
+            "simt_asan",
+            "tests/test_layernorm.py",
+            "tests/test_simt_layernorm.py",
+        ],
+        cwd=ROOT,
+        env={**os.environ, **sanitized.environment()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    text = done.stdout + done.stderr
+    assert done.returncode == 0, text[-6000:]
+    passed = re.search(r"(\d+) passed", text)
+    assert passed and int(passed[1]) >= 60, text[-2000:]
+    ran = re.search(r"\d+ kernels in \d+ instantiations, in the builds asan; \d+ schedules", text)
+    assert ran, text[-2000:]
+    report.SANITIZED.add(ran[0])
