@@ -1,4 +1,7 @@
-"""``make golden``: compiles every kernel for every architecture and writes what ptxas says."""
+"""``make golden``: compiles every kernel for every architecture and writes what ptxas says.
+
+``python -m tests.golden.write [triton|cuda]`` writes one of the two files.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-import triton
-
+from build_tools import compiled as cuda
+from build_tools import toolchain
+from build_tools.toolchain import Missing
 from tests.test_golden_compile import ARCHS, GOLDEN, compiled, golden_of
 
 
-def main() -> int:
+def write_triton() -> int:
+    import triton
+
     lines: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         for arch in ARCHS:
@@ -22,10 +28,39 @@ def main() -> int:
                 print("\n".join(errors), file=sys.stderr)
                 return 1
             lines.update(golden_of(reports))
-    path = GOLDEN / f"triton-{triton.__version__}.json"
+    return _write(GOLDEN / f"triton-{triton.__version__}.json", lines)
+
+
+def write_cuda() -> int:
+    """Spills and remarks are printed; the gate refuses them whatever this file holds."""
+    try:
+        toolkit = toolchain.find_toolkit()
+    except Missing as error:
+        print(f"No file for CUDA: {error}", file=sys.stderr)
+        return 0
+    lines: dict[str, str] = {}
+    for source, arch in cuda.targets():
+        try:
+            result = cuda.compiled(toolkit, source, arch)
+        except cuda.CompileError as error:
+            print(error, file=sys.stderr)
+            return 1
+        for problem in cuda.problems_of(result):
+            print(problem, file=sys.stderr)
+        lines.update(cuda.golden_of(result))
+    return _write(GOLDEN / f"cuda-{toolkit.release}.json", lines)
+
+
+def _write(path: Path, lines: dict[str, str]) -> int:
     path.write_text(json.dumps(lines, indent=0, sort_keys=True) + "\n")
     print(f"{len(lines)} kernels in {path}")
     return 0
+
+
+def main() -> int:
+    chosen = sys.argv[1:] or ["triton", "cuda"]
+    writers = {"triton": write_triton, "cuda": write_cuda}
+    return max(writers[name]() for name in chosen)
 
 
 if __name__ == "__main__":
