@@ -12,6 +12,7 @@ Three variables steer it:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -179,7 +180,22 @@ def build(tools: Toolchain, target: Path, folder: Path, schema: str) -> dict[str
         "ptx": archs[0],
         "schema_hash": schema,
         "kernels": {u.name: sass.hashes_of(folder / u.name, u.archs, u.ptx) for u in units},
+        "host_code": {u.name: host_code_of(u.name) for u in units},
     }
+
+
+def host_code_of(unit: str) -> str:
+    """Hash of what chooses and launches a unit's kernels: its tuning is no part of a cubin, but of
+    what a record speaks for. Comments and layout don't count.
+    """
+    op = unit.split("_")[0]
+    csrc = ROOT / "csrc"
+    files = [*csrc.glob(f"kernels/{op}*"), *csrc.glob("common/*.h"), csrc / "tensors.h"]
+    digest = hashlib.sha256()
+    for path in sorted([*files, csrc / f"{op}.cpp", csrc / "ptx/launch.h"]):
+        code = re.sub(r"//[^\n]*", "", path.read_text())
+        digest.update(" ".join(code.split()).encode())
+    return digest.hexdigest()[:16]
 
 
 def _gencode_changed(keep: Path, unit: Unit) -> bool:

@@ -4,9 +4,9 @@
 #include "common/device.h"
 
 #include <cuda_runtime_api.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 // Only libtorch_cuda has it. Python loads extensions with RTLD_NOW, so a strong reference would
 // keep this one from loading where torch is a CPU build.
@@ -16,25 +16,24 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 namespace fused_lm {
 namespace {
 
-constexpr int kUnchanged = -1;
-
 void check_cuda(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
 }
 
 }  // namespace
 
-DeviceScope::DeviceScope(int device_index) : previous_index_(kUnchanged) {
+DeviceScope::DeviceScope(int device_index) : torch_guard_(nullptr) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                   "this build of torch has no CUDA: install a CUDA build of torch");
-  const int current_index = torch::stable::accelerator::getCurrentDeviceIndex();
-  check_cuda(cudaSetDevice(device_index));
-  if (current_index != device_index) previous_index_ = current_index;
+  // torch restores the GPU it had without making a context there; cudaSetDevice would make one.
+  DeviceGuardHandle guard = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(device_index, &guard));
+  torch_guard_ = guard;
+  check_cuda(cudaSetDevice(device_index));  // for this runtime; the tensor's GPU has its context
 }
 
 DeviceScope::~DeviceScope() {
-  // torch believes in the GPU that it has set, and so must the thread.
-  if (previous_index_ != kUnchanged) cudaSetDevice(previous_index_);
+  aoti_torch_delete_device_guard(static_cast<DeviceGuardHandle>(torch_guard_));
 }
 
 Stream current_stream(int device_index) {

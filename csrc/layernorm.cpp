@@ -69,7 +69,7 @@ ForwardOutputs forward(const Tensor& given_x, const OptionalTensor& given_residu
   params.rstd = static_cast<float*>(out.rstd.mutable_data_ptr());
   params.N = N;
   params.C = C;
-  params.x_stride = x.stride(0);
+  params.x_stride = row_stride(x);
   params.residual_stride = row_stride(residual);
   params.eps = static_cast<float>(eps);
   params.dropout = dropout_params(rng, dropout_p);
@@ -143,7 +143,8 @@ BackwardOutputs backward(const Tensor& given_dy, const OptionalTensor& given_dst
   BackwardOutputs out{dx,
                       separate ? empty_rows(given_stream, N, C, dresidual_dtype)
                                : empty_vector(given_stream, 0, dresidual_dtype),
-                      gradient_of(given_weight, dx, N == 0), gradient_of(bias, dx, N == 0)};
+                      gradient_of(given_weight, given_dy, N == 0),
+                      gradient_of(bias, given_dy, N == 0)};
   if (N == 0) return out;
   const Tensor dy = rows_contiguous(given_dy);
   const OptionalTensor dstream = rows_contiguous(given_dstream);
@@ -164,9 +165,9 @@ BackwardOutputs backward(const Tensor& given_dy, const OptionalTensor& given_dst
   params.dbias = bias ? out.dbias.mutable_data_ptr() : nullptr;
   params.N = N;
   params.C = C;
-  params.dy_stride = dy.stride(0);
+  params.dy_stride = row_stride(dy);
   params.dstream_stride = row_stride(dstream);
-  params.stream_stride = stream.stride(0);
+  params.stream_stride = row_stride(stream);
   params.dropout = dropout_params(rng, dropout_p);
 
   const auto device_index = stream.get_device_index();

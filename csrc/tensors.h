@@ -90,7 +90,11 @@ Element* mutable_data_or_null(const OptionalTensor& t) {
   return t ? static_cast<Element*>(t->mutable_data_ptr()) : nullptr;
 }
 
-inline int64_t row_stride(const OptionalTensor& t) { return t ? t->stride(0) : 0; }
+// Elements between rows; of a single row the tensor's own stride says nothing.
+inline int64_t row_stride(const OptionalTensor& t) {
+  if (!t) return 0;
+  return t->size(0) == 1 ? t->size(1) : t->stride(0);
+}
 
 inline Tensor empty_rows(const Tensor& like, int64_t rows, int64_t columns, ScalarType dtype) {
   const int64_t size[] = {rows, columns};

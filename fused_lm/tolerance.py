@@ -67,7 +67,7 @@ def compare(
         return _failed(name, f"shape {list(got.shape)}, expected {list(exact.shape)}")
     if got.dtype != same_dtype.dtype:
         return _failed(name, f"dtype {got.dtype}, expected {same_dtype.dtype}")
-    got, exact = got.detach().cpu(), exact.detach().cpu().double()
+    got, exact = got.detach(), exact.detach().to(got.device).double()
     for kind, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
         mismatch = test(got) != test(exact)
         if bool(mismatch.any()):
@@ -77,7 +77,7 @@ def compare(
             return _failed(
                 name, f"{kind} differs at {count} places, first {where}: {value}, expected {wanted}"
             )
-    error, allowed = max_error(got, exact), allowed_error(same_dtype.detach().cpu(), exact)
+    error, allowed = max_error(got, exact), allowed_error(same_dtype.detach().to(got.device), exact)
     if error <= allowed:
         return Comparison(name, error, allowed, None)
     difference = torch.where(

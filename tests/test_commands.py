@@ -215,10 +215,9 @@ def test_verify_has_a_job_for_every_kernel_that_can_run(monkeypatch: pytest.Monk
     triton = {(op, name) for op, name in kernels if name == "triton"}
     assert backends(torch.device("cpu")) == triton
     refusal = "no extension"
-    monkeypatch.setattr(extension, "refusal", lambda t: refusal)
-    monkeypatch.setattr(torch, "empty", lambda *size, device: None)  # no GPU to make it on
+    monkeypatch.setattr(extension, "refusal_on", lambda kind, index: refusal)
     assert backends(torch.device("cuda", 0)) == triton
-    monkeypatch.setattr(extension, "refusal", lambda t: None)
+    monkeypatch.setattr(extension, "refusal_on", lambda kind, index: None)
     assert backends(torch.device("cuda", 0)) == kernels
 
 
@@ -274,5 +273,8 @@ def test_verify_cases_build_for_every_class() -> None:
         "d128-band-dropout",
         2,
     ) in classes
-    assert ("layer_norm", "add-dropout", 0) in classes
+    for op in ("layer_norm", "rms_norm"):
+        for family in ("plain", "add", "add-dropout", "add-mixed"):
+            measured = {size for name, kind, size in classes if (name, kind) == (op, family)}
+            assert measured == set(range(6)), "a kernel of some width would never be proven"
     assert any(isinstance(case, AttentionCase) and case.S == 16384 for case in verify_cases())

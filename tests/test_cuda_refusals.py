@@ -27,6 +27,7 @@ REPORT: dict[str, Any] = {
         "layernorm_fwd": {"sm_80": "f80", "sm_90": "f90", "compute_80": "fptx"},
         "layernorm_bwd": {"sm_80": "b80", "sm_90": "b90", "compute_80": "bptx"},
     },
+    "host_code": {"layernorm_fwd": "fh", "layernorm_bwd": "bh"},
 }
 x = torch.zeros(4, 8)
 
@@ -57,7 +58,7 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callabl
 
 
 def _on_a_gpu() -> str | None:
-    return extension._refusal_on("cuda", 0)
+    return extension.refusal_on("cuda", 0)
 
 
 def test_a_gpu_with_a_cubin_is_taken(install: Callable[..., None]) -> None:
@@ -170,6 +171,34 @@ def test_kernel_ids_are_those_of_what_a_gpu_runs(install: Callable[..., None]) -
     hopper = {name: {"sm_90": code["sm_90"]} for name, code in REPORT["kernels"].items()}
     install({**REPORT, "archs": ["90"], "kernels": hopper}, capability=(9, 0))
     assert records.kernel_id("layer_norm", "cuda", 0) == ids[9, 0], "other targets don't count"
+    install({**REPORT, "host_code": {"layernorm_fwd": "fh", "layernorm_bwd": "other tuning"}})
+    assert records.kernel_id("layer_norm", "cuda", 0) != ids[8, 0], "what launches it counts"
+    install({**REPORT, "kernels": {"layernorm_fwd": REPORT["kernels"]["layernorm_fwd"]}})
+    assert records.kernel_id("layer_norm", "cuda", 0) not in ids.values(), "an older build"
+
+
+def test_a_failed_allocation_is_out_of_memory(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that who retries by type does, and verify takes it for no wrong kernel."""
+    install()
+
+    def failing(text: str) -> SimpleNamespace:
+        def call(*arguments: Any) -> None:
+            raise RuntimeError(text)
+
+        return SimpleNamespace(default=call)
+
+    texts = {
+        "layer_norm_fwd": 'torch_call_dispatcher("aten::new_empty", "") API call failed at ops.h',
+        "layer_norm_bwd": "x must be [N, C] with C >= 1",
+    }
+    stub = SimpleNamespace(**{f"cuda_{name}": failing(text) for name, text in texts.items()})
+    monkeypatch.setattr(extension.torch.ops, "fused_lm", stub)
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory for the results of layer_norm"):
+        extension.op("layer_norm_fwd")(x)
+    with pytest.raises(RuntimeError, match=r"x must be \[N, C\]"):
+        extension.op("layer_norm_bwd")(x)
 
 
 def test_doctor_shows_the_extension(

@@ -255,3 +255,23 @@ def test_a_kernel_id_covers_what_its_files_import() -> None:
             imported = set(re.findall(r"^from fused_lm\.triton_kernels\.(\w+) import", text, re.M))
             missing = imported - files - {"interpreter"}
             assert not missing, (key, name, missing)
+
+
+def test_norms_of_mixed_dtypes_and_unaligned_rows_have_records_of_their_own() -> None:
+    """They run kernels of their own, which a record of aligned rows says nothing about."""
+    x = torch.zeros(4, 64, dtype=torch.bfloat16)
+
+    def family(x: torch.Tensor, **options: Any) -> str:
+        return records.SHAPE_CLASSES["layer_norm"](call_of("layer_norm", x, **options))[0]
+
+    assert family(x) == "plain"
+    assert family(x, residual=x) == "add"
+    assert family(x, residual=x.float()) == "add-mixed"
+    assert family(x, out_dtype=torch.float32) == "mixed"
+    assert family(x[:, :60]) == family(x[:, 1:33]) == "unaligned"
+    assert family(torch.zeros(4, 65)[:, :64]) == "unaligned"
+    sizes = [(4, 256), (4, 257), (4, 2048), (4, 4096), (4, 6144), (4, 8192), (4, 20480)]
+    found = [
+        records.SHAPE_CLASSES["layer_norm"](call_of("layer_norm", torch.zeros(s)))[1] for s in sizes
+    ]
+    assert found == [0, 1, 1, 2, 3, 4, 5]

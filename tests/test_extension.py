@@ -158,6 +158,7 @@ def test_the_sdist_installs_its_kernels(installed: Installed) -> None:
     report = installed.report
     assert report["archs"] == [ARCH] and report["schema_hash"] == schemas.SCHEMA_HASH
     assert {"layernorm_fwd", "layernorm_bwd"} <= set(report["kernels"])
+    assert report["host_code"].keys() == report["kernels"].keys()
     for hashes in report["kernels"].values():
         assert all(len(value) == 16 for value in hashes.values())
     code = (

@@ -4,6 +4,7 @@ here.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,6 +188,22 @@ def test_normalises(backend: str, device: torch.device) -> None:
     assert (z.square().mean(-1) - 1).abs().max() < 1e-4
     torch.testing.assert_close(y, strided)
     assert nothing.shape == (0, 200)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_constant_rows(backend: str, device: torch.device) -> None:
+    """Their variance is 0, however large they are: what rounding makes of it must not be below."""
+    largest = torch.finfo(F32).max ** 0.25
+    values = torch.cat([torch.logspace(0, math.log10(largest), 40), torch.tensor([39814896.0])])
+    bias = torch.randn(1000, device=device)
+    rows = values.to(device)[:, None].expand(-1, 1000)
+    with fused_lm.use_backend(backend):
+        y = fused_lm.layer_norm(rows, None, bias)
+        undefined = fused_lm.layer_norm(torch.full((1, 1000), math.nan, device=device))
+    assert torch.isfinite(y).all() and undefined.isnan().all()
+    # Some roundings of the mean, over sqrt(eps); all rows' standard deviations keep it below 1.
+    slack = 8.0 * torch.finfo(F32).eps * values.to(device)[:, None] / 1e-5**0.5
+    assert ((y - bias).abs() <= slack.clamp(1e-6, 1.0 + 1e-6)).all()
 
 
 @pytest.mark.parametrize("backend", KERNELS)

@@ -6,8 +6,8 @@
 
 namespace fused_lm {
 
-// Makes a GPU the current one while it lives. Throws std::runtime_error, in one sentence, where
-// this build of torch has no CUDA.
+// Makes a GPU the current one while it lives: torch's way, which touches no other GPU. Throws
+// std::runtime_error, in one sentence, where this build of torch has no CUDA.
 class DeviceScope {
  public:
   explicit DeviceScope(int device_index);
@@ -16,7 +16,7 @@ class DeviceScope {
   DeviceScope& operator=(const DeviceScope&) = delete;
 
  private:
-  int previous_index_;
+  void* torch_guard_;
 };
 
 // torch's current stream on a GPU.

@@ -21,8 +21,10 @@ struct Statistics {
   float rstd[kRows];
 };
 
+// Of equal values the two terms cancel, and what is left may be below 0; a NaN must stay one.
 __device__ __forceinline__ float rstd_of(float mean_square, float drift, float eps) {
-  return rsqrtf(mean_square - drift * drift + eps);
+  const float variance = mean_square - drift * drift;
+  return rsqrtf((variance < 0.0f ? 0.0f : variance) + eps);
 }
 
 // What a mean still lacks. Values near a large mean leave exact differences, whose mean corrects

@@ -1,4 +1,4 @@
-// The special function unit (MUFU): one instruction each, two units in the last place or better.
+// The special function unit (MUFU): one instruction each, with the errors that PTX states.
 #pragma once
 
 #include "ptx/builtins.h"
@@ -12,7 +12,8 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// PTX 9.7.3.19 lg2.approx: log2(x), absolute error below 2^-22.
+// PTX 9.7.3.19 lg2.approx: log2(x), absolute error below 2^-22 for x in (0.5, 2), relative
+// elsewhere.
 __device__ __forceinline__ float log2_approx(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

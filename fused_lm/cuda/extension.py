@@ -48,6 +48,9 @@ def mending_command() -> str:
     return f"{first} && {rebuild_command()}" if first else rebuild_command()
 
 
+_ALLOCATES = ("new_empty", "new_zeros", "contiguous")
+
+
 @functools.cache
 def _load() -> ModuleType | str:
     """The extension, or one sentence that says why there is none."""
@@ -75,15 +78,16 @@ def why_not() -> str | None:
 
 def refusal(t: Tensor) -> str | None:
     """Why no CUDA kernel can run on the device of ``t``, None if one can."""
-    return _refusal_on(t.device.type, t.device.index)
+    return refusal_on(t.device.type, t.device.index)
 
 
-def _refusal_on(kind: str, index: int | None) -> str | None:
+def refusal_on(kind: str, index: int | None) -> str | None:
+    """The same without a tensor, which would bring a context to a GPU."""
     return _cached_refusal(kind, index)
 
 
 # torch.compile takes the answer as a constant.
-_refusal_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+refusal_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -147,17 +151,18 @@ def _joined(capability: tuple[int, int]) -> str:
 
 
 def kernel_hashes(units: tuple[str, ...], capability: tuple[int, int] | None) -> list[str]:
-    """Hashes of the code that a GPU runs, or of all targets' where there is no GPU; empty without
-    an extension.
+    """Hashes of the code that a GPU runs, or of all targets' where there is no GPU, and of what
+    chooses and launches it; empty without an extension.
     """
     report = build_report()
     if "kernels" not in report:
         return []
     target = None if capability is None else target_for(capability)
     found = []
-    for unit in units:
-        hashes = report["kernels"][unit]
+    for unit in units:  # an older build may not have it
+        hashes = report["kernels"].get(unit, {})
         found += [hashes[target]] if target in hashes else sorted(hashes.values())
+        found.append(report.get("host_code", {}).get(unit, ""))
     return found
 
 
@@ -171,7 +176,21 @@ def op(name: str) -> Callable[..., Any]:
     why = why_not()
     if why is not None:
         raise RuntimeError(why)
-    return getattr(torch.ops.fused_lm, f"cuda_{name}").default
+    function = getattr(torch.ops.fused_lm, f"cuda_{name}").default
+
+    def call(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            # The stable ABI of torch 2.10 says only which call failed, and users retry by type.
+            if any(f"aten::{allocates}" in str(error) for allocates in _ALLOCATES):
+                message = f"CUDA out of memory for the results of {name}"
+                raise torch.OutOfMemoryError(message) from error
+            raise
+
+    return call
 
 
 def forget() -> None:

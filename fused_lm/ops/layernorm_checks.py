@@ -136,13 +136,29 @@ def _triton_refuses(call: NormCall) -> str | None:
     return triton_refusal(call.x)
 
 
+_SIZES = (256, 2048, 4608, 6144, 16384)
+"""Widths at which one of the kernels gives way to another, in one of the dtypes
+(csrc/kernels/layernorm_tuning.h, triton_kernels/layernorm_tuning.py).
+"""
+_VECTOR = 8
+
+
 def _shape_class(call: NormCall) -> tuple[str, int]:
-    """Family: what is fused; size: width, by comparison with constants."""
-    kinds = [name for name, on in (("add", call.residual is not None),) if on]
+    """Family: what is fused, and what takes kernels of its own; size: width, by comparison with
+    constants.
+    """
+    x, residual = call.x, call.residual
+    kinds = ["add"] if residual is not None else []
     if call.dropout_p > 0.0:
         kinds.append("dropout")
-    C = call.x.shape[-1]
-    return "-".join(kinds) or "plain", sum(1 for limit in (1024, 4096, 16384) if limit < C)
+    streams = {call.residual_dtype, call.residual_dtype if residual is None else residual.dtype}
+    if {x.dtype, call.out_dtype} | streams != {x.dtype}:
+        kinds.append("mixed")
+    C = x.shape[-1]
+    row = x.stride(-2) if x.dim() > 1 else C
+    if C % _VECTOR or row % _VECTOR or x.storage_offset() % _VECTOR:
+        kinds.append("unaligned")
+    return "-".join(kinds) or "plain", sum(1 for limit in _SIZES if limit < C)
 
 
 def _never(call: NormCall) -> str | None:

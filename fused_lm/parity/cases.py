@@ -144,7 +144,7 @@ class AttentionCase:
 
 @dataclass(frozen=True)
 class NormCase:
-    """One norm call on [N, C]."""
+    """One norm call on [N, C]; "mixed" keeps the residual stream in fp32, as autocast does."""
 
     op: str = "layer_norm"
     features: tuple[str, ...] = ()
@@ -166,7 +166,11 @@ class NormCase:
         if "dropout" in self.features:
             options = {"dropout_p": 0.1, "rng": fused_lm.make_rng(device)}
         names = list(shapes)
-        inputs = [torch.randn(shape, device=device).to(dtype) for shape in shapes.values()]
+        wide = {"residual"} if "mixed" in self.features else set()
+        inputs = [
+            torch.randn(shape, device=device).to(torch.float32 if name in wide else dtype)
+            for name, shape in shapes.items()
+        ]
 
         def call(*tensors: Tensor, **more: Any) -> Any:
             given = dict(zip(names, tensors, strict=True))
@@ -255,14 +259,17 @@ SMALL: tuple[Case, ...] = (
 """Every feature once, small enough for Triton's interpreter on a CPU."""
 
 
+NORM_SIZES = ((32768, 128), (16384, 768), (8192, 4096), (8192, 6144), (4096, 8192), (2048, 24576))
+"""[N, C], one in every class of ``ops/layernorm_checks.py``."""
+_FUSED: tuple[tuple[str, ...], ...] = ((), ("add",), ("dropout", "add"), ("add", "mixed"))
+NORM_KINDS = [(op, features) for features in _FUSED for op in ("layer_norm", "rms_norm")]
+
+
 def verify_cases() -> list[Case]:
     """The shape classes of real models, in order of worth: verify stops where its minutes end."""
     cases: list[Case] = []
-    for features in ((), ("add",), ("dropout", "add")):
-        for op in ("layer_norm", "rms_norm"):
-            cases += [
-                NormCase(op, features, N, C) for N, C in ((16384, 768), (8192, 2048), (4096, 8192))
-            ]
+    common, rare = NORM_SIZES[1:3], NORM_SIZES[3:] + NORM_SIZES[:1]
+    cases += [NormCase(op, features, N, C) for N, C in common for op, features in NORM_KINDS]
     cases += verify_rotary_cases()
     cases += verify_linear_cases()
     cases += verify_cross_entropy_cases()
@@ -281,4 +288,5 @@ def verify_cases() -> list[Case]:
         cases += [
             case.sized(S, D) for case in ladder if S <= 4096 or case.features in ((), ("causal",))
         ]
+    cases += [NormCase(op, features, N, C) for N, C in rare for op, features in NORM_KINDS]
     return cases

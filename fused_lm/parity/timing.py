@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 WARM_UP = 3
-FLUSH_BYTES = 256 << 20
-"""More than five times the largest L2 there is, so that no call finds its inputs in it."""
+FLUSH_BYTES = 512 << 20
+"""Several times the largest L2 there is (126 MB), so that no call finds its inputs in it."""
 
 
 def interleaved_medians(

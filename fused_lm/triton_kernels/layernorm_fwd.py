@@ -79,6 +79,15 @@ def row_mean(value, C):
 
 
 @triton.jit
+def rstd_of(mean_square, drift, eps):
+    """1 / sqrt(mean_square - drift^2 + eps). Of equal values the two terms cancel, and what is left
+    may be below 0; a NaN must stay one.
+    """
+    variance = mean_square - drift * drift
+    return tl.rsqrt(tl.where(variance < 0.0, 0.0, variance) + eps)
+
+
+@triton.jit
 def store_output(y_ptr, xhat, weight, bias, rows, cols, C, ok):
     """y = xhat * weight + bias, where weight and bias may be None."""
     if weight is not None:
@@ -122,7 +131,7 @@ def norm_fwd_kernel(
         value = tl.where(col_ok[None, :], value - mean, 0.0)
         drift = row_mean(value, C)
         tl.store(mean_ptr + rows[:, None], mean + drift, mask=row_ok[:, None])
-    rstd = tl.rsqrt(row_mean(value * value, C) - drift * drift + eps)
+    rstd = rstd_of(row_mean(value * value, C), drift, eps)
     tl.store(rstd_ptr + rows[:, None], rstd, mask=row_ok[:, None])
     ok = row_ok[:, None] & col_ok[None, :]
     store_output(y_ptr, (value - drift) * rstd, weight, bias, rows, cols, C, ok)
@@ -164,7 +173,7 @@ def norm_fwd_wide_kernel(
             total += value * value
         drift = row_mean(centred, C)
         tl.store(mean_ptr + rows[:, None], mean + drift)
-    rstd = tl.rsqrt(row_mean(total, C) - drift * drift + eps)
+    rstd = rstd_of(row_mean(total, C), drift, eps)
     tl.store(rstd_ptr + rows[:, None], rstd)
 
     for start in range(0, C, BLOCK_C):

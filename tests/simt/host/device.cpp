@@ -3,7 +3,7 @@
 
 namespace fused_lm {
 
-DeviceScope::DeviceScope(int) : previous_index_(0) {}
+DeviceScope::DeviceScope(int) : torch_guard_(nullptr) {}
 DeviceScope::~DeviceScope() = default;
 
 Stream current_stream(int) { return nullptr; }
