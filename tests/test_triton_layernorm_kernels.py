@@ -275,3 +275,17 @@ def test_no_rows(norm: Norm, device: torch.device) -> None:
     for name, tensor in expected.items():
         assert got[name].shape == tensor.shape and got[name].dtype == tensor.dtype, name
         assert torch.equal(got[name], tensor), name
+
+
+@pytest.mark.parametrize("C", [64, 768, 1600])
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_saved_statistics(offset: float, C: int, device: torch.device) -> None:
+    """The mean that the backward gets is as exact as PyTorch's, near 0 and far from it."""
+    x = (torch.randn(64, C, device=device) + offset).bfloat16()
+    options = (None, None, None, None, EPS, 0.0)
+    _, _, *got = kernels.layer_norm_forward(x, *options, x.dtype, x.dtype)
+    _, _, *same = reference.layer_norm_forward(x, *options, x.dtype, x.dtype)
+    wide = (torch.float64, torch.float64)
+    _, _, *exact = reference.layer_norm_forward(x.double(), *options, *wide)
+    for ours, plain, truth in zip(got, same, exact, strict=True):
+        check_close(ours, plain, truth)

@@ -6,7 +6,8 @@
     y      = (stream - m - d) * rstd * weight + bias
 
 Two passes over registers, never E[x^2] - E[x]^2. d is what rounding left in m: a common offset of
-1000 costs y no digits, for one reduction more. Masked columns add 0 to the centred sums.
+1000 costs y no digits, for one reduction more; it is 0 where the offset is smaller than the values.
+Masked columns add 0 to the centred sums.
 
 Grid, ``norm_fwd_kernel``: one program per ROWS whole rows, tile [ROWS, BLOCK_C], BLOCK_C >= C. All
 warps lie along the columns first, so a weight is loaded once for ROWS rows.
@@ -79,6 +80,14 @@ def row_mean(value, C):
 
 
 @triton.jit
+def drift_of(difference, mean, mean_square):
+    """What a mean still lacks. Values near a large mean leave exact differences, whose mean
+    corrects it; values larger than their mean leave rounded ones, which would spoil it.
+    """
+    return tl.where(mean * mean > mean_square, difference, 0.0)
+
+
+@triton.jit
 def rstd_of(mean_square, drift, eps):
     """1 / sqrt(mean_square - drift^2 + eps). Of equal values the two terms cancel, and what is left
     may be below 0; a NaN must stay one.
@@ -129,9 +138,11 @@ def norm_fwd_kernel(
     if CENTRED:
         mean = row_mean(value, C)
         value = tl.where(col_ok[None, :], value - mean, 0.0)
-        drift = row_mean(value, C)
+    mean_square = row_mean(value * value, C)
+    if CENTRED:
+        drift = drift_of(row_mean(value, C), mean, mean_square)
         tl.store(mean_ptr + rows[:, None], mean + drift, mask=row_ok[:, None])
-    rstd = rstd_of(row_mean(value * value, C), drift, eps)
+    rstd = rstd_of(mean_square, drift, eps)
     tl.store(rstd_ptr + rows[:, None], rstd, mask=row_ok[:, None])
     ok = row_ok[:, None] & col_ok[None, :]
     store_output(y_ptr, (value - drift) * rstd, weight, bias, rows, cols, C, ok)
@@ -171,7 +182,7 @@ def norm_fwd_wide_kernel(
             value = tl.where(ok, value - mean, 0.0)
             centred += value
             total += value * value
-        drift = row_mean(centred, C)
+        drift = drift_of(row_mean(centred, C), mean, row_mean(total, C))
         tl.store(mean_ptr + rows[:, None], mean + drift)
     rstd = rstd_of(row_mean(total, C), drift, eps)
     tl.store(rstd_ptr + rows[:, None], rstd)
