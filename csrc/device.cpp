@@ -4,9 +4,9 @@
 #include "common/device.h"
 
 #include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/shim_utils.h>
 
 // Only libtorch_cuda has it. Python loads extensions with RTLD_NOW, so a strong reference would
 // keep this one from loading where torch is a CPU build.
