@@ -10,7 +10,8 @@
 // rows strip * groups + group + k * strips * groups, the next one's loads under way. dweight and
 // dbias stay in registers, are added over the groups at the end, and are a row of the partials.
 // norm_bwd_looped: rows that no block's registers hold. Blocks walk 4 rows at a time twice, for
-// the means and for the results, and add to their row of the partials in memory.
+// the means and for the results, and add to their row of the partials in memory. All loads of a
+// column vector of the 4 rows are under way before the first use.
 // norm_bwd_finalize: 32 columns per block, 16 warps share the strips; y = 1 is the bias.
 // No atomics, one order: results repeat bitwise on GPUs with as many SMs.
 //
@@ -18,9 +19,9 @@
 //   norm_bwd reads   N C (s_dy + s_stream + s_dstream + s_weight), and mean and rstd by every
 //                    thread of a row (8 bytes, RMSNorm: 4, the same ones for all)
 //   norm_bwd writes  N C (s_dx + s_dresidual) + 4 P strips C
-//   looped   reads   N C (2 s_dy + 2 s_stream + s_dstream + 2 s_weight) + 4 P (T - strips) C, and
-//                    mean and rstd by every thread of a row for each of its vectors
-//   looped   writes  N C (s_dx + s_dresidual) + 4 P T C, T = ceil(N / 4)
+//   looped   reads   N C (2 s_dy + 2 s_stream + s_dstream) + 2 T C s_weight + 4 P (T - strips) C,
+//                    T = ceil(N / 4), and mean and rstd by every thread of a row
+//   looped   writes  N C (s_dx + s_dresidual) + 4 P T C
 //   finalize reads   4 P strips C, writes C (s_dweight + s_dbias)
 //   dropout  reads   32 bytes of rng per thread and row (looped: 4 rows), the same ones for all
 // FLOPs: 14 N C.
@@ -146,8 +147,9 @@ __global__ void __launch_bounds__(kNormLoopThreads, 1)
   const int64_t row_step = static_cast<int64_t>(gridDim.x) * kNormLoopRows;
   int turn = 0;
   for (int64_t row = strip * kNormLoopRows; row < p.N; row += row_step) {
+    const LoopedRows rows = looped_rows(p, row);
     float sums[2 * kNormLoopRows] = {};
-    looped_sums<kVec>(sums, p, row, first_column, kStep);
+    looped_sums<kVec>(sums, p, rows, first_column, kStep);
     row_sum(sums, shared.sums[turn], at);
     turn ^= 1;
     float means[kNormLoopRows][2];
@@ -165,7 +167,7 @@ __global__ void __launch_bounds__(kNormLoopThreads, 1)
         if (p.dweight_partial != nullptr) load_floats(dweight, p.dweight_partial, index);
         if (p.dbias_partial != nullptr) load_floats(dbias, p.dbias_partial, index);
       }
-      looped_gradients(p, means, key, row, column, dweight, dbias);
+      looped_gradients(p, means, key, rows, column, dweight, dbias);
       if (p.dweight_partial != nullptr) store_floats(p.dweight_partial, index, dweight);
       if (p.dbias_partial != nullptr) store_floats(p.dbias_partial, index, dbias);
     }

@@ -154,23 +154,85 @@ __device__ __forceinline__ bool add_groups(float (&dweight)[kSlots][kVec],
   return owner && unit == last;
 }
 
+// kNormLoopRows adjacent rows, or as many as are left; mean and rstd are 0 where there is none.
+struct LoopedRows {
+  int64_t first;
+  int count;
+  float mean[kNormLoopRows];
+  float rstd[kNormLoopRows];
+};
+
+__device__ __forceinline__ LoopedRows looped_rows(const NormBackwardParams& p, int64_t first) {
+  LoopedRows rows;
+  rows.first = first;
+  rows.count = p.N - first < kNormLoopRows ? static_cast<int>(p.N - first) : kNormLoopRows;
+#pragma unroll
+  for (int j = 0; j < kNormLoopRows; ++j) {
+    rows.mean[j] = mean_of(p, first + j);
+    rows.rstd[j] = rstd_of(p, first + j);
+  }
+  return rows;
+}
+
+// A column vector of these rows as its loads leave it.
+template <int kVec>
+struct LoopedInputs {
+  RawVector<kVec> dy[kNormLoopRows];
+  RawVector<kVec> stream[kNormLoopRows];
+  RawParameter<kVec> weight;
+};
+
+// Issues the loads of a column vector: neither a dtype nor a missing row makes one of them wait for
+// another.
+template <int kVec>
+__device__ __forceinline__ void load_looped(LoopedInputs<kVec>& inputs, const NormBackwardParams& p,
+                                            const LoopedRows& rows, int64_t column) {
+  load_vectors(inputs.dy, p.dy, p.dy_dtype, rows.first * p.dy_stride + column, p.dy_stride,
+               rows.count);
+  load_vectors(inputs.stream, p.stream, p.stream_dtype, rows.first * p.stream_stride + column,
+               p.stream_stride, rows.count);
+  inputs.weight = RawParameter<kVec>{};
+  if (p.weight != nullptr) load_parameter(inputs.weight, p.weight, p.weight_dtype, column);
+}
+
+// 1 where there is no weight.
+template <int kVec>
+__device__ __forceinline__ void weight_of(float (&weight)[kVec], const LoopedInputs<kVec>& inputs,
+                                          const NormBackwardParams& p) {
+#pragma unroll
+  for (int e = 0; e < kVec; ++e) weight[e] = 1.0f;
+  if (p.weight != nullptr) widen_parameter(weight, inputs.weight, p.weight_dtype);
+}
+
+// dy and xhat of row j.
+template <int kVec>
+__device__ __forceinline__ void widen_looped(float (&dy)[kVec], float (&xhat)[kVec],
+                                             const LoopedInputs<kVec>& inputs,
+                                             const NormBackwardParams& p, const LoopedRows& rows,
+                                             int j) {
+  widen_vector(dy, inputs.dy[j], p.dy_dtype);
+  widen_vector(xhat, inputs.stream[j], p.stream_dtype);
+  normalise(xhat, rows.mean[j], rows.rstd[j]);
+}
+
 // Sums over columns of kNormLoopRows rows: g * xhat and g of each.
 template <int kVec>
 __device__ __forceinline__ void looped_sums(float (&sums)[2 * kNormLoopRows],
-                                            const NormBackwardParams& p, int64_t first_row,
+                                            const NormBackwardParams& p, const LoopedRows& rows,
                                             int64_t first_column, int64_t step) {
   for (int64_t column = first_column; column < p.C; column += step) {
+    LoopedInputs<kVec> inputs;
+    load_looped(inputs, p, rows, column);
+    float weight[kVec];
+    weight_of(weight, inputs, p);
 #pragma unroll
     for (int j = 0; j < kNormLoopRows; ++j) {
-      const int64_t row = first_row + j;
-      if (row >= p.N) continue;
-      float dy[kVec];
+      float g[kVec];
       float xhat[kVec];
-      load_vector(dy, p.dy, p.dy_dtype, row * p.dy_stride + column);
-      load_vector(xhat, p.stream, p.stream_dtype, row * p.stream_stride + column);
-      normalise(xhat, mean_of(p, row), rstd_of(p, row));
-      weigh(dy, p, column, true);
-      add_row_sums(sums + 2 * j, dy, xhat);
+      widen_looped(g, xhat, inputs, p, rows, j);
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) g[e] *= weight[e];
+      add_row_sums(sums + 2 * j, g, xhat);
     }
   }
 }
@@ -179,26 +241,30 @@ __device__ __forceinline__ void looped_sums(float (&sums)[2 * kNormLoopRows],
 template <int kVec>
 __device__ __forceinline__ void looped_gradients(const NormBackwardParams& p,
                                                  const float (&means)[kNormLoopRows][2],
-                                                 const DropoutKey& key, int64_t first_row,
+                                                 const DropoutKey& key, const LoopedRows& rows,
                                                  int64_t column, float (&dweight)[kVec],
                                                  float (&dbias)[kVec]) {
+  LoopedInputs<kVec> inputs;
+  RawVector<kVec> rDstream[kNormLoopRows];
+  load_looped(inputs, p, rows, column);
+  if (p.dstream != nullptr) {
+    load_vectors(rDstream, p.dstream, p.dstream_dtype, rows.first * p.dstream_stride + column,
+                 p.dstream_stride, rows.count);
+  }
+  float weight[kVec];
+  weight_of(weight, inputs, p);
 #pragma unroll
   for (int j = 0; j < kNormLoopRows; ++j) {
-    const int64_t row = first_row + j;
-    if (row >= p.N) continue;
-    float dy[kVec];
+    float g[kVec];
     float xhat[kVec];
     float dstream[kVec] = {};
-    load_vector(dy, p.dy, p.dy_dtype, row * p.dy_stride + column);
-    load_vector(xhat, p.stream, p.stream_dtype, row * p.stream_stride + column);
-    if (p.dstream != nullptr) {
-      load_vector(dstream, p.dstream, p.dstream_dtype, row * p.dstream_stride + column);
-    }
-    const float rstd = rstd_of(p, row);
-    normalise(xhat, mean_of(p, row), rstd);
-    add_parameter_gradients(dweight, dbias, dy, xhat);
-    weigh(dy, p, column, true);
-    store_gradients(p, dy, xhat, dstream, means[j], rstd, key, row, column, true);
+    widen_looped(g, xhat, inputs, p, rows, j);
+    if (p.dstream != nullptr) widen_vector(dstream, rDstream[j], p.dstream_dtype);
+    add_parameter_gradients(dweight, dbias, g, xhat);
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) g[e] *= weight[e];
+    store_gradients(p, g, xhat, dstream, means[j], rows.rstd[j], key, rows.first + j, column,
+                    j < rows.count);
   }
 }
 

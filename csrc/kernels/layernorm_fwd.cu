@@ -12,7 +12,8 @@
 // groups * R rows to a block, of which a thread holds R: row j of group g is block * B + j * groups
 // + g. R is 1; up to C = 256 it is 4 with 8 elements to a vector, else 2.
 // norm_fwd_looped: one row per block, which walks it three times (RMSNorm: twice). Later walks read
-// what the first one stored, or x where there is no stream.
+// what the first one stored, or x where there is no stream. Loads of two vectors are under way
+// before the first use.
 // layernorm_tuning.h: which one, and B. layernorm_types.h: dtypes, and vectors or scalars.
 //
 // Bytes, with sizes s of the elements, 0 for what is null:
@@ -104,7 +105,9 @@ __global__ void __launch_bounds__(norm_forward_threads_per_sm(kVec), 1)
         value[i][j][e] = (value[i][j][e] - rows.drift[j]) * rows.rstd[j];
       }
     }
-    apply_parameters(value[i], p, column);
+    RawParameters<kVec> rParameters;
+    load_parameters(rParameters, p, column);
+    apply_parameters(value[i], p, rParameters);
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
       const int64_t index = tile.row(j) * p.C + column;
@@ -114,28 +117,39 @@ __global__ void __launch_bounds__(norm_forward_threads_per_sm(kVec), 1)
 }
 
 template <int kVec>
-__global__ void __launch_bounds__(kNormLoopThreads, 1)
+__global__ void __launch_bounds__(kNormLoopThreads, kNormLoopForwardBlocks)
     norm_fwd_looped(const NormForwardParams p, float inverse_C) {
   auto& shared = dynamic_smem<NormForwardShared<1>>();
   const RowThread at = row_thread(kNormLoopThreads);
   const int64_t row = blockIdx.x;
   const int64_t first = at.thread * kVec;
   constexpr int64_t kStep = kNormLoopThreads * kVec;
+  constexpr int64_t kPass = kNormLoopVectors * kStep;
   const bool centred = p.mean != nullptr;
 
   // stream and its sum
   const DropoutKey key = norm_dropout_key(p.dropout);
   float total[1] = {};
-  for (int64_t column = first; column < p.C; column += kStep) {
-    float value[kVec];
-    float residual[kVec] = {};
-    load_vector(value, p.x, p.x_dtype, row * p.x_stride + column);
+  for (int64_t column = first; column < p.C; column += kPass) {
+    RawVector<kVec> rX[kNormLoopVectors];
+    RawVector<kVec> rResidual[kNormLoopVectors];
+    const int count = looped_vectors<kStep>(p.C - column);
+    load_vectors(rX, p.x, p.x_dtype, row * p.x_stride + column, kStep, count);
     if (p.residual != nullptr) {
-      load_vector(residual, p.residual, p.residual_dtype, row * p.residual_stride + column);
+      load_vectors(rResidual, p.residual, p.residual_dtype, row * p.residual_stride + column, kStep,
+                   count);
     }
-    make_stream(value, residual, p, key, row, column, true);
 #pragma unroll
-    for (int e = 0; e < kVec; ++e) total[0] += centred ? value[e] : value[e] * value[e];
+    for (int i = 0; i < kNormLoopVectors; ++i) {
+      if (i >= count) break;
+      float value[kVec];
+      float residual[kVec] = {};
+      widen_vector(value, rX[i], p.x_dtype);
+      if (p.residual != nullptr) widen_vector(residual, rResidual[i], p.residual_dtype);
+      make_stream(value, residual, p, key, row, column + i * kStep, true);
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) total[0] += centred ? value[e] : value[e] * value[e];
+    }
   }
   row_sum(total, shared.sums, at);
 
@@ -149,13 +163,20 @@ __global__ void __launch_bounds__(kNormLoopThreads, 1)
   const float mean = centred ? total[0] * inverse_C : 0.0f;
   float sums[2] = {0.0f, centred ? 0.0f : total[0]};
   if (centred) {
-    for (int64_t column = first; column < p.C; column += kStep) {
-      float value[kVec];
-      load_vector(value, source, dtype, row_off + column);
+    for (int64_t column = first; column < p.C; column += kPass) {
+      RawVector<kVec> rSource[kNormLoopVectors];
+      const int count = looped_vectors<kStep>(p.C - column);
+      load_vectors(rSource, source, dtype, row_off + column, kStep, count);
 #pragma unroll
-      for (int e = 0; e < kVec; ++e) {
-        sums[0] += value[e] - mean;
-        sums[1] += (value[e] - mean) * (value[e] - mean);
+      for (int i = 0; i < kNormLoopVectors; ++i) {
+        if (i >= count) break;
+        float value[kVec];
+        widen_vector(value, rSource[i], dtype);
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) {
+          sums[0] += value[e] - mean;
+          sums[1] += (value[e] - mean) * (value[e] - mean);
+        }
       }
     }
     row_sum(sums, shared.centred, at);
@@ -166,13 +187,25 @@ __global__ void __launch_bounds__(kNormLoopThreads, 1)
   if (at.thread == 0) store_statistics(p, row, mean + drift, rstd);
 
   // output
-  for (int64_t column = first; column < p.C; column += kStep) {
-    float value[1][kVec];
-    load_vector(value[0], source, dtype, row_off + column);
+  for (int64_t column = first; column < p.C; column += kPass) {
+    RawVector<kVec> rSource[kNormLoopVectors];
+    const int count = looped_vectors<kStep>(p.C - column);
+    load_vectors(rSource, source, dtype, row_off + column, kStep, count);
+    RawParameters<kVec> rParameters[kNormLoopVectors];
 #pragma unroll
-    for (int e = 0; e < kVec; ++e) value[0][e] = (value[0][e] - mean - drift) * rstd;
-    apply_parameters(value, p, column);
-    store_vector<false>(p.y, p.y_dtype, row * p.C + column, true, value[0]);
+    for (int i = 0; i < kNormLoopVectors; ++i) {
+      if (i < count) load_parameters(rParameters[i], p, column + i * kStep);
+    }
+#pragma unroll
+    for (int i = 0; i < kNormLoopVectors; ++i) {
+      if (i >= count) break;
+      float value[1][kVec];
+      widen_vector(value[0], rSource[i], dtype);
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) value[0][e] = (value[0][e] - mean - drift) * rstd;
+      apply_parameters(value, p, rParameters[i]);
+      store_vector<false>(p.y, p.y_dtype, row * p.C + column + i * kStep, true, value[0]);
+    }
   }
 }
 

@@ -102,17 +102,28 @@ __device__ __forceinline__ void measure(const float (&value)[kSlots][kRows][kVec
   }
 }
 
+template <int kVec>
+struct RawParameters {
+  RawParameter<kVec> weight;
+  RawParameter<kVec> bias;
+};
+
+template <int kVec>
+__device__ __forceinline__ void load_parameters(RawParameters<kVec>& raw,
+                                                const NormForwardParams& p, int64_t column) {
+  raw = RawParameters<kVec>{};
+  if (p.weight != nullptr) load_parameter(raw.weight, p.weight, p.weight_dtype, column);
+  if (p.bias != nullptr) load_parameter(raw.bias, p.bias, p.bias_dtype, column);
+}
+
 // value = value * weight + bias, one load of each for all rows.
 template <int kRows, int kVec>
 __device__ __forceinline__ void apply_parameters(float (&value)[kRows][kVec],
-                                                 const NormForwardParams& p, int64_t column) {
-  RawParameter<kVec> rWeight{};
-  RawParameter<kVec> rBias{};
-  if (p.weight != nullptr) load_parameter(rWeight, p.weight, p.weight_dtype, column);
-  if (p.bias != nullptr) load_parameter(rBias, p.bias, p.bias_dtype, column);
+                                                 const NormForwardParams& p,
+                                                 const RawParameters<kVec>& raw) {
   float term[kVec];
   if (p.weight != nullptr) {
-    widen_parameter(term, rWeight, p.weight_dtype);
+    widen_parameter(term, raw.weight, p.weight_dtype);
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
 #pragma unroll
@@ -120,13 +131,20 @@ __device__ __forceinline__ void apply_parameters(float (&value)[kRows][kVec],
     }
   }
   if (p.bias != nullptr) {
-    widen_parameter(term, rBias, p.bias_dtype);
+    widen_parameter(term, raw.bias, p.bias_dtype);
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
 #pragma unroll
       for (int e = 0; e < kVec; ++e) value[j][e] += term[e];
     }
   }
+}
+
+// How many of kNormLoopVectors vectors, kStep columns apart, start in the `columns` that are left.
+template <int64_t kStep>
+__device__ __forceinline__ int looped_vectors(int64_t columns) {
+  return columns > (kNormLoopVectors - 1) * kStep ? kNormLoopVectors
+                                                  : static_cast<int>((columns + kStep - 1) / kStep);
 }
 
 __device__ __forceinline__ void store_statistics(const NormForwardParams& p, int64_t row,

@@ -123,13 +123,28 @@ __device__ __forceinline__ void store_vector(void* base, DType dtype, int64_t in
   });
 }
 
-// One vector of a row that is walked in a loop.
-template <int kVec>
-__device__ __forceinline__ void load_vector(float (&value)[kVec], const void* base, DType dtype,
-                                            int64_t index) {
-  RawParameter<kVec> raw;
-  load_parameter(raw, base, dtype, index);
-  widen_parameter(value, raw, dtype);
+template <int kBytes, int kVectors, int kVec>
+__device__ __forceinline__ void load_vectors_of(RawVector<kVec> (&raw)[kVectors], const void* base,
+                                                int64_t index, int64_t step, int count) {
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    const char* p = address_of<kBytes>(base, index + j * step);
+    if (j < count) load_raw<kBytes, LoadPolicy::kCached>(raw[j], p);
+  }
+}
+
+// Issues the loads of `count` vectors, `step` elements apart, of rows that are walked in a loop and
+// read more than once; 0 beyond the count.
+template <int kVectors, int kVec>
+__device__ __forceinline__ void load_vectors(RawVector<kVec> (&raw)[kVectors], const void* base,
+                                             DType dtype, int64_t index, int64_t step, int count) {
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) raw[j] = RawVector<kVec>{};
+  if (dtype == DType::kFloat32) {
+    load_vectors_of<4>(raw, base, index, step, count);
+  } else {
+    load_vectors_of<2>(raw, base, index, step, count);
+  }
 }
 
 }  // namespace fused_lm

@@ -42,7 +42,16 @@ constexpr int kNormLoopThreads = 512;
 constexpr int kNormForwardThreads = 128;  // of a block whose rows need one warp at most
 constexpr int64_t kNormNarrowC = 256;
 constexpr int kNormNarrowElements = 8;
-constexpr int kNormLoopRows = 4;  // of the looped backward: one load of its sums serves so many
+
+// The looped forward: two blocks per SM, so that one loads while the other one reduces, and as many
+// vectors at once as 64 registers hold beside the dropout key, which takes 19. In flight per SM and
+// tensor: 16 KB of 16 bits, 32 KB of fp32.
+constexpr int kNormLoopForwardBlocks = 2;
+constexpr int kNormLoopVectors = 2;
+
+// The looped backward: one load of the weight and of its sums serves so many rows. In flight per SM
+// of dy and stream: 32 KB of 16 bits, 64 KB of fp32; dstream adds half as much.
+constexpr int kNormLoopRows = 4;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -111,7 +120,9 @@ constexpr int norm_backward_whole_elements(int vector_width) {
 // leave (threads per SM come by 128s, 32 for each scheduler):
 //   16-bit: 8 elements 16 + 16 + 4 + 8 = 44 of 96; 16 elements 32 + 32 + 8 + 16 = 88 of 168
 //   fp32:   8 elements 16 + 16 + 8 + 16 = 56 of 128; 12 elements 24 + 24 + 12 + 24 = 84 of 168
-// The next rows in flight per SM: 20 KB and 24 KB; 32 KB and 36 KB; dstream comes to that.
+// The next rows in flight per SM where rows fill so many threads: 20 KB and 24 KB; 32 KB and 36 KB;
+// dstream adds half as much. Where they don't it is less: a bf16 row of C = 4096 is 256 threads,
+// the registers have no room for a second block, and 16 KB are in flight, and 8 KB of dstream.
 constexpr int norm_backward_threads_per_sm(int elements, int vector_width) {
   if (elements != kNormNarrowElements || vector_width == 1) return 384;
   return vector_width == 8 ? 640 : 512;
