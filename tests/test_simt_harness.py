@@ -26,10 +26,15 @@ pytestmark = pytest.mark.skipif(
 MARKS = marks()
 HERE_BUILDS = ("plain", "race")
 """Those that run in this process."""
+SMALL = 100_000
+"""Accesses that no planted kernel makes without waiting for anybody, unless it spins."""
 SCHEDULES = [
-    *(Schedule(order, timing) for order, timing in itertools.product(ORDERS[:3], TIMINGS[:2])),
-    *(Schedule("random", "random", seed) for seed in range(1, 7)),
-    Schedule("round_robin", "random", 8),
+    *(
+        Schedule(order, timing, most_accesses=SMALL)
+        for order, timing in itertools.product(ORDERS[:3], TIMINGS[:2])
+    ),
+    *(Schedule("random", "random", seed, most_accesses=SMALL) for seed in range(1, 7)),
+    Schedule("round_robin", "random", 8, most_accesses=SMALL),
 ]
 COUNTED = Schedule(count_transactions=True)
 
@@ -69,11 +74,12 @@ def _id(mark: Mark) -> str:
 @pytest.mark.parametrize("mark", [m for m in MARKS if m.build != "asan"], ids=_id)
 def test_reports_the_mistake(mark: Mark) -> None:
     harness = runtime.load(mark.build)
-    harness.configure()
+    harness.configure(most_accesses=SMALL)
     report.PLANTED.add(f"{mark.build} {mark.kernel}")
     text = _report(harness, mark.kernel)
     assert text, "nothing was reported"
     assert mark.mismatch(text) is None, f"{mark.mismatch(text)}:\n{text}"
+    assert not _report(harness, mark.kernel, with_bug=False), "something was left behind"
 
 
 def test_sanitizers_report_the_mistakes() -> None:
@@ -89,19 +95,41 @@ def test_sanitizers_report_the_mistakes() -> None:
     assert not problems, "\n\n".join(problems)
 
 
-BY_LUCK = {"phase_that_is_over_too_soon"}
-"""Wrong only where the second phase ends before a waiter of the first has run."""
+BY_LUCK = {
+    "phase_that_is_over_too_soon",  # where the second phase ends before a waiter of the first ran
+    "copy_arrives_after_the_end",  # where a copy is late
+}
+"""Wrong only in some schedules."""
+
+
+_OTHER_BLOCK = (
+    "a block (reads|writes) global memory that another block of the launch (reads|writes)"
+)
+ELSEWISE = {
+    "copy_to_behind_shared_memory": "is not in dynamic shared memory",
+    "ballot_of_two_masks": "deadlock .*warp vote",
+    "block_reads_its_neighbour": _OTHER_BLOCK,
+    "block_writes_what_another_reads": _OTHER_BLOCK,
+    "phase_of_copies_not_waited_for": r"\d+ of 64 arrivals in a phase of the mbarrier",
+}
+"""What else may be said, in schedules that meet another side of the mistake."""
 
 
 @pytest.mark.parametrize("kernel", sorted(set(_kernels()) - BY_LUCK))
 def test_reports_the_mistake_in_every_schedule(kernel: str) -> None:
-    """Happens-before doesn't depend on luck: whichever thread comes first, something is said."""
+    """Happens-before doesn't depend on luck: whichever thread comes first, it is said; and what
+    ended in the middle leaves nothing behind.
+    """
     builds = {mark.build for mark in MARKS if mark.kernel == kernel} - {"asan"}
     for name in builds:
+        patterns = [mark.pattern for mark in MARKS if (mark.kernel, mark.build) == (kernel, name)]
+        patterns += [ELSEWISE[kernel]] if kernel in ELSEWISE else []
         harness = runtime.load(name)
         for schedule in SCHEDULES:
             harness.configure(schedule)
-            assert _report(harness, kernel), f"{name} in {schedule} reports nothing"
+            text = _report(harness, kernel)
+            assert any(re.search(p, text, re.DOTALL) for p in patterns), f"{schedule}:\n{text}"
+            assert not _report(harness, "votes_of_the_block", with_bug=False)
         harness.configure()
 
 
@@ -109,7 +137,7 @@ def test_there_are_mistakes_of_every_kind() -> None:
     known = set(runtime.load("plain").module.planted_kernels())
     costs = {name for name in known if name.startswith(("count_", "fragments_"))}
     assert known - costs == set(_kernels())
-    assert len(known - costs) >= 60
+    assert len(known - costs) >= 80
     for name in build.BUILDS:
         assert sum(mark.build == name for mark in MARKS) >= 20, name
 
@@ -164,6 +192,8 @@ def _counts(race: runtime.Harness, kernel: str, other: bool, **choices: Any) -> 
         ("count_vectors", True, 64 + 32, 64),
         ("count_shifted_row", False, 4 + 4, 8),
         ("count_shifted_row", True, 5 + 4, 8),
+        ("count_few_words", False, 1 + 4, 1 + 4),
+        ("count_few_words", True, 2 + 4, 1 + 4),
         # 32 lanes copy 16 or 8 bytes, and write 4
         ("count_copies", False, 16 + 4, 20),
         ("count_copies", True, 16 + 4, 8 + 4),
@@ -182,6 +212,10 @@ def test_counts_sectors(
         ("count_words", False, 4 * 128, 4 * 128),
         ("count_vectors", True, 16 * 64, 16 * 64),
         ("count_copies", False, 16 * 32, 4 * 32),
+        ("count_atomics", False, 2 * 4 * 32, 2 * 4 * 32),
+        ("count_atomics", True, 3 * 4 * 32, 3 * 4 * 32),
+        ("count_loose_words", False, 4 * 32, 4 * 32),
+        ("count_loose_words", True, 4 * 32, 4 * 32),
         ("count_copies", True, 8 * 32, 4 * 32),
     ],
 )
@@ -271,7 +305,7 @@ def test_lists_every_site(race: runtime.Harness) -> None:
     assert _sites(race, "copy_read_by_others") == expected
 
 
-NO_ORDER = {"counter_without_atomics"}
+NO_ORDER = {"counter_without_atomics", "atomic_on_what_nobody_wrote", "atomic_not_aligned"}
 """Atomics conflict with nothing here, so that nothing tells whether barriers are between them."""
 
 

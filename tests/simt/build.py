@@ -53,7 +53,13 @@ BUILDS = {
             "-fsanitize=address,undefined",
         ),
         # Without -fno-tree-sra g++ takes a 16-byte access for four of 4 bytes.
-        Build("race", "-O1 -fno-tree-sra -fsanitize=thread -DSIMT_RACE", "-O2 -DSIMT_RACE"),
+        Build(
+            "race",
+            "-O1 -fno-tree-sra -fsanitize=thread -DSIMT_RACE "
+            "-fno-builtin-memcpy -fno-builtin-memmove -fno-builtin-memset "
+            f"-include {HERE / 'harness/redirect.h'}",
+            "-O2 -DSIMT_RACE",
+        ),
     )
 }
 COMMON = (
@@ -104,8 +110,9 @@ def host_sources() -> list[Path]:
     return sorted(product) + sorted(harness)
 
 
-def build(name: str) -> Path:
-    """The extension module of a build, made now if it isn't there.
+def build(name: str, scratch: Path | None = None) -> Path:
+    """The extension module of a build, made now if it isn't there; with one more file of kernels if
+    ``scratch`` is given.
 
     Raises:
         RuntimeError: The compiler's words.
@@ -114,6 +121,10 @@ def build(name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        if scratch is not None:
+            target = folder / "scratch" / f"{module_name(name)}.so"
+            _run_ninja(BUILDS[name], folder, target, scratch)
+            return target
         target = folder / f"{module_name(name)}.{_content_hash(name)}.so"
         if not target.is_file():
             _run_ninja(BUILDS[name], folder, target)
@@ -143,8 +154,11 @@ def _compiler() -> str:
     return subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
 
 
-def _run_ninja(build: Build, folder: Path, target: Path) -> None:
-    (folder / "build.ninja").write_text(_ninja_file(build, target.name))
+def _run_ninja(build: Build, folder: Path, target: Path, scratch: Path | None = None) -> None:
+    extra = [] if scratch is None else [scratch]
+    (folder / "build.ninja").write_text(
+        _ninja_file(build, str(target.relative_to(folder)), kernel_sources() + extra)
+    )
     done = subprocess.run(
         [sys.executable, "-m", "ninja", "-C", str(folder)],
         capture_output=True,
@@ -155,7 +169,7 @@ def _run_ninja(build: Build, folder: Path, target: Path) -> None:
         raise RuntimeError(f"simt {build.name} build failed:\n{done.stdout}{done.stderr}")
 
 
-def _ninja_file(build: Build, target: str) -> str:
+def _ninja_file(build: Build, target: str, kernels: list[Path]) -> str:
     import pybind11
 
     torch_root = Path(torch.__file__).parent
@@ -184,9 +198,10 @@ def _ninja_file(build: Build, target: str) -> str:
         " -Wl,--no-as-needed -lc10 -ltorch_cpu -ltorch -ldl",
     ]
     objects = []
-    for sources, kind in ((kernel_sources(), build.kernel), (host_sources(), build.host)):
+    for sources, kind in ((kernels, build.kernel), (host_sources(), build.host)):
         for source in sources:
-            name = str(source.relative_to(ROOT)).replace("/", "_") + ".o"
+            inside = source.relative_to(ROOT) if source.is_relative_to(ROOT) else source
+            name = str(inside).replace("/", "_") + ".o"
             # torch's allocator interface is no part of its stable ABI
             kind_here = kind + (" -UTORCH_TARGET_VERSION" if source.stem == "module" else "")
             lines += [f"build {name}: compile {source}", f"  kind = {kind_here}"]

@@ -14,9 +14,10 @@ import functools
 import importlib.machinery
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,13 +36,15 @@ class Schedule:
     """Who runs next, when asynchronous copies happen, and what is switched off.
 
     ``seed`` steers the random ones and, unless it is 0, the order of the blocks. ``dropped``
-    is (file, line) of a synchronisation that does nothing.
+    is (file, line) of a synchronisation that does nothing. A thread that makes more than
+    ``most_accesses`` to memory without waiting for anybody spins.
     """
 
     order: str = "round_robin"
     timing: str = "lazy"
     seed: int = 0
     count_transactions: bool = False
+    most_accesses: int = 50_000_000
     dropped: tuple[str, int] = ("", 0)
 
     @classmethod
@@ -52,11 +55,11 @@ class Schedule:
 
 
 class Harness:
-    """One build, loaded into this process."""
+    """One build, loaded into this process; ``scratch`` is one more file of kernels."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, scratch: Path | None = None) -> None:
         self.name = name
-        self.module = _import(name)
+        self.module = _import(name, build.build(name, scratch))
         self.schedule = Schedule()
         self.schedules: set[Schedule] = set()
         self.configure()
@@ -73,16 +76,15 @@ class Harness:
         function = getattr(getattr(torch.ops, build.module_name(self.name)), f"cuda_{op}").default
         self.schedules.add(self.schedule)
         with torch.no_grad(), self.device_memory():
-            on_device = [_copied(a) if isinstance(a, Tensor) else a for a in arguments]
             try:
-                return function(*on_device)
+                return run_on_copies(function, _mutated(function), arguments)
             except RuntimeError as error:
                 text = str(error).split("\nException raised from")[0]
                 raise RuntimeError(f"{text}\n(simt_{self.name}, {self.schedule})") from None
 
     @contextmanager
     def device_memory(self) -> Iterator[None]:
-        """CPU tensors made inside are allocations that the harness watches."""
+        """CPU tensors that this thread makes inside are allocations that the harness watches."""
         self.module.allocate_on_device(True)
         try:
             yield
@@ -125,10 +127,9 @@ def sanitized() -> bool:
     return "libasan" in os.environ.get("LD_PRELOAD", "")
 
 
-def _import(name: str) -> Any:
+def _import(name: str, path: Path) -> Any:
     from fused_lm.ops.schemas import CUDA_SCHEMAS
 
-    path = build.build(name)
     library = torch.library.Library(build.module_name(name), "DEF")
     for op, schema in CUDA_SCHEMAS.items():
         library.define(op + schema)
@@ -141,13 +142,65 @@ def _import(name: str) -> Any:
     return module
 
 
-def _copied(t: Tensor) -> Tensor:
-    """The same sizes, strides and alignment in memory that ends where the tensor ends."""
+def run_on_copies(function: Any, mutated: set[int], arguments: Sequence[Any]) -> Any:
+    """Calls a function with device copies of its tensors.
+
+    Raises:
+        RuntimeError: It wrote to a tensor that is not among ``mutated``, or between its rows.
+    """
+    copies = [_copied(a) if isinstance(a, Tensor) else None for a in arguments]
+    before = [None if c is None else c.memory.view(torch.uint8).numpy().tobytes() for c in copies]
+    result = function(
+        *(a if c is None else c.tensor for a, c in zip(arguments, copies, strict=True))
+    )
+    for i, copy in enumerate(copies):
+        if copy is None or i in mutated:
+            continue
+        if copy.memory.view(torch.uint8).numpy().tobytes() != before[i]:
+            raise RuntimeError(f"a kernel wrote to argument {i}, an input")
+    return result
+
+
+def _mutated(function: Any) -> set[int]:
+    """Arguments that the schema lets an operator write to, ``Tensor(a!)``."""
+    given = enumerate(function._schema.arguments)
+    return {i for i, a in given if a.alias_info is not None and a.alias_info.is_write}
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A tensor, and all the memory that it lies in."""
+
+    tensor: Tensor
+    memory: Tensor
+
+
+def _copied(t: Tensor) -> _Copy:
+    """The same sizes, strides and alignment in memory that ends where the tensor ends. What lies
+    between its rows is NaN, as all fresh device memory is.
+    """
     if t.numel() == 0:
-        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
+        empty = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
+        return _Copy(empty, torch.empty(0, dtype=t.dtype))
     steps = zip(t.shape, t.stride(), strict=True)
     extent = 1 + sum((size - 1) * stride for size, stride in steps)
     lead = t.data_ptr() % VECTOR_BYTES // t.element_size()
     memory = torch.empty(lead + extent, dtype=t.dtype)
-    memory[lead:].copy_(t.as_strided((extent,), (1,), t.storage_offset()))
-    return memory.as_strided(t.shape, t.stride(), lead)
+    tensor = memory.as_strided(t.shape, t.stride(), lead)
+    if _overlaps(t):
+        memory[lead:].copy_(t.as_strided((extent,), (1,), t.storage_offset()))
+    else:
+        tensor.copy_(t)
+    return _Copy(tensor, memory)
+
+
+def _overlaps(t: Tensor) -> bool:
+    """Whether two indices may name one element."""
+    extent = 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride < extent:
+            return True
+        extent += (size - 1) * stride
+    return False

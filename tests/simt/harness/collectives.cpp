@@ -8,12 +8,6 @@
 namespace simt {
 namespace {
 
-// Lanes that the last warp of a block doesn't have can't come.
-uint32_t existing(uint32_t mask, int warp) {
-  const int lanes = block().threads - warp * kWarpSize;
-  return lanes >= kWarpSize ? mask : mask & ((1u << lanes) - 1);
-}
-
 Collective& join(Warp& warp, const char* kind, uint32_t mask, Location here) {
   for (Collective& c : warp.open) {
     if ((c.mask & mask) == 0) continue;
@@ -44,7 +38,7 @@ void warp_collective(const char* kind, uint32_t mask, void* record, WarpFunction
     fail("%s at %s: lane %d calls, but is not in mask %08x", kind, to_string(here).c_str(),
          fiber.lane, mask);
   }
-  mask = existing(mask, fiber.warp);
+  mask &= existing_lanes(fiber.warp);
   Collective& meeting = join(warp, kind, mask, here);
   meeting.records[fiber.lane] = record;
   meeting.arrived |= 1u << fiber.lane;
@@ -55,7 +49,7 @@ void warp_collective(const char* kind, uint32_t mask, void* record, WarpFunction
   std::array<void*, kWarpSize> records = meeting.records;
   std::erase_if(warp.open, [&](const Collective& c) { return c.mask == mask; });
   run(records.data(), mask);
-  if (mask == existing(~0u, fiber.warp)) flush_transactions(fiber.warp);
+  if (mask == existing_lanes(fiber.warp)) flush_transactions(fiber.warp);
   for (int lane = 0; lane < kWarpSize; ++lane) {
     if ((mask >> lane & 1) && lane != fiber.lane) wake(fiber.warp * kWarpSize + lane);
   }

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "harness/memory.h"
 #include "harness/race.h"
 #include "harness/state.h"
 #include "harness/transactions.h"
@@ -37,10 +38,9 @@ void settle(Fiber& fiber) {
   while (!fiber.arrivals.empty() && fiber.arrivals.front().after_copy < oldest_open(fiber)) {
     const PendingArrival arrival = fiber.arrivals.front();
     fiber.arrivals.erase(fiber.arrivals.begin());
-    fiber.copies_waited_for = std::max(fiber.copies_waited_for, arrival.after_copy);
     VectorClock clock;
     if (kRaceBuild) block().race->release_copies(fiber.id, arrival.after_copy, clock);
-    arrive_at(arrival.barrier, clock, arrival.here);
+    arrive_at(arrival.barrier, clock, {fiber.id, arrival.after_copy}, arrival.here);
   }
 }
 
@@ -65,11 +65,11 @@ void cp_async(void* shared, const void* global, int bytes, int source_bytes, Loc
   if (source_bytes < 0 || source_bytes > bytes) {
     fail("cp.async at %s: %d source bytes of %d", to_string(here).c_str(), source_bytes, bytes);
   }
-  if (source_bytes > 0) {
-    checked_global(global, source_bytes, false, "cp.async", here);
-    count_access(here, reinterpret_cast<uintptr_t>(global), source_bytes, false);
-  }
   const size_t serial = ++fiber.copies_issued;
+  if (source_bytes > 0) {
+    checked_global(global, source_bytes, "cp.async", here);
+    if (kRaceBuild) global_copy_access(serial, global, source_bytes, here);
+  }
   if (kRaceBuild) block().race->copy_access(fiber.id, serial, offset, bytes, {here});
   Copy copy{static_cast<char*>(shared),
             static_cast<const char*>(global),
@@ -114,6 +114,7 @@ void mbarrier_arrive_cp_async(uint64_t* barrier, Location here) {
   checked_shared_offset(address, 8, "mbarrier arrive cp.async", here);
   if (kRaceBuild) block().race->thread_access(self().id, address - kSharedBase, 8, false, {here});
   fiber.arrivals.push_back({address, fiber.copies_issued, here});
+  fiber.copies_tracked = fiber.copies_issued;
   settle(fiber);
 }
 
@@ -132,17 +133,21 @@ bool progress_copies() {
 }
 
 std::string leftovers(const Fiber& fiber) {
-  for (const CopyGroup& group : fiber.groups) {
+  const auto of_group = [&](const CopyGroup& group, const char* without_mbarrier) -> std::string {
     for (const Copy& copy : group.copies) {
       if (copy.serial <= fiber.copies_waited_for) continue;
-      return "a cp.async that nobody waited for, issued at " + to_string(copy.here);
+      const bool tracked = copy.serial <= fiber.copies_tracked;
+      return std::string("a cp.async ") +
+             (tracked ? "whose mbarrier nobody waited for" : without_mbarrier) + ", issued at " +
+             to_string(copy.here);
     }
+    return "";
+  };
+  for (const CopyGroup& group : fiber.groups) {
+    const std::string left = of_group(group, "that nobody waited for");
+    if (!left.empty()) return left;
   }
-  for (const Copy& copy : fiber.open_group.copies) {
-    if (copy.serial <= fiber.copies_waited_for) continue;
-    return "a cp.async that was never committed, issued at " + to_string(copy.here);
-  }
-  return "";
+  return of_group(fiber.open_group, "that was never committed");
 }
 
 }  // namespace simt

@@ -87,6 +87,7 @@ void start_fiber(Fiber& fiber) {
 
 void resume(Fiber& fiber) {
   current_thread = &fiber;
+  fiber.accesses = 0;
   ++counters.switches;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&scheduler_asan_stack, fiber.stack, kStackBytes);

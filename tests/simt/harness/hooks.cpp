@@ -1,5 +1,7 @@
 // Race build: kernels are compiled with -fsanitize=thread, and the calls that g++ puts before
 // every load and store come here instead of to libtsan.
+#include <cstring>
+
 #include "harness/memory.h"
 #include "harness/race.h"
 #include "harness/transactions.h"
@@ -10,6 +12,7 @@ namespace simt {
 const bool kRaceBuild = true;
 #else
 const bool kRaceBuild = false;
+void note_atomic(const void*, uint32_t, Location) {}
 #endif
 
 }  // namespace simt
@@ -18,64 +21,79 @@ const bool kRaceBuild = false;
 namespace simt {
 namespace {
 
-void shared_access(uintptr_t address, uint32_t bytes, bool write, Origin origin) {
+void shared_access(uintptr_t address, uint32_t bytes, Kind kind, Origin origin) {
   Block& b = block();
   const uintptr_t smem = reinterpret_cast<uintptr_t>(b.smem);
   if (address < smem) {
-    fail("%s of %u bytes at smem-0x%x, before the block's, at %s", write ? "write" : "read", bytes,
+    fail("%s of %u bytes at smem-0x%x, before the block's, at %s", name_of(kind), bytes,
          static_cast<uint32_t>(smem - address), to_string(origin).c_str());
   }
   const auto offset = static_cast<uint32_t>(address - smem);
   if (offset + bytes > b.smem_bytes) {
-    fail("%s of %u bytes at smem+0x%x, past the block's %u, at %s", write ? "write" : "read", bytes,
-         offset, b.smem_bytes, to_string(origin).c_str());
+    fail("%s of %u bytes at smem+0x%x, past the block's %u, at %s", name_of(kind), bytes, offset,
+         b.smem_bytes, to_string(origin).c_str());
   }
   count_access(origin, offset, bytes, true);
-  b.race->thread_access(self().id, offset, bytes, write, origin);
-}
-
-void global_access(uintptr_t address, uint32_t bytes, bool write, Origin origin) {
-  const Found found = find_allocation(address, bytes);
-  if (found.kind == Place::kElsewhere) return;  // constants and the kernel's own parameters
-  if (found.kind == Place::kRedZone) {
-    fail("global %s of %u bytes out of bounds, at %s", write ? "write" : "read", bytes,
-         to_string(origin).c_str());
-  }
-  (write ? counters.global_write_bytes : counters.global_read_bytes) += bytes;
-  count_access(origin, address, bytes, false);
-  if (const char* conflict = block_conflict(found, address, bytes, write)) {
-    fail("%s, at %s", conflict, to_string(origin).c_str());
+  if (kind == Kind::kAtomic) {
+    b.race->atomic_access(self().id, offset, bytes, origin);
+  } else {
+    b.race->thread_access(self().id, offset, bytes, kind == Kind::kWrite, origin);
   }
 }
 
-void on_access(const void* p, uint32_t bytes, bool write, const void* code) {
-  if (!in_kernel() || on_own_stack(p)) return;
+void check_spinning(Origin origin) {
+  if (++self().accesses <= config.most_accesses) return;
+  fail("the thread spins: %llu accesses without waiting for anybody, the last at %s",
+       static_cast<unsigned long long>(config.most_accesses), to_string(origin).c_str());
+}
+
+// `aligned`: what the access' type promises, and a GPU's instruction would need.
+void on_access(const void* p, uint32_t bytes, Kind kind, bool aligned, Origin origin) {
+  if (!in_kernel() || bytes == 0 || on_own_stack(p)) return;
+  check_spinning(origin);
   const auto address = reinterpret_cast<uintptr_t>(p);
   const uintptr_t smem = reinterpret_cast<uintptr_t>(block().smem);
   constexpr uintptr_t kRedZone = 1024;  // on both sides of shared memory
   const bool shared = address - (smem - kRedZone) < block().smem_bytes + 2 * kRedZone;
-  const bool power = bytes == 2 || bytes == 4 || bytes == 8 || bytes == 16;
-  const bool device = shared || find_allocation(address, bytes).kind == Place::kInside;
-  if (device && power && address % bytes) {
-    fail("misaligned %u-byte %s access at %s", bytes, shared ? "shared" : "global",
-         to_string(Origin(code)).c_str());
+  if (aligned && address % bytes) {
+    const bool device = shared || find_allocation(address, bytes).kind == Place::kInside;
+    if (device) {
+      fail("misaligned %u-byte %s access at %s", bytes, shared ? "shared" : "global",
+           to_string(origin).c_str());
+    }
   }
-  shared ? shared_access(address, bytes, write, Origin(code))
-         : global_access(address, bytes, write, Origin(code));
+  shared ? shared_access(address, bytes, kind, origin)
+         : global_access(address, bytes, kind, origin);
+}
+
+void on_bytes(const void* p, size_t bytes, Kind kind, const void* code) {
+  on_access(p, static_cast<uint32_t>(bytes), kind, false, Origin(code));
 }
 
 }  // namespace
+
+void note_atomic(const void* p, uint32_t bytes, Location here) {
+  on_access(p, bytes, Kind::kAtomic, true, here);
+}
+
 }  // namespace simt
 
 // NOLINTBEGIN: names and types are g++'s
 #define CALLER __builtin_return_address(0)
-#define ACCESS(N)                                                                  \
-  void __tsan_read##N(void* p) { simt::on_access(p, N, false, CALLER); }           \
-  void __tsan_write##N(void* p) { simt::on_access(p, N, true, CALLER); }           \
-  void __tsan_unaligned_read##N(void* p) { simt::on_access(p, N, false, CALLER); } \
-  void __tsan_unaligned_write##N(void* p) { simt::on_access(p, N, true, CALLER); } \
-  void __tsan_volatile_read##N(void* p) { simt::on_access(p, N, false, CALLER); }  \
-  void __tsan_volatile_write##N(void* p) { simt::on_access(p, N, true, CALLER); }
+#define ACCESS_OF(NAME, N, KIND, ALIGNED)                                   \
+  void __tsan_##NAME##N(void* p) {                                          \
+    simt::on_access(p, N, simt::Kind::KIND, ALIGNED, simt::Origin(CALLER)); \
+  }
+// What g++ calls unaligned has a type, or is a memcpy, that promises less than its size.
+#define ACCESS(N)                                     \
+  ACCESS_OF(read, N, kRead, true)                     \
+  ACCESS_OF(write, N, kWrite, true)                   \
+  ACCESS_OF(volatile_read, N, kRead, true)            \
+  ACCESS_OF(volatile_write, N, kWrite, true)          \
+  ACCESS_OF(unaligned_read, N, kRead, false)          \
+  ACCESS_OF(unaligned_write, N, kWrite, false)        \
+  ACCESS_OF(unaligned_volatile_read, N, kRead, false) \
+  ACCESS_OF(unaligned_volatile_write, N, kWrite, false)
 
 // Atomics order nothing here and conflict with nothing: one OS thread runs everything.
 #define ATOMICS(N, T)                                                                         \
@@ -111,8 +129,28 @@ ATOMICS(8, unsigned char)
 ATOMICS(16, unsigned short)
 ATOMICS(32, unsigned)
 ATOMICS(64, unsigned long)
-void __tsan_read_range(void* p, unsigned long n) { simt::on_access(p, n, false, CALLER); }
-void __tsan_write_range(void* p, unsigned long n) { simt::on_access(p, n, true, CALLER); }
+void __tsan_read_range(void* p, unsigned long n) {
+  simt::on_bytes(p, n, simt::Kind::kRead, CALLER);
+}
+void __tsan_write_range(void* p, unsigned long n) {
+  simt::on_bytes(p, n, simt::Kind::kWrite, CALLER);
+}
+
+// harness/redirect.h gives these names to the C library's functions in kernels.
+void* simt_memcpy(void* to, const void* from, size_t n) {
+  simt::on_bytes(from, n, simt::Kind::kRead, CALLER);
+  simt::on_bytes(to, n, simt::Kind::kWrite, CALLER);
+  return memcpy(to, from, n);
+}
+void* simt_memmove(void* to, const void* from, size_t n) {
+  simt::on_bytes(from, n, simt::Kind::kRead, CALLER);
+  simt::on_bytes(to, n, simt::Kind::kWrite, CALLER);
+  return memmove(to, from, n);
+}
+void* simt_memset(void* to, int value, size_t n) {
+  simt::on_bytes(to, n, simt::Kind::kWrite, CALLER);
+  return memset(to, value, n);
+}
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

@@ -1,10 +1,20 @@
-// Barriers in shared memory: counted arrivals, phases told apart by parity. The object's bytes are
-// not touched; transaction counts join with sm_90.
+// Barriers in shared memory: counted arrivals, phases told apart by parity; transaction counts join
+// with sm_90. The state lies here; the object's word only shows whether somebody stores over it.
+#include <algorithm>
+#include <cstdio>
+
 #include "harness/race.h"
 #include "harness/state.h"
 
 namespace simt {
 namespace {
+
+constexpr uint64_t kAlive = 0x6d62617272696572;  // no pattern that a kernel writes by chance
+constexpr uint64_t kDead = ~0ull;
+
+uint64_t& word_of(const Block& b, uint32_t address) {
+  return *reinterpret_cast<uint64_t*>(b.smem + address - kSharedBase);
+}
 
 uint32_t address_of(const uint64_t* barrier, const char* what, Location here) {
   const uint32_t address = shared_address(barrier);
@@ -22,10 +32,21 @@ MBarrier& existing(uint32_t address, const char* what, Location here) {
     fail("%s at %s: no mbarrier was initialised at smem+0x%x", what, to_string(here).c_str(),
          address - kSharedBase);
   }
+  const std::string overwritten = overwritten_since_init(block(), address, found->second);
+  if (!overwritten.empty())
+    fail("%s at %s: %s", what, to_string(here).c_str(), overwritten.c_str());
   return found->second;
 }
 
 }  // namespace
+
+std::string overwritten_since_init(const Block& b, uint32_t address, const MBarrier& barrier) {
+  if (word_of(b, address) == kAlive) return "";
+  char text[200];
+  snprintf(text, sizeof text, "the live mbarrier at smem+0x%x, init at %s, was written over",
+           address - kSharedBase, to_string(barrier.here).c_str());
+  return text;
+}
 
 void mbarrier_init(uint64_t* barrier, uint32_t arrivals, Location here) {
   if (!takes_part("mbarrier init", here)) return;
@@ -43,19 +64,23 @@ void mbarrier_init(uint64_t* barrier, uint32_t arrivals, Location here) {
   fresh.pending = arrivals;
   fresh.here = here;
   block().mbarriers.emplace(address, std::move(fresh));
+  word_of(block(), address) = kAlive;
 }
 
 void mbarrier_invalidate(uint64_t* barrier, Location here) {
+  if (!takes_part("mbarrier inval", here)) return;
   const uint32_t address = address_of(barrier, "mbarrier inval", here);
   if (!existing(address, "mbarrier inval", here).waiters.empty()) {
     fail("mbarrier inval at %s: threads wait for it", to_string(here).c_str());
   }
   if (kRaceBuild) block().race->thread_access(self().id, address - kSharedBase, 8, true, {here});
   block().mbarriers.erase(address);
+  word_of(block(), address) = kDead;
 }
 
-void arrive_at(uint32_t address, const VectorClock& clock, Location here) {
+void arrive_at(uint32_t address, const VectorClock& clock, TrackedCopies copies, Location here) {
   MBarrier& m = existing(address, "mbarrier arrive", here);
+  if (copies.up_to_copy > 0) m.copies_arriving.push_back(copies);
   if (kRaceBuild) join_clocks(m.arriving, clock);
   m.last_arrival = here;
   if (--m.pending > 0) return;
@@ -63,6 +88,8 @@ void arrive_at(uint32_t address, const VectorClock& clock, Location here) {
   ++m.phase;
   if (kRaceBuild) join_clocks(m.ended, m.arriving);
   m.arriving.clear();
+  m.copies_ended.insert(m.copies_ended.end(), m.copies_arriving.begin(), m.copies_arriving.end());
+  m.copies_arriving.clear();
   for (int thread : m.waiters) wake(thread);
   m.waiters.clear();
 }
@@ -76,7 +103,7 @@ void mbarrier_arrive(uint64_t* barrier, Location here) {
     block().race->thread_access(self().id, address - kSharedBase, 8, false, {here});
     block().race->release(self().id, clock);
   }
-  arrive_at(address, clock, here);
+  arrive_at(address, clock, {self().id, 0}, here);
 }
 
 void mbarrier_wait(uint64_t* barrier, uint32_t parity, Location here) {
@@ -93,9 +120,13 @@ void mbarrier_wait(uint64_t* barrier, uint32_t parity, Location here) {
            to_string(here).c_str());
     }
   }
-  if (kRaceBuild) {
-    block().race->acquire(self().id, existing(address, "mbarrier wait", here).ended);
+  MBarrier& m = existing(address, "mbarrier wait", here);
+  for (const TrackedCopies& copies : m.copies_ended) {
+    size_t& waited_for = block().fibers[copies.thread]->copies_waited_for;
+    waited_for = std::max(waited_for, copies.up_to_copy);
   }
+  m.copies_ended.clear();
+  if (kRaceBuild) block().race->acquire(self().id, m.ended);
 }
 
 }  // namespace simt

@@ -22,9 +22,16 @@ constexpr int kPoisonByte = 0xff;   // NaN in fp32, fp16 and bf16; -1 in integer
 constexpr size_t kSharedAlignment = 1024;
 
 std::map<uintptr_t, Allocation> allocations;  // by address
-uint32_t launch_serial;
+std::recursive_mutex allocations_mutex;
+uint32_t launches_begun;
 
 }  // namespace
+
+std::unique_lock<std::recursive_mutex> lock_allocations() {
+  return std::unique_lock(allocations_mutex);
+}
+
+uint32_t launch_serial() { return launches_begun; }
 
 Arena::Arena(size_t bytes) : bytes_(static_cast<uint32_t>(bytes)) {
   const size_t rounded = (bytes + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
@@ -43,7 +50,7 @@ Arena::~Arena() {
 
 void Arena::poison() { memset(data_, kPoisonByte, bytes_); }
 
-void begin_launch() { ++launch_serial; }
+void begin_launch() { ++launches_begun; }
 
 void* device_malloc(size_t bytes) {
   const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
@@ -55,11 +62,13 @@ void* device_malloc(size_t bytes) {
   char* p = zone + kRedZone;
   ASAN_POISON_MEMORY_REGION(zone, kRedZone);
   ASAN_POISON_MEMORY_REGION(p + bytes, rounded - bytes + kRedZone);
+  const auto lock = lock_allocations();
   allocations.emplace(reinterpret_cast<uintptr_t>(p), Allocation{bytes, {}});
   return p;
 }
 
 void device_free(void* p) {
+  const auto lock = lock_allocations();
   const auto found = allocations.find(reinterpret_cast<uintptr_t>(p));
   if (found == allocations.end()) throw Error("device_free of a pointer that is no allocation");
   const size_t rounded = (found->second.bytes + kAlignment - 1) / kAlignment * kAlignment;
@@ -70,6 +79,7 @@ void device_free(void* p) {
 }
 
 bool is_device_memory(const void* p) {
+  const auto lock = lock_allocations();
   return find_allocation(reinterpret_cast<uintptr_t>(p), 0).kind == Place::kInside;
 }
 
@@ -86,47 +96,10 @@ Found find_allocation(uintptr_t address, size_t bytes) {
   return {near ? Place::kRedZone : Place::kElsewhere, next->first, &next->second};
 }
 
-// The second of two blocks that touch one place without an order: nothing orders the blocks of a
-// launch. Null: no conflict. Two bytes are the smallest thing that blocks may own apart.
-const char* block_conflict(const Found& found, uintptr_t address, size_t bytes, bool write) {
-  constexpr uint32_t kManyBlocks = ~0u;
-  auto& touched = found.allocation->touched;
-  if (touched.empty()) touched.resize((found.allocation->bytes + 1) / 2);
-  const uint3 at = block().index;
-  const dim3 grid = block().grid;
-  const uint32_t me = at.x + grid.x * (at.y + grid.y * at.z) + 1;
-  const size_t first = (address - found.start) / 2, last = (address - found.start + bytes - 1) / 2;
-  for (size_t i = first; i <= last; ++i) {
-    Touched& t = touched[i];
-    if (t.launch != launch_serial) t = {launch_serial, 0, 0};
-    if (t.writer != 0 && t.writer != me) {
-      return write ? "two blocks of a launch write the same global memory"
-                   : "a block reads global memory that another block of the launch writes";
-    }
-    if (!write) {
-      t.reader = t.reader == 0 || t.reader == me ? me : kManyBlocks;
-      continue;
-    }
-    if (t.reader != 0 && t.reader != me) {
-      return "a block writes global memory that another block of the launch reads";
-    }
-    t.writer = me;
-  }
-  return nullptr;
-}
-
-void checked_global(const void* p, size_t bytes, bool write, const char* what, Location here) {
-  const auto address = reinterpret_cast<uintptr_t>(p);
-  const Found found = find_allocation(address, bytes);
-  if (found.kind != Place::kInside) {
-    fail("%s at %s: %zu bytes at %p are outside of every allocation", what, to_string(here).c_str(),
-         bytes, p);
-  }
-  if (!kRaceBuild) return;
-  (write ? counters.global_write_bytes : counters.global_read_bytes) += bytes;
-  if (const char* conflict = block_conflict(found, address, bytes, write)) {
-    fail("%s: %s at %s", conflict, what, to_string(here).c_str());
-  }
+void checked_global(const void* p, size_t bytes, const char* what, Location here) {
+  if (find_allocation(reinterpret_cast<uintptr_t>(p), bytes).kind == Place::kInside) return;
+  fail("%s at %s: %zu bytes at %p are outside of every allocation", what, to_string(here).c_str(),
+       bytes, p);
 }
 
 uint32_t shared_address(const void* p) {

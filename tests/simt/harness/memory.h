@@ -1,13 +1,21 @@
-// Allocations, as the hooks of the race build look them up.
+// Allocations, as the hooks of the race build look them up, and what it keeps of every access.
 #pragma once
+
+#include <mutex>
 
 #include "harness/simt.h"
 
 namespace simt {
 
-// Which block of which launch last touched two bytes; block 0 is nobody.
+// A thread or its copies, when, and at which place in the source (global.cpp); time 0 is nobody.
+struct Trace {
+  uint32_t time = 0;
+  uint16_t agent = 0, place = 0;
+};
+// Which block of which launch last touched two bytes, block 0 is nobody; and who in it.
 struct Touched {
   uint32_t launch, writer, reader;
+  Trace write, reads[2];
 };
 struct Allocation {
   size_t bytes;
@@ -20,8 +28,12 @@ struct Found {
   uintptr_t start;
   Allocation* allocation;
 };
-Found find_allocation(uintptr_t address, size_t bytes);
-const char* block_conflict(const Found& found, uintptr_t address, size_t bytes, bool write);
+Found find_allocation(uintptr_t address, size_t bytes);  // inside of a launch, or locked
+uint32_t launch_serial();
+
+// Allocations stay as they are while the lock lives: a launch holds it, so that its accesses need
+// not, whatever torch's other threads free.
+std::unique_lock<std::recursive_mutex> lock_allocations();
 
 bool on_own_stack(const void* p);
 

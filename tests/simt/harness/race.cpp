@@ -64,6 +64,10 @@ std::string to_string(Origin origin) {
   return text;
 }
 
+const char* name_of(Kind kind) {
+  return kind == Kind::kRead ? "read" : kind == Kind::kWrite ? "write" : "atomic";
+}
+
 std::string function_name(const void* code) {
   const auto lines = addr2line("-f -C", code, 0);
   return lines.empty() ? "?" : lines[0];
@@ -129,10 +133,15 @@ void RaceDetector::copy_access(int thread, size_t serial, uint32_t offset, uint3
   access(epoch, thread, offset, bytes, true);
 }
 
-// A thread knows its own past, but copies are not ordered even among those of one thread.
-bool RaceDetector::knows(int thread, const Epoch& past) const {
-  const VectorClock& known = clocks_[thread];
-  return past.agent == thread || (past.agent < known.size() && past.time <= known[past.agent]);
+void RaceDetector::atomic_access(int thread, uint32_t offset, uint32_t bytes, Origin origin) {
+  const Epoch epoch{static_cast<uint16_t>(thread), now_[thread], origin};
+  for (uint32_t i = offset / kCellBytes; i <= (offset + bytes - 1) / kCellBytes; ++i) {
+    Cell& c = cell(i);
+    if (!c.written) {
+      report("read of uninitialised shared memory", i * kCellBytes, false, epoch, nullptr);
+    }
+    c.stored = true;
+  }
 }
 
 void RaceDetector::access(const Epoch& epoch, int thread, uint32_t offset, uint32_t bytes,
@@ -164,17 +173,17 @@ void RaceDetector::access(const Epoch& epoch, int thread, uint32_t offset, uint3
   }
 }
 
-std::string RaceDetector::describe(const Epoch& epoch) const {
-  const bool copy = epoch.agent >= threads_;
-  const int thread = copy ? epoch.agent - threads_ : epoch.agent;
+std::string RaceDetector::describe(int agent, Origin origin) const {
+  const bool copy = agent >= threads_;
+  const int thread = copy ? agent - threads_ : agent;
   return std::string(copy ? "cp.async of thread " : "thread ") + std::to_string(thread) + " at " +
-         to_string(epoch.origin);
+         to_string(origin);
 }
 
 void RaceDetector::report(const char* what, uint32_t offset, bool write, const Epoch& one,
                           const Epoch* other) const {
-  const std::string first = describe(one);
-  const std::string second = other ? "; the other: " + describe(*other) : "";
+  const std::string first = describe(one.agent, one.origin);
+  const std::string second = other ? "; the other: " + describe(other->agent, other->origin) : "";
   fail("%s: smem+0x%x, %s by %s%s", what, offset, write ? "write" : "read", first.c_str(),
        second.c_str());
 }
@@ -184,12 +193,6 @@ void RaceDetector::expect_change(const void* shared, uint32_t bytes) {
   for (uint32_t i = offset / kCellBytes; i <= (offset + bytes - 1) / kCellBytes; ++i) {
     cell(i).stored = true;
   }
-}
-
-void note_atomic(const void* p, uint32_t bytes) {
-  const auto offset = static_cast<const char*>(p) - block().smem;
-  if (!kRaceBuild || offset < 0 || offset + bytes > block().smem_bytes) return;
-  block().race->expect_change(p, bytes);
 }
 
 std::string RaceDetector::unseen_store(const std::string& until) {

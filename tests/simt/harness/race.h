@@ -1,5 +1,6 @@
-// A happens-before race detector for shared memory: vector clocks of threads and of what copies on
-// their behalf, against the last write and the reads since of every two bytes.
+// A happens-before race detector: vector clocks of threads and of what copies on their behalf,
+// against the last write and the reads since of every two bytes of shared memory. global.cpp asks
+// the same clocks about global memory.
 #pragma once
 
 #include "harness/state.h"
@@ -20,6 +21,9 @@ std::string function_name(const void* code);
 void join_clocks(VectorClock& into, const VectorClock& other);
 void raise_time(VectorClock& clock, int agent, uint32_t time);
 
+enum class Kind { kRead, kWrite, kAtomic };
+const char* name_of(Kind kind);
+
 class RaceDetector {
  public:
   explicit RaceDetector(const Block& block);
@@ -31,9 +35,22 @@ class RaceDetector {
   void release_copies(int thread, size_t up_to_copy, VectorClock& into);
   void acquire_copies(int thread, size_t up_to_copy);
 
+  // Agents are threads, and behind them the copies of each. A thread knows its own past, but its
+  // copies are not ordered among themselves.
+  int copies_of(int thread) const { return threads_ + thread; }
+  uint32_t now(int thread) const { return now_[thread]; }
+  bool knows(int thread, int agent, uint32_t time) const {
+    if (agent == thread) return true;
+    const VectorClock& known = clocks_[thread];
+    const auto index = static_cast<size_t>(agent);
+    return index < known.size() && time <= known[index];
+  }
+  std::string describe(int agent, Origin origin) const;
+
   // Accesses to shared memory; a conflict ends the launch.
   void thread_access(int thread, uint32_t offset, uint32_t bytes, bool write, Origin origin);
   void copy_access(int thread, size_t serial, uint32_t offset, uint32_t bytes, Origin origin);
+  void atomic_access(int thread, uint32_t offset, uint32_t bytes, Origin origin);  // no conflicts
 
   // Shared memory that changed without an access that was seen: the hooks miss the store of an
   // aggregate that a call returns, and such a store must not hide a race.
@@ -53,14 +70,12 @@ class RaceDetector {
     Epoch write{};
     std::vector<Epoch> reads;
   };
-  int copies_of(int thread) const { return threads_ + thread; }
   Cell& cell(uint32_t index);
   void access(const Epoch& epoch, int thread, uint32_t offset, uint32_t bytes, bool write);
-  bool knows(int thread, const Epoch& past) const;
+  bool knows(int thread, const Epoch& past) const { return knows(thread, past.agent, past.time); }
   std::string unseen_store(const std::string& until);
   [[noreturn]] void report(const char* what, uint32_t offset, bool write, const Epoch& one,
                            const Epoch* other) const;
-  std::string describe(const Epoch& epoch) const;
 
   const Block& block_;
   int threads_;
@@ -69,5 +84,9 @@ class RaceDetector {
   std::vector<char> snapshot_;       // of shared memory, when it was last checked
   std::string checked_at_ = "the start of the block";
 };
+
+// Accesses to global memory (global.cpp), of the running thread and of its copies.
+void global_access(uintptr_t address, uint32_t bytes, Kind kind, Origin origin);
+void global_copy_access(size_t serial, const void* p, uint32_t bytes, Location here);
 
 }  // namespace simt

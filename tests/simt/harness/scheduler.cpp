@@ -7,6 +7,7 @@
 #include <set>
 
 #include "harness/arena.h"
+#include "harness/memory.h"
 #include "harness/race.h"
 #include "harness/state.h"
 #include "harness/transactions.h"
@@ -39,10 +40,14 @@ void fail(const char* format, ...) {
   va_start(arguments, format);
   vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
-  if (!in_kernel()) throw Error(text);
-  const Fiber& fiber = self();
+  if (current_block == nullptr) throw Error(text);
   const uint3 at = block().index;
   char place[160];
+  if (!in_kernel()) {  // a copy that the scheduler completes
+    snprintf(place, sizeof place, "  [block (%u, %u, %u)]", at.x, at.y, at.z);
+    throw Error(std::string(text) + place);
+  }
+  const Fiber& fiber = self();
   snprintf(place, sizeof place, "  [block (%u, %u, %u), thread %d = warp %d lane %d]", at.x, at.y,
            at.z, fiber.id, fiber.warp, fiber.lane);
   block().failure = std::string(text) + place;
@@ -164,6 +169,8 @@ std::string unfinished(const Block& b) {
            std::to_string(i) + ", last at " + to_string(b.barriers[i].here);
   }
   for (const auto& [address, m] : b.mbarriers) {
+    const std::string overwritten = overwritten_since_init(b, address, m);
+    if (!overwritten.empty()) return "block ended: " + overwritten;
     if (m.pending == m.count) continue;
     char text[320];
     snprintf(text, sizeof text,
@@ -180,7 +187,7 @@ std::string unfinished(const Block& b) {
   return "";
 }
 
-void run_block(Block& b) {
+void run_threads(Block& b) {
   while (b.live > 0 && b.failure.empty()) {
     const int thread = next_thread(b);
     if (thread >= 0) {
@@ -188,6 +195,14 @@ void run_block(Block& b) {
     } else if (!progress_copies()) {
       b.failure = deadlock_report(b);
     }
+  }
+}
+
+void run_block(Block& b) {
+  try {
+    run_threads(b);
+  } catch (const Error& error) {  // of what no thread was running for
+    b.failure = error.what();
   }
   if (b.failure.empty()) b.failure = unfinished(b);
   if (b.failure.empty() && b.race) b.failure = b.race->end_block();
@@ -208,6 +223,15 @@ void make_threads(Block& b) {
   }
 }
 
+// The block that kernels see, for as long as it runs.
+struct Running {
+  explicit Running(Block& b) { current_block = &b; }
+  ~Running() {
+    current_block = nullptr;
+    current_thread = nullptr;
+  }
+};
+
 std::string run_one(uint64_t id, dim3 grid, dim3 size, Arena& arena,
                     const std::function<void()>& body) {
   Block b;
@@ -224,10 +248,9 @@ std::string run_one(uint64_t id, dim3 grid, dim3 size, Arena& arena,
   b.smem_bytes = arena.bytes();
   b.body = &body;
   if (kRaceBuild) b.race = std::make_unique<RaceDetector>(b);
-  current_block = &b;
+  const Running running(b);
   make_threads(b);
   run_block(b);
-  current_block = nullptr;
   ++counters.blocks;
   return b.failure;
 }
@@ -242,8 +265,9 @@ std::vector<std::string> kernels_run() {
 
 void run_grid(const void* kernel, dim3 grid, dim3 size, size_t smem_bytes,
               const std::function<void()>& body) {
+  const auto nobody_frees = lock_allocations();
   launched.insert(kernel);
-  if (current_block != nullptr) throw Error("a launch inside of a kernel");
+  if (current_block != nullptr) fail("a launch inside of a kernel");
   const uint64_t threads = uint64_t{size.x} * size.y * size.z;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   if (smem_bytes > config.max_smem_bytes) {

@@ -56,8 +56,9 @@ struct Config {
   Timing timing = Timing::kLazy;
   uint64_t seed = 0;  // of kRandom, and of the order of blocks where it isn't 0
   uint32_t max_smem_bytes = 227 * 1024;
-  bool count_transactions = false;  // sectors and wavefronts (race build)
-  Location dropped{nullptr, 0};     // this synchronisation does nothing: a mutant
+  bool count_transactions = false;      // sectors and wavefronts (race build)
+  Location dropped{nullptr, 0};         // this synchronisation does nothing: a mutant
+  uint64_t most_accesses = 50'000'000;  // of a thread that waits for nobody (race build)
 };
 extern Config config;
 
@@ -84,8 +85,8 @@ bool is_device_memory(const void* p);
 constexpr uint32_t kSharedBase = 1024;
 uint32_t shared_address(const void* p);
 
-// Memory that an atomic changes: it conflicts with nothing, but the race detector must know.
-void note_atomic(const void* p, uint32_t bytes);
+// Memory that an atomic reads and changes: checked like any other access, but for conflicts.
+void note_atomic(const void* p, uint32_t bytes, Location here);
 
 // --- Synchronisation --------------------------------------------------------------------------
 // Every wrapper that synchronises asks this first: false drops it. The places are recorded.

@@ -51,9 +51,10 @@ struct Fiber : ThreadView {
   void* asan_stack = nullptr;
 
   CopyGroup open_group;
-  std::vector<CopyGroup> groups;         // oldest first
-  std::vector<PendingArrival> arrivals;  // oldest first
-  size_t copies_issued = 0, copies_waited_for = 0;
+  std::vector<CopyGroup> groups;                                        // oldest first
+  std::vector<PendingArrival> arrivals;                                 // oldest first
+  size_t copies_issued = 0, copies_tracked = 0, copies_waited_for = 0;  // serial numbers
+  uint64_t accesses = 0;  // to memory that others may write, since it was resumed
 };
 
 // A warp collective that some lanes have reached. Disjoint masks may wait side by side.
@@ -68,14 +69,24 @@ struct Warp {
   uint32_t ready = 0;
 };
 
+// The lanes of a warp that have arrived in a barrier's phase, and where the first did.
+struct Arrivals {
+  uint32_t lanes = 0;
+  Location here{nullptr, 0};
+};
 struct NamedBarrier {
-  int expected = 0, arrived = 0, total = 0;
+  int expected = 0, arrived = 0, total = 0;  // threads; whole warps, as PTX counts
   Location here{nullptr, 0};
   std::vector<int> waiters;
-  std::map<int, Location> of_warp;  // where each warp's first lane arrived
+  std::map<int, Arrivals> of_warp;
   VectorClock clock;
 };
 
+// The copies of a thread up to a serial number, which an arrival stands for.
+struct TrackedCopies {
+  int thread;
+  size_t up_to_copy;
+};
 struct MBarrier {
   uint32_t count = 0;
   int64_t pending = 0;
@@ -83,6 +94,7 @@ struct MBarrier {
   Location here{nullptr, 0}, last_arrival{nullptr, 0};
   std::vector<int> waiters;
   VectorClock arriving, ended;  // of this phase's arrivals so far, of the phases before it
+  std::vector<TrackedCopies> copies_arriving, copies_ended;  // likewise
 };
 
 class RaceDetector;
@@ -103,6 +115,11 @@ struct Block : BlockView {
 };
 
 inline Block& block() { return *static_cast<Block*>(current_block); }
+// Lanes that the last warp of a block doesn't have belong to no mask.
+inline uint32_t existing_lanes(int warp) {
+  const int lanes = block().threads - warp * kWarpSize;
+  return lanes >= kWarpSize ? ~0u : (1u << lanes) - 1;
+}
 inline Fiber& self() { return *static_cast<Fiber*>(current_thread); }
 inline bool in_kernel() { return current_thread != nullptr; }
 
@@ -119,11 +136,12 @@ bool coin();
 
 // async copies (cp_async.cpp), mbarriers (mbarrier.cpp)
 bool progress_copies();  // completes one copy that somebody may wait for; false: there is none
-void arrive_at(uint32_t barrier, const VectorClock& clock, Location here);
+void arrive_at(uint32_t barrier, const VectorClock& clock, TrackedCopies copies, Location here);
+std::string overwritten_since_init(const Block& b, uint32_t address, const MBarrier& barrier);
 std::string leftovers(const Fiber& fiber);
 
 // memory.cpp
 uint32_t checked_shared_offset(uint32_t address, uint32_t bytes, const char* what, Location here);
-void checked_global(const void* p, size_t bytes, bool write, const char* what, Location here);
+void checked_global(const void* p, size_t bytes, const char* what, Location here);
 
 }  // namespace simt

@@ -35,18 +35,34 @@ void keep_distinct(std::vector<T>& values) {
   values.erase(std::unique(values.begin(), values.end()), values.end());
 }
 
+uint64_t distinct_bytes(const Lanes& lanes) {
+  std::vector<std::pair<uintptr_t, uintptr_t>> spans;
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    if (lanes.mask >> lane & 1) {
+      spans.emplace_back(lanes.address[lane], lanes.address[lane] + lanes.bytes[lane]);
+    }
+  }
+  std::sort(spans.begin(), spans.end());
+  uint64_t bytes = 0;
+  uintptr_t counted_to = 0;
+  for (const auto& [first, end] : spans) {
+    if (end <= counted_to) continue;
+    bytes += end - std::max(first, counted_to);
+    counted_to = end;
+  }
+  return bytes;
+}
+
 void count_sectors(const Lanes& lanes) {
   std::vector<uintptr_t> sectors;
-  uint64_t bytes = 0;
   for (int lane = 0; lane < kWarpSize; ++lane) {
     if (!(lanes.mask >> lane & 1)) continue;
     const uintptr_t first = lanes.address[lane], last = first + lanes.bytes[lane] - 1;
-    bytes += lanes.bytes[lane];
     for (uintptr_t s = first / kSectorBytes; s <= last / kSectorBytes; ++s) sectors.push_back(s);
   }
   keep_distinct(sectors);
   counters.global_sectors += sectors.size();
-  counters.global_ideal_sectors += (bytes + kSectorBytes - 1) / kSectorBytes;
+  counters.global_ideal_sectors += (distinct_bytes(lanes) + kSectorBytes - 1) / kSectorBytes;
 }
 
 // Lanes whose accesses one wavefront can serve: 128 bytes in all.

@@ -15,7 +15,7 @@ namespace py = pybind11;
 
 namespace {
 
-bool allocate_on_device = false;
+thread_local int scopes_on_device = 0;  // autograd runs operators on threads of its own
 
 // Stands before torch's own allocator; memory of either is freed by whoever made it.
 class DeviceAllocator final : public c10::Allocator {
@@ -23,7 +23,7 @@ class DeviceAllocator final : public c10::Allocator {
   explicit DeviceAllocator(c10::Allocator* ordinary) : ordinary_(ordinary) {}
 
   c10::DataPtr allocate(size_t bytes) override {
-    if (!allocate_on_device) return ordinary_->allocate(bytes);
+    if (scopes_on_device == 0) return ordinary_->allocate(bytes);
     void* p = simt::device_malloc(bytes);
     return {p, p, &free_device, c10::Device(c10::DeviceType::CPU)};
   }
@@ -54,7 +54,8 @@ Choice choice(const std::string& name, const std::map<std::string, Choice>& choi
 }
 
 void configure(const std::string& order, const std::string& timing, uint64_t seed,
-               bool count_transactions, const std::string& dropped_file, int dropped_line) {
+               bool count_transactions, uint64_t most_accesses, const std::string& dropped_file,
+               int dropped_line) {
   simt::Config fresh;
   fresh.order = choice<simt::Order>(order, {{"round_robin", simt::Order::kRoundRobin},
                                             {"reverse", simt::Order::kReverse},
@@ -65,6 +66,7 @@ void configure(const std::string& order, const std::string& timing, uint64_t see
                                                {"random", simt::Timing::kRandom}});
   fresh.seed = seed;
   fresh.count_transactions = count_transactions;
+  fresh.most_accesses = most_accesses;
   if (dropped_line > 0) fresh.dropped = {interned(dropped_file), dropped_line};
   simt::config = fresh;
 }
@@ -106,13 +108,14 @@ PYBIND11_MODULE(SIMT_LIBRARY, m) {
   install_allocator();
   m.attr("RACE_BUILD") = simt::kRaceBuild;
   m.def("configure", &configure, py::arg("order"), py::arg("timing"), py::arg("seed"),
-        py::arg("count_transactions"), py::arg("dropped_file"), py::arg("dropped_line"));
+        py::arg("count_transactions"), py::arg("most_accesses"), py::arg("dropped_file"),
+        py::arg("dropped_line"));
   m.def("counters", &counters);
   m.def("reset_counters", [] { simt::counters = {}; });
   m.def("sites", &sites);
   m.def("forget_sites", &simt::forget_sites);
   m.def("kernels_run", &simt::kernels_run);
-  m.def("allocate_on_device", [](bool on) { allocate_on_device = on; });
+  m.def("allocate_on_device", [](bool on) { scopes_on_device += on ? 1 : -1; });
   m.def("is_device_memory",
         [](uintptr_t p) { return simt::is_device_memory(reinterpret_cast<const void*>(p)); });
   m.def("norm_tuning", &norm_tuning);

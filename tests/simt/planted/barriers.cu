@@ -206,12 +206,19 @@ template <bool kBug>
 __global__ void votes_of_the_block(const float* gIn, float* gOut) {
   auto& smem = dynamic_smem<Slots>();
   const int thread = threadIdx.x;
-  const int even = __syncthreads_count(thread % 2 == 0);
   smem.value[thread] = gIn[thread];
-  if (thread < 64) ptx::named_barrier_sync(1, 64);
+  const int even = __syncthreads_count(thread % 2 == 0);
+  float other = smem.value[127 - thread];
+  if (thread < 64) {
+    other = smem.value[127 - thread];
+    ptx::named_barrier_sync(1, 64);
+    smem.value[64 + thread] = other;
+    ptx::named_barrier_sync(1, 64);
+    other += smem.value[127 - thread];
+  }
   // BUG(plain,race,asan): deadlock .*barrier 1 at
   if (kBug && thread < 32) ptx::named_barrier_sync(1, 64);
-  gOut[thread] = gIn[even] + smem.value[thread < 64 ? 63 - thread : thread];
+  gOut[thread] = gIn[even] + other;
 }
 PLANT(votes_of_the_block, 128, kSlots);
 

@@ -37,6 +37,31 @@ __global__ void count_shifted_row(const float* gIn, float* gOut) {
 }
 PLANT(count_shifted_row, 32);
 
+// All lanes ask for one word, or for two that are a sector apart.
+template <bool kTwo>
+__global__ void count_few_words(const float* gIn, float* gOut) {
+  gOut[threadIdx.x] = gIn[kTwo ? threadIdx.x / 16 * 16 : 0];
+}
+PLANT(count_few_words, 32);
+
+// Words whose address promises two bytes: no mistake, and four bytes each.
+template <bool kOdd>
+__global__ void count_loose_words(const float* gIn, float* gOut) {
+  using Loose = uint32_t __attribute__((aligned(2), may_alias));
+  const auto* gHalves = reinterpret_cast<const char*>(gIn) + (kOdd ? 2 : 0);
+  gOut[threadIdx.x] =
+      static_cast<float>(reinterpret_cast<const Loose*>(gHalves)[threadIdx.x] >> 16);
+}
+PLANT(count_loose_words, 32);
+
+// An atomic reads and writes.
+template <bool kTwice>
+__global__ void count_atomics(const float* gIn, float* gOut) {
+  gOut[threadIdx.x] = gIn[threadIdx.x];
+  for (int i = 0; i < (kTwice ? 2 : 1); ++i) atomicAdd(&gOut[threadIdx.x], 1.0f);
+}
+PLANT(count_atomics, 32);
+
 // Lane l stores to word l and loads word l of a transposed tile: column reads of a 32 x 32 tile hit
 // one bank 32 times, unless rows are 33 words long.
 template <bool kConflicts>

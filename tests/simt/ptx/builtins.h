@@ -100,30 +100,31 @@ T __ldg(const T* p) {
 
 // Atomics: one OS thread runs everything, so each is one step. They conflict with nothing.
 template <class T>
-__attribute__((no_sanitize("thread"))) T atomicAdd(T* p, std::type_identity_t<T> value) {
-  ::simt::note_atomic(p, sizeof(T));
+__attribute__((no_sanitize("thread"))) T atomicAdd(T* p, std::type_identity_t<T> value, SIMT_HERE) {
+  ::simt::note_atomic(p, sizeof(T), here);
   const T old = *p;
   *p = old + value;
   return old;
 }
 template <class T>
-__attribute__((no_sanitize("thread"))) T atomicMax(T* p, std::type_identity_t<T> value) {
-  ::simt::note_atomic(p, sizeof(T));
+__attribute__((no_sanitize("thread"))) T atomicMax(T* p, std::type_identity_t<T> value, SIMT_HERE) {
+  ::simt::note_atomic(p, sizeof(T), here);
   const T old = *p;
   *p = std::max(old, value);
   return old;
 }
 template <class T>
-__attribute__((no_sanitize("thread"))) T atomicExch(T* p, std::type_identity_t<T> value) {
-  ::simt::note_atomic(p, sizeof(T));
+__attribute__((no_sanitize("thread"))) T atomicExch(T* p, std::type_identity_t<T> value,
+                                                    SIMT_HERE) {
+  ::simt::note_atomic(p, sizeof(T), here);
   const T old = *p;
   *p = value;
   return old;
 }
 template <class T>
 __attribute__((no_sanitize("thread"))) T atomicCAS(T* p, std::type_identity_t<T> expected,
-                                                   std::type_identity_t<T> value) {
-  ::simt::note_atomic(p, sizeof(T));
+                                                   std::type_identity_t<T> value, SIMT_HERE) {
+  ::simt::note_atomic(p, sizeof(T), here);
   const T old = *p;
   if (old == expected) *p = value;
   return old;
