@@ -159,3 +159,16 @@ def test_a_hunt_refuses_survivors(monkeypatch: pytest.MonkeyPatch) -> None:
     problems = hunt.problems(planted)
     assert sum("dies in every call" in problem for problem in problems) == 4
     assert not any("changes nothing" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("name", ["plain", "race"])
+def test_torch_goes_on_with_its_own_memory(name: str) -> None:
+    """oneDNN asks the CPU allocator in its own way, with or without the harness before it."""
+    harness = runtime.load(name)
+    x = torch.randn(64, 48)
+    outside = torch.nn.functional.gelu(x)
+    with harness.device_memory():
+        inside = torch.nn.functional.gelu(x)
+    assert harness.module.is_device_memory(inside.data_ptr())
+    assert not harness.module.is_device_memory(outside.data_ptr())
+    torch.testing.assert_close(inside, outside, rtol=0, atol=0)

@@ -21,8 +21,9 @@ constexpr size_t kAlignment = 512;  // that of torch's CUDA allocator
 constexpr int kPoisonByte = 0xff;   // NaN in fp32, fp16 and bf16; -1 in integers
 constexpr size_t kSharedAlignment = 1024;
 
-std::map<uintptr_t, Allocation> allocations;  // by address
-std::recursive_mutex allocations_mutex;
+// By address. Never destroyed: tensors may outlive this library's statics.
+auto& allocations = *new std::map<uintptr_t, Allocation>;
+auto& allocations_mutex = *new std::recursive_mutex;
 uint32_t launches_begun;
 
 }  // namespace

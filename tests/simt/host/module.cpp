@@ -17,27 +17,30 @@ namespace {
 
 thread_local int scopes_on_device = 0;  // autograd runs operators on threads of its own
 
-// Stands before torch's own allocator; memory of either is freed by whoever made it.
+c10::Allocator* ordinary;  // torch's own, or that of another build of the harness
+
+// Stands before the ordinary allocator; memory of either is freed by whoever made it.
 class DeviceAllocator final : public c10::Allocator {
  public:
-  explicit DeviceAllocator(c10::Allocator* ordinary) : ordinary_(ordinary) {}
-
   c10::DataPtr allocate(size_t bytes) override {
-    if (scopes_on_device == 0) return ordinary_->allocate(bytes);
-    void* p = simt::device_malloc(bytes);
-    return {p, p, &free_device, c10::Device(c10::DeviceType::CPU)};
+    void* p = scopes_on_device > 0 ? simt::device_malloc(bytes) : ordinary->raw_allocate(bytes);
+    return {p, p, &release, c10::Device(c10::DeviceType::CPU)};
   }
+  // oneDNN allocates without a DataPtr, at any time.
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, size_t bytes) const override {
     default_copy_data(to, from, bytes);
   }
 
  private:
-  static void free_device(void* p) { simt::device_free(p); }
-  c10::Allocator* ordinary_;
+  static void release(void* p) {
+    simt::is_device_memory(p) ? simt::device_free(p) : ordinary->raw_deallocate(p);
+  }
 };
 
 void install_allocator() {
-  static DeviceAllocator allocator(c10::GetCPUAllocator());
+  static DeviceAllocator allocator;
+  ordinary = c10::GetCPUAllocator();
   c10::SetCPUAllocator(&allocator, 1);
 }
 
