@@ -25,13 +25,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._C import _get_obj_in_tls, _is_key_in_tls, _stash_obj_in_tls
+from torch._C import (
+    _current_graph_task_id,
+    _get_obj_in_tls,
+    _is_key_in_tls,
+    _stash_obj_in_tls,
+)
 from torch.compiler import is_compiling
 
 from fused_lm import records
 
 BACKENDS = ("cuda", "triton", "pytorch", "reference")
-"""Names that can be forced, in order of preference; ``auto`` is the fifth choice."""
+"""Names that can be forced, in order of preference; ``auto`` is the other choice."""
 
 _LOGGER = logging.getLogger("fused_lm")
 _FORCED = os.environ.get("FUSED_LM_BACKEND", "auto")
@@ -87,6 +92,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {}
 
 
 _TLS_KEY = "fused_lm_backend"
+_NO_BACKWARD = -1
 
 
 class _State(threading.local):
@@ -123,9 +129,21 @@ def use_backend(backend: str) -> Iterator[None]:
 
 def current_backend() -> str:
     """The forced backend of this thread, or ``"auto"``."""
-    if is_compiling() or not _is_key_in_tls(_TLS_KEY):
-        return _state.backend
+    return _inherited() or _state.backend
+
+
+def _inherited() -> str | None:
+    """What was forced where a forward was recorded, while its backward runs: only there does torch
+    bring a state that this thread has not set.
+    """
+    if _current_graph_task_id() == _NO_BACKWARD or not _is_key_in_tls(_TLS_KEY):
+        return None
     return _get_obj_in_tls(_TLS_KEY)
+
+
+# What torch.compiler.assume_constant_result sets, which imports all of dynamo to do so: a graph is
+# traced outside of backwards.
+_inherited._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _set_backend(backend: str) -> None:
@@ -143,9 +161,9 @@ def choose(op: str, call: Any) -> str:
     forced = current_backend()
     if forced == "auto":
         # Kernels of ours need a GPU record, so on a CPU nothing above PyTorch needs to be asked.
-        on_cpu = call[0].is_cpu
+        subject = None if call[0].is_cpu else _subject(op, call)
         for impl in TABLE[op]:
-            if impl.needs_record and (on_cpu or _no_record(op, impl, call) is not None):
+            if impl.needs_record and (subject is None or _no_record(op, impl, subject)):
                 continue
             if impl.refuses(call) is None:
                 break
@@ -168,7 +186,7 @@ def explain(op: str, call: Any) -> Explanation:
     for impl in TABLE[op]:
         reason = impl.refuses(call)
         if reason is None and impl.needs_record and forced == "auto":
-            reason = _no_record(op, impl, call)
+            reason = _no_record(op, impl, _subject(op, call))
         if reason is None and forced not in ("auto", impl.name):
             reason, runs = f"can run it, but {forced!r} is forced", False
         else:
@@ -195,13 +213,16 @@ def describe(call: Any) -> str:
     return ", ".join(parts)
 
 
-def _no_record(op: str, impl: Impl, call: Any) -> str | None:
-    """None if a record lets ``auto`` take this kernel, else the sentence that says what is
-    missing.
+_Subject = tuple[int, str, str, int, str]
+
+
+def _subject(op: str, call: Any) -> _Subject | None:
+    """(device index, dtype, family, size, mode): what a record must be about to speak for a kernel
+    in this call; None where no record can.
     """
     device = call[0].device
     if device.type != "cuda":
-        return "auto takes kernels only on a GPU with a record; this is a CPU tensor"
+        return None
     tensors = [t for t in call if isinstance(t, torch.Tensor)]
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -209,7 +230,16 @@ def _no_record(op: str, impl: Impl, call: Any) -> str | None:
     family, size = records.SHAPE_CLASSES[op](call)
     # With dropout the passes of a checkpointed call must agree on who draws the mask.
     mode = "train" if training or getattr(call, "dropout_p", 0.0) > 0.0 else "infer"
-    return records.missing(op, impl.name, index, dtype, family, size, mode)
+    return index, dtype, family, size, mode
+
+
+def _no_record(op: str, impl: Impl, subject: _Subject | None) -> str | None:
+    """None if a record lets ``auto`` take this kernel, else the sentence that says what is
+    missing.
+    """
+    if subject is None:
+        return "auto takes kernels only on a GPU with a record; this is a CPU tensor"
+    return records.missing(op, impl.name, *subject)
 
 
 def _log_once(op: str, call: Any, backend: str) -> None:

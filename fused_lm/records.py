@@ -6,7 +6,8 @@ first call that asks; a broken user file is reported and left out, never fatal.
 
 A Triton kernel is named by the hash of its source without comments, docstrings and layout, with
 Triton's minor version: what changes the compiled kernel changes the hash, what explains it doesn't.
-A CUDA kernel is named by the hash of its machine code, which the build wrote down.
+A CUDA kernel is named by the hashes of its machine code and of the C++ that chooses and launches
+it, which the build wrote down.
 """
 
 from __future__ import annotations

@@ -79,8 +79,8 @@ def _copy_of_the_source(folder: Path) -> Path:
     return folder
 
 
-def _build_by_hook(source: Path, hook: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """What a build frontend runs; the wheel or sdist lies in ``source/out``."""
+def _build(source: Path, hook: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a hook as a build frontend does; the wheel or sdist lies in ``source/out``."""
     code = f"from setuptools import build_meta; print(build_meta.{hook}('out'))"
     (source / "out").mkdir(exist_ok=True)
     return _run([sys.executable, "-c", code], source, **environment)
@@ -111,8 +111,7 @@ class Installed:
 
 def _install(python: Path, what: str, folder: Path, **environment: str) -> tuple[str, Installed]:
     wheels = folder / "wheels"
-    requirements = ["setuptools>=77", "ninja>=1.11"]
-    fetch = ["download", "-q", "--no-deps", "-d", str(wheels), *requirements]
+    fetch = ["download", "-q", "--no-deps", "-d", str(wheels), "setuptools>=77", "ninja>=1.11"]
     reached = wheels.is_dir() or _run([sys.executable, "-m", "pip", *fetch], folder).returncode == 0
     how = ["--no-index", "--find-links", str(wheels)] if reached else ["--no-build-isolation"]
     pip = [str(python), "-m", "pip", "install", "-v", "--no-deps", "--force-reinstall", *how]
@@ -138,7 +137,7 @@ def installed(shared: Path) -> Installed:
         python = shared / "environment/bin/python"
         if not (shared / "done").exists():
             source = _copy_of_the_source(shared / "source")
-            assert _build_by_hook(source, "build_sdist").returncode == 0
+            assert _build(source, "build_sdist").returncode == 0
             (sdist,) = (source / "out").glob("*.tar.gz")
             _environment_with(shared / "environment", sees="packages")
             _install(python, str(sdist), shared, FUSED_LM_CUDA_ARCHS=ARCH, FUSED_LM_FORCE_CUDA="1")
@@ -159,13 +158,12 @@ def test_the_sdist_installs_its_kernels(installed: Installed) -> None:
     assert report["archs"] == [ARCH] and report["schema_hash"] == schemas.SCHEMA_HASH
     assert {"layernorm_fwd", "layernorm_bwd"} <= set(report["kernels"])
     assert report["host_code"].keys() == report["kernels"].keys()
-    for hashes in report["kernels"].values():
-        assert all(len(value) == 16 for value in hashes.values())
-    code = (
-        "import sys, fused_lm; assert 'fused_lm._C' not in sys.modules;"
-        "from fused_lm.cuda import extension; assert extension.why_not() is None;"
-        "from fused_lm import _C; print(_C.__file__, _C.driver_version())"
-    )
+    assert all(len(h) == 16 for hashes in report["kernels"].values() for h in hashes.values())
+    code = """
+import sys, fused_lm; assert 'fused_lm._C' not in sys.modules
+from fused_lm.cuda import extension; assert extension.why_not() is None
+from fused_lm import _C; print(_C.__file__, _C.driver_version())
+"""
     assert _output_of(installed, code).startswith(str(installed.package / "_C.abi3.so"))
 
 
@@ -204,12 +202,11 @@ except NotImplementedError as error:
 @needs_toolchain
 def test_the_abi_is_stable(installed: Installed) -> None:
     audit = pytest.importorskip("torch_abi_audit").__name__
-    library = str(installed.package / "_C.abi3.so")
     code = f"import sys; from {audit}.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, library, "--check", "both"]
+    command = [sys.executable, "-c", code, "_C.abi3.so", "--check", "both"]
     done = _run(command, installed.package)
-    assert done.returncode == 0, done.stdout
-    assert "unstable=0" in done.stdout and "min-torch=2.10" in done.stdout, done.stdout
+    found = done.returncode == 0, "unstable=0" in done.stdout, "min-torch=2.10" in done.stdout
+    assert all(found), done.stdout
 
 
 @needs_toolchain
@@ -223,8 +220,7 @@ def test_symbols(installed: Installed) -> None:
     undefined = _run(["nm", "-D", "--undefined-only", library], installed.package).stdout
     cuda = [line.split() for line in undefined.splitlines() if "cuda" in line.lower()]
     assert [kind for kind, name in cuda if name == "aoti_torch_get_current_cuda_stream"] == ["w"]
-    others = {name for kind, name in cuda if kind != "w"}
-    assert others <= {"aoti_torch_device_type_cuda"}
+    assert {name for kind, name in cuda if kind != "w"} <= {"aoti_torch_device_type_cuda"}
     text = Path(library).read_bytes()
     for path in (ROOT, installed.package.parents[4], Path(torch.__file__).parent, Path.home()):
         assert f"{path}/".encode() not in text, "a path of this machine is compiled in"
@@ -259,11 +255,11 @@ def test_an_install_without_nvcc(tmp_path: Path) -> None:
     assert not list(installed.package.glob("_C.*"))
     why = "nvcc was found neither in CUDA_HOME, on PATH nor in the nvidia-cuda-nvcc wheel"
     assert installed.report["why"] == why
-    code = (
-        "import sys; sys.path.append(sys.argv[1]); import torch, fused_lm;"
-        "from fused_lm.commands import doctor; print(doctor._extension());"
-        "print(fused_lm.layer_norm(torch.ones(2, 8)).shape)"
-    )
+    code = """
+import sys; sys.path.append(sys.argv[1]); import torch, fused_lm
+from fused_lm.commands import doctor; print(doctor._extension())
+print(fused_lm.layer_norm(torch.ones(2, 8)).shape)
+"""
     done = _run([str(python), "-c", code, str(SITE)], tmp_path)
     mend = "mend: pip install 'nvidia-cuda-nvcc==13.0.*'"
     assert why in done.stdout and mend in done.stdout, done.stdout
@@ -289,8 +285,7 @@ def test_force_makes_it_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         commands._give_up(tmp_path, Missing(sentence, "pip install x"))
     assert not list(tmp_path.iterdir())
     source = _copy_of_the_source(tmp_path / "source")
-    variables = {"FUSED_LM_FORCE_CUDA": "1", "FUSED_LM_CUDA_ARCHS": "70"}
-    done = _build_by_hook(source, "build_wheel", **variables)
+    done = _build(source, "build_wheel", FUSED_LM_FORCE_CUDA="1", FUSED_LM_CUDA_ARCHS="70")
     assert done.returncode != 0
     assert "fused_lm: FUSED_LM_FORCE_CUDA=1, but " in done.stdout.splitlines()[-1]
     if WHY_NOT is None:
@@ -299,7 +294,7 @@ def test_force_makes_it_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_skip(tmp_path: Path) -> None:
     source = _copy_of_the_source(tmp_path / "source")
-    done = _build_by_hook(source, "build_wheel", FUSED_LM_SKIP_CUDA="1", FUSED_LM_FORCE_CUDA="1")
+    done = _build(source, "build_wheel", FUSED_LM_SKIP_CUDA="1", FUSED_LM_FORCE_CUDA="1")
     assert done.returncode == 0, done.stdout
     assert done.stdout.splitlines()[-1] == "fused_lm-0.1.0-py3-none-any.whl"
     assert "because FUSED_LM_SKIP_CUDA was set at the install" in done.stdout

@@ -7,7 +7,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdio>
 
 #include "common/types.h"
 
@@ -162,14 +161,6 @@ constexpr NormTuning norm_backward_tuning(int64_t C, int vector_width) {
           blocks,
           narrow ? "8 columns per thread: many warps per SM, and groups share a row of partials"
                  : "16 columns per thread: wider rows, at the price of half the warps per SM"};
-}
-
-// As text, snprintf's way.
-inline int print(const NormTuning& tuning, char* text, size_t size) {
-  return std::snprintf(text, size,
-                       "elements=%d rows=%d threads_per_row=%d groups=%d blocks_per_sm=%d: %s",
-                       tuning.size.elements, tuning.size.rows, tuning.threads_per_row,
-                       tuning.groups, tuning.blocks_per_sm, tuning.reason);
 }
 
 }  // namespace fused_lm

@@ -5,7 +5,7 @@
 
 namespace fused_lm::ptx {
 
-// PTX 9.7.9.25.3.1 cp.async.cg: 16 bytes, past the L1. Bytes from source_bytes (0..16) on are
+// PTX 9.7.9, cp.async.cg: 16 bytes, past the L1. Bytes from source_bytes (0..16) on are
 // zeros, and are not read.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global,
                                             int source_bytes = 16) {
@@ -15,7 +15,7 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global,
       : "memory");
 }
 
-// PTX 9.7.9.25.3.1 cp.async.ca: 4 or 8 bytes, for rows that are not 16-byte aligned.
+// PTX 9.7.9, cp.async.ca: 4 or 8 bytes, for rows that are not 16-byte aligned.
 template <int kBytes>
 __device__ __forceinline__ void cp_async_small(void* shared, const void* global,
                                                int source_bytes = kBytes) {
@@ -25,12 +25,12 @@ __device__ __forceinline__ void cp_async_small(void* shared, const void* global,
                : "memory");
 }
 
-// PTX 9.7.9.25.3.2: closes the group of this thread's copies since the last commit.
+// PTX 9.7.9, cp.async.commit_group: closes the group of this thread's copies since the last commit.
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// PTX 9.7.9.25.3.3: waits until at most kPending of this thread's groups are in flight. Other
+// PTX 9.7.9, cp.async.wait_group: at most kPending of this thread's groups stay in flight. Other
 // threads see the data after a barrier.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {

@@ -5,13 +5,13 @@
 
 namespace fused_lm::ptx {
 
-// PTX 5.2: the address of a shared variable in the .shared window, as cp.async and ldmatrix want
+// The address of a shared variable in the .shared window, as cp.async and ldmatrix want
 // it.
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// PTX 9.7.9.9 ld.global.nc.L1::no_allocate: 16 bytes that this kernel reads once and nobody writes.
+// PTX 9.7.9, ld.global.nc.L1::no_allocate: 16 bytes that this kernel reads once and nobody writes.
 __device__ __forceinline__ uint4 load_streaming(const uint4* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -27,13 +27,6 @@ __device__ __forceinline__ uint2 load_streaming(const uint2* p) {
                : "=r"(v.x), "=r"(v.y)
                : "l"(p));
   return v;
-}
-
-// PTX 9.7.9.12 st.global.cs: 16 bytes that this kernel does not read again.
-__device__ __forceinline__ void store_streaming(uint4* p, uint4 v) {
-  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z),
-               "r"(v.w)
-               : "memory");
 }
 
 }  // namespace fused_lm::ptx

@@ -11,7 +11,7 @@
 
 namespace fused_lm::ptx {
 
-// PTX 9.7.14.5.8 mma.m16n8k16 (sm_80).
+// PTX 9.7.14, mma.m16n8k16 (sm_80).
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
                                              const uint32_t (&b)[2], __nv_bfloat16) {
   asm volatile(

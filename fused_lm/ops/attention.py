@@ -16,6 +16,7 @@ from fused_lm.ops.attention_checks import (
     checked_call,
     checked_weights_call,
 )
+from fused_lm.ops.reference_gradient import register_reference_gradient
 from fused_lm.pytorch import attention as pytorch_attention
 from fused_lm.reference import attention as reference
 from fused_lm.reference.layout import empty_heads
@@ -78,7 +79,9 @@ def attention(
         return pytorch_attention.attention(
             q, k, v, call.mask, key_mask, call.bias, call.lower, call.upper, call.scale, dropout_p
         )
-    out, lse = _run(_prepared(call), backend)
+    if dropout_p > 0.0 and rng is None:
+        call = call._replace(rng=registration.make_rng(q.device))
+    out, lse = _run(_operands(call[:3]) + call[3:-1], backend)
     return (out, lse) if return_lse else out
 
 
@@ -137,15 +140,6 @@ def attention_weights(
     if registration.needs_gradient(differentiable):
         return torch.ops.fused_lm.attention_weights_fwd.default(*call, backend)
     return registration.execute("attention_weights_fwd", *call, backend)
-
-
-def _prepared(call: AttentionCall) -> tuple[Any, ...]:
-    """The op's arguments; here the dropout state is drawn, which only a kernel needs."""
-    if call.dropout_p > 0.0 and call.rng is None:
-        call = call._replace(rng=registration.make_rng(call.q.device))
-    operands = call[:3]
-    fitting = _operands(operands)
-    return call[:-1] if fitting is operands else fitting + call[3:-1]
 
 
 def _operands(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -216,8 +210,6 @@ registration.register_autograd("attention_fwd", _backward, _setup_context)
 _run = registration.route(
     "attention_fwd", 7, reference.attention_forward, _setup_context, _backward
 )
-registration.register_reference_gradient("attention_bwd", reference.attention_backward)
-registration.register_reference_gradient(
-    "attention_weights_fwd", reference.attention_weights_forward
-)
+register_reference_gradient("attention_bwd", reference.attention_backward)
+register_reference_gradient("attention_weights_fwd", reference.attention_weights_forward)
 __all__ = ["AttentionCall", "AttentionWeightsCall", "attention", "attention_weights"]

@@ -85,22 +85,26 @@ def checked_call(
     """The call with masks in four dims, the band, and the default scale; raises as the public op
     says.
     """
-    if not _alike(q, k, v):
+    shape = _common_shape(q, k, v)
+    if shape is None:
         _check_query_and_key(q, k, {"q": q, "k": k, "v": v})
         if v.dim() != 4 or v.shape[:3] != k.shape[:3]:
             raise ValueError(
                 "v must be [B, Hkv, S, Dv] with batch, heads and length of k, got "
                 + shapes_of(q=q, k=k, v=v)
             )
+        shape = q.shape
+        S = k.shape[2]
+    else:
+        S = shape[2]
     if mask is not None or key_mask is not None or bias is not None:
         mask, key_mask, bias = _checked_masks(q, k, mask, key_mask, bias)
     lower, upper = None, None
-    _, _, T, D = q.shape
     if causal or window is not None:
-        lower, upper = _band(T, k.shape[2], causal, window)
+        lower, upper = _band(shape[2], S, causal, window)
     if softcap or dropout_p or rng is not None:
         _check_numbers(softcap, dropout_p, rng, q)
-    scale = D**-0.5 if scale is None else scale
+    scale = shape[3] ** -0.5 if scale is None else scale
     return AttentionCall(
         q, k, v, mask, key_mask, bias, rng, lower, upper, scale, softcap, dropout_p, return_lse
     )
@@ -141,15 +145,16 @@ def checked_weights_call(
     )
 
 
-def _alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """The commonest call, in few steps, because eager users pay for each one.
+def _common_shape(q: Tensor, k: Tensor, v: Tensor) -> torch.Size | None:
+    """That of the commonest call, where all is alike: in few steps, because eager users pay for
+    each one. None: look closer.
 
     Not while compiling: comparing T with S would be a guard.
     """
     if is_compiling():
-        return False
+        return None
     shape, dtype, device = q.shape, q.dtype, q.device
-    return (
+    alike = (
         len(shape) == 4
         and shape[3] > 0
         and k.shape == shape
@@ -160,6 +165,7 @@ def _alike(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and k.device == device
         and v.device == device
     )
+    return shape if alike else None
 
 
 def _check_query_and_key(q: Tensor, k: Tensor, tensors: dict[str, Tensor]) -> None:

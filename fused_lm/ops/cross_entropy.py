@@ -14,6 +14,7 @@ from torch.compiler import is_compiling
 from fused_lm import dispatch
 from fused_lm.ops import registration
 from fused_lm.ops.cross_entropy_checks import CrossEntropyCall, checked_call
+from fused_lm.ops.reference_gradient import register_reference_gradient
 from fused_lm.pytorch import cross_entropy as pytorch_cross_entropy
 from fused_lm.reference import cross_entropy as reference
 
@@ -90,8 +91,6 @@ def _by_rows(
     forward: Callable[..., Any], logits: Tensor, target: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
     """Runs a forward on rows [N, V] and gives the losses the shape of the target again."""
-    if target.dim() == 1:
-        return forward(logits, target, *rest)
     loss, *others = forward(logits.reshape(-1, logits.shape[-1]), target.reshape(-1), *rest)
     return loss.view(target.shape) if loss.dim() else loss, *others
 
@@ -165,7 +164,7 @@ registration.implement("cross_entropy_bwd", "cross_entropy", "cross_entropy_back
 registration.register_fake("cross_entropy_fwd", _fake)
 registration.register_fake("cross_entropy_bwd", _fake_backward)
 registration.register_autograd("cross_entropy_fwd", _backward, _setup)
-registration.register_reference_gradient("cross_entropy_bwd", reference.cross_entropy_backward)
+register_reference_gradient("cross_entropy_bwd", reference.cross_entropy_backward)
 _RUN = registration.route(
     "cross_entropy_fwd", 1, reference.cross_entropy_forward, _setup, _backward, adapt=_by_rows
 )

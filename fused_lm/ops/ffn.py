@@ -12,6 +12,7 @@ from fused_lm.ops import registration
 from fused_lm.ops.linear_act import by_rows, cast_for_autocast, reference_of, rows_of
 from fused_lm.ops.linear_checks import FFNCall, checked_ffn
 from fused_lm.ops.norm_input import NormInput, checked_norm_input, keep, restore
+from fused_lm.ops.reference_gradient import register_reference_gradient
 from fused_lm.pytorch import linear_act as pytorch_linear
 from fused_lm.reference import ffn as reference
 from fused_lm.reference.linear_act import hidden_width, keeps_pre
@@ -174,7 +175,7 @@ registration.register_fake("ffn_fwd", _fake_forward)
 registration.register_fake("ffn_bwd", _fake_backward)
 registration.register_fake("ffn_bwd_add", _fake_backward_add)
 registration.register_autograd("ffn_fwd", _backward, _setup_context)
-registration.register_reference_gradient("ffn_bwd", reference.ffn_backward_of_input)
+register_reference_gradient("ffn_bwd", reference.ffn_backward_of_input)
 _run = registration.route(
     "ffn_fwd",
     7,

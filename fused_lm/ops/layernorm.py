@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_lm import dispatch
 from fused_lm.ops import registration
 from fused_lm.ops.layernorm_checks import NormCall, checked_call
+from fused_lm.ops.reference_gradient import register_reference_gradient
 from fused_lm.pytorch import layernorm as pytorch_layernorm
 from fused_lm.reference import layernorm as reference
 
@@ -48,19 +49,18 @@ def layer_norm(
         y [..., C], or (y, stream).
     Accuracy: statistics in fp32 of the stream as stored; |err| <= 2 x the error of the same-dtype
         torch reference.
-    Memory: 8 bytes a row beyond the outputs.   Backends: cuda, triton, pytorch,
-        reference.
+    Memory: 8 bytes a row beyond the outputs.
+    Backends: cuda (Ampere and later), triton, pytorch, reference.
     Raises: ValueError on shape or value, TypeError on dtype or device mix, RuntimeError if a forced
         backend refuses.
     Source: Ba, Kiros, Hinton 2016 (arXiv:1607.06450).
     """
     call = checked_call(x, residual, weight, bias, rng, eps, dropout_p, out_dtype, residual_dtype)
     backend = dispatch.choose("layer_norm", call)
-    if backend == "pytorch":
-        y, stream = pytorch_layernorm.layer_norm(x, weight, bias, eps, residual, dropout_p)
-        y = y if y.dtype == call.out_dtype else y.to(call.out_dtype)
-    else:
-        y, stream = _run(call, backend, rms=False)
+    if backend != "pytorch":
+        return _run(call, backend, return_residual, rms=False)
+    y, stream = pytorch_layernorm.layer_norm(x, weight, bias, eps, residual, dropout_p)
+    y = y if y.dtype == call.out_dtype else y.to(call.out_dtype)
     return (y, stream) if return_residual else y
 
 
@@ -85,22 +85,27 @@ def rms_norm(
         eps = torch.finfo(x.dtype).eps if x.dtype.is_floating_point else 0.0
     call = checked_call(x, residual, weight, None, rng, eps, dropout_p, out_dtype, residual_dtype)
     backend = dispatch.choose("rms_norm", call)
-    if backend == "pytorch":
-        y, stream = pytorch_layernorm.rms_norm(x, weight, call.eps, residual, dropout_p)
-        y = y if y.dtype == call.out_dtype else y.to(call.out_dtype)
-    else:
-        y, stream = _run(call, backend, rms=True)
+    if backend != "pytorch":
+        return _run(call, backend, return_residual, rms=True)
+    y, stream = pytorch_layernorm.rms_norm(x, weight, call.eps, residual, dropout_p)
+    y = y if y.dtype == call.out_dtype else y.to(call.out_dtype)
     return (y, stream) if return_residual else y
 
 
-def _run(call: NormCall, backend: str, rms: bool) -> tuple[Tensor, Tensor]:
-    """The way of a call that no operator of PyTorch's takes: (y, stream)."""
+def _run(
+    call: NormCall, backend: str, return_residual: bool, rms: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The way of a call that no operator of PyTorch's takes."""
     if call.dropout_p == 0.0:
         call = call if call.rng is None else call._replace(rng=None)
     elif call.rng is None:
         call = call._replace(rng=registration.make_rng(call.x.device))
-    y, *stream = _RUN[rms](call[:3] + call[4:] if rms else call, backend)  # an RMSNorm has no bias
-    return y, stream[0] if stream else call.x.to(call.residual_dtype)
+    # An RMSNorm has no bias.
+    outputs = _RUN[rms](call[:3] + call[4:] if rms else call, backend)
+    if not return_residual:
+        return outputs[0]
+    has_stream = call.residual is not None or call.rng is not None
+    return outputs[0], outputs[1] if has_stream else call.x.to(call.residual_dtype)
 
 
 def _by_rows(
@@ -108,8 +113,6 @@ def _by_rows(
 ) -> tuple[Tensor, ...]:
     """Runs a forward on rows [N, C] and gives y and the stream the shape of x again."""
     shape = x.shape
-    if len(shape) == 2:
-        return forward(x, residual, *rest)
     rows = x.reshape(-1, shape[-1])
     added = None if residual is None else residual.reshape(rows.shape)
     y, stream, *statistics = forward(rows, added, *rest)
@@ -126,11 +129,13 @@ def _setup_context(
     """Saves the stream, which is x itself where the operator returned an empty one; returns y, and
     the stream if there is one.
     """
-    x, residual, *parameters, rng, _, dropout_p, _, _, backend = inputs
+    x, residual = inputs[:2]
+    parameters_and_rng, (_, dropout_p, _, _, backend) = inputs[2:-5], inputs[-5:]
     residual_dtype = None if residual is None else residual.dtype
-    has_stream = residual is not None or rng is not None
+    has_stream = residual is not None or parameters_and_rng[-1] is not None
     ctx.options = (has_stream, dropout_p, x.dtype, residual_dtype, backend)
-    ctx.save_for_backward(output[1] if has_stream else x, *output[2:], *parameters, rng)
+    stream = output[1] if has_stream else x
+    ctx.save_for_backward(stream, *output[2:], *parameters_and_rng)
     return output[:2] if has_stream else output[:1]
 
 
@@ -273,7 +278,7 @@ for _op, _tensors, _backward_formula, _fake, _fake_bwd, _reference in (
     registration.register_fake_of_cuda(f"{_op}_fwd", _fake)
     registration.register_fake_of_cuda(f"{_op}_bwd", _fake_bwd)
     registration.register_autograd(f"{_op}_fwd", _backward_formula, _setup_context)
-    registration.register_reference_gradient(f"{_op}_bwd", _reference)
+    register_reference_gradient(f"{_op}_bwd", _reference)
     _RUN[_op == "rms_norm"] = registration.route(
         f"{_op}_fwd",
         _tensors,

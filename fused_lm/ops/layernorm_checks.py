@@ -54,25 +54,27 @@ def checked_call(
         raise ValueError(
             f"residual must have the shape of x, got {shapes_of(x=x, residual=residual)}"
         )
-    # The commonest parameters in few steps, because eager users pay for each one.
+    # The commonest tensors in few steps, because eager users pay for each one.
+    alike = residual is None or (residual.dtype is dtype and residual.device == device)
     for t in (weight, bias):
-        alike = t is None or (t.dtype is dtype and t.shape == width and t.device == device)
-        if not alike:
-            break
-    if residual is not None or not alike:
+        if t is not None and not (t.dtype is dtype and t.shape == width and t.device == device):
+            alike = False
+    if not alike:
         _check_tensors(x, residual, weight, bias)
     if dropout_p:
         check_dropout(dropout_p)
     if rng is not None:
         check_rng(rng, x)
-    if (out_dtype or dtype) not in FLOATS or (residual_dtype or dtype) not in FLOATS:
-        raise TypeError(f"a norm's outputs are float, got {out_dtype} and {residual_dtype}")
     if out_dtype is None:
         out_dtype = _default_out_dtype(x) if x.is_cuda else dtype
+    elif out_dtype not in FLOATS:
+        raise TypeError(f"a norm's outputs are float, got out_dtype {out_dtype}")
     if residual_dtype is None:
         residual_dtype = dtype
         if residual is not None and residual.dtype is not dtype:
             residual_dtype = torch.promote_types(dtype, residual.dtype)
+    elif residual_dtype not in FLOATS:
+        raise TypeError(f"a norm's outputs are float, got residual_dtype {residual_dtype}")
     return NormCall(x, residual, weight, bias, rng, eps, dropout_p, out_dtype, residual_dtype)
 
 
@@ -148,11 +150,14 @@ def _shape_class(call: NormCall) -> tuple[str, int]:
     constants.
     """
     x, residual = call.x, call.residual
-    kinds = ["add"] if residual is not None else []
+    kinds = []
+    mixed = not (x.dtype is call.out_dtype is call.residual_dtype)
+    if residual is not None:
+        kinds.append("add")
+        mixed = mixed or residual.dtype is not x.dtype
     if call.dropout_p > 0.0:
         kinds.append("dropout")
-    streams = {call.residual_dtype, call.residual_dtype if residual is None else residual.dtype}
-    if {x.dtype, call.out_dtype} | streams != {x.dtype}:
+    if mixed:
         kinds.append("mixed")
     C = x.shape[-1]
     row = x.stride(-2) if x.dim() > 1 else C

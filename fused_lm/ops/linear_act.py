@@ -13,6 +13,7 @@ from fused_lm import dispatch
 from fused_lm.ops import registration
 from fused_lm.ops.linear_checks import LinearActCall, checked_linear_act
 from fused_lm.ops.norm_input import NormInput, checked_norm_input, keep, restore
+from fused_lm.ops.reference_gradient import register_reference_gradient
 from fused_lm.pytorch import linear_act as pytorch_linear
 from fused_lm.reference import linear_act as reference
 from fused_lm.reference.linear_act import keeps_pre
@@ -80,8 +81,6 @@ def cast_for_autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
 
 def by_rows(forward: Callable[..., Any], x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """Runs a forward on rows [N, C] and gives y the leading dims of x again."""
-    if x.dim() == 2:
-        return forward(x, *rest)
     y, *saved = forward(rows_of(x), *rest)
     # A view that an autograd.Function returns can't be changed in place; this is none.
     return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])), *saved
@@ -195,7 +194,7 @@ registration.register_fake("linear_act_fwd", _fake_forward)
 registration.register_fake("linear_act_bwd", _fake_backward)
 registration.register_fake("linear_act_bwd_add", _fake_backward_add)
 registration.register_autograd("linear_act_fwd", _backward, _setup_context)
-registration.register_reference_gradient("linear_act_bwd", reference.linear_act_backward_of_input)
+register_reference_gradient("linear_act_bwd", reference.linear_act_backward_of_input)
 _run = registration.route(
     "linear_act_fwd",
     4,

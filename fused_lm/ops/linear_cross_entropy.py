@@ -11,6 +11,7 @@ from torch import Tensor
 from fused_lm import dispatch
 from fused_lm.ops import registration
 from fused_lm.ops.cross_entropy_checks import LinearCrossEntropyCall, checked_linear_call
+from fused_lm.ops.reference_gradient import register_reference_gradient
 from fused_lm.pytorch import linear_cross_entropy as pytorch_linear_cross_entropy
 from fused_lm.reference import linear_cross_entropy as reference
 from fused_lm.reference.cross_entropy import scaled
@@ -89,8 +90,6 @@ def _by_rows(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     """Runs a forward on rows [N, C] and gives the losses the shape of the target again."""
-    if target.dim() == 1:
-        return forward(x, weight, bias, target, *rest)
     rows = x.reshape(-1, x.shape[-1])
     loss, *others = forward(rows, weight, bias, target.reshape(-1), *rest)
     return loss.view(target.shape) if loss.dim() else loss, *others
@@ -158,7 +157,7 @@ registration.implement(
 registration.register_fake("linear_cross_entropy_fwd", _fake)
 registration.register_fake("linear_cross_entropy_bwd", _fake_backward)
 registration.register_autograd("linear_cross_entropy_fwd", _backward, _setup)
-registration.register_reference_gradient("linear_cross_entropy_bwd", reference.whole_backward)
+register_reference_gradient("linear_cross_entropy_bwd", reference.whole_backward)
 _RUN = registration.route(
     "linear_cross_entropy_fwd", 3, reference.whole_forward, _setup, _backward, adapt=_by_rows
 )

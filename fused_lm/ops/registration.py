@@ -109,34 +109,32 @@ def route(
 
     ``extra`` is no argument of the op: an eager ``setup_context`` finds it as ``ctx.extra``.
     ``backward`` and ``setup_context`` are those of :func:`register_autograd`;
-    ``adapt(function, *arguments)`` calls any of the ways with arguments in the op's own shapes.
+    An op of rows has ``adapt(function, *arguments)``, which calls a way with a first tensor of
+    two dims; it is asked only for others.
     """
     opaque = getattr(torch.ops.fused_lm, op).default
     functions = FUNCTIONS[op]
 
     def direct(*arguments: Any) -> Any:
-        """As :func:`execute`, for a caller who has looked at the tensors: no call that can be
-        spared.
-        """
+        """As :func:`execute`, for a caller who has looked at the tensors."""
         function = functions.get(arguments[-1])
-        if (
-            function is None
-            or _len_torch_dispatch_stack()
-            or profiler._is_profiler_enabled
-            or _is_any_autocast_enabled()
-        ):
+        if function is None or _watched():
             return execute(op, *arguments)
         with _AutoDispatchBelowAutograd():
             return function(*arguments[:-1])
 
-    ways: tuple[Callable[..., Any], ...] = (reference, direct, opaque)
+    def ways(*functions: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
+        return (*functions, _eager_function(op, functions[1], setup_context, backward))
+
+    own_shapes = ways(reference, direct, opaque)
+    others = own_shapes
     if adapt is not None:
-        ways = tuple(partial(adapt, way) for way in ways)
-    plain, unrecorded, compiled = ways
-    recorded = _eager_function(op, unrecorded, setup_context, backward)
+        others = ways(*(partial(adapt, way) for way in (reference, direct, opaque)))
 
     def run(arguments: tuple[Any, ...], backend: str, extra: Any = None) -> Any:
         inputs = arguments[:tensors]
+        found = own_shapes if inputs[0].dim() == 2 else others
+        plain, unrecorded, compiled, recorded = found
         if is_compiling():
             return compiled(*arguments, backend)
         if _are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -150,7 +148,8 @@ def route(
                     last = i
         if last == 0 or not torch.is_grad_enabled():
             return unrecorded(*arguments, backend)
-        return recorded(*arguments[:last], (*arguments[last:], backend), extra)
+        rest = arguments[last:] + (backend,)
+        return recorded(*(arguments[:last] + (rest, extra)))
 
     return run
 
@@ -200,64 +199,6 @@ def register_fake_of_cuda(op: str, fake: Callable[..., Any]) -> None:
     register_fake(f"cuda_{op}", lambda *arguments: fake(*arguments, "cuda"))
 
 
-def register_reference_gradient(op: str, function: Callable[..., Any]) -> None:
-    """Derivatives of an op through plain PyTorch: for backward ops this gives second
-    derivatives.
-    """
-
-    def setup_context(
-        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
-        ctx.tensor_at = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
-        ctx.rest = [None if isinstance(value, Tensor) else value for value in inputs]
-        ctx.save_for_backward(*(inputs[i] for i in ctx.tensor_at))
-        return output
-
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        arguments = list(ctx.rest)
-        for i, tensor in zip(ctx.tensor_at, ctx.saved_tensors, strict=True):
-            arguments[i] = tensor
-        wanted = [i for i in ctx.tensor_at if ctx.needs_input_grad[i]]
-        result = _vjp(function, arguments[:-1], wanted, gradients)
-        return tuple(result.get(i) for i in range(len(arguments)))
-
-    register_autograd(op, backward, setup_context)
-
-
-def _vjp(
-    function: Callable[..., Any],
-    arguments: list[Any],
-    wanted: Sequence[int],
-    gradients: Sequence[Tensor | None],
-) -> dict[int, Tensor | None]:
-    """Vector-Jacobian product of ``function`` for the arguments at ``wanted``, by plain
-    autograd.
-    """
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        for i in wanted:
-            tensor = arguments[i]
-            arguments[i] = tensor if create_graph else tensor.detach().requires_grad_()
-        outputs = function(*arguments)
-        if isinstance(outputs, Tensor):
-            outputs = (outputs,)
-        pairs = [
-            (output, gradient)
-            for output, gradient in zip(outputs, gradients, strict=True)
-            if gradient is not None and output.requires_grad
-        ]
-        if not pairs:
-            return {}
-        found = torch.autograd.grad(
-            [output for output, _ in pairs],
-            [arguments[i] for i in wanted],
-            [gradient for _, gradient in pairs],
-            allow_unused=True,
-            create_graph=create_graph,
-        )
-    return dict(zip(wanted, found, strict=True))
-
-
 def in_transform() -> bool:
     """True inside ``torch.func`` transforms and forward-mode AD, which no opaque op can follow."""
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -290,6 +231,15 @@ def needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
     return False
 
 
+def _watched() -> bool:
+    """Whether a dispatch mode or the profiler has to see an op, or autocast to be switched off."""
+    return (
+        _len_torch_dispatch_stack() > 0
+        or profiler._is_profiler_enabled
+        or _is_any_autocast_enabled()
+    )
+
+
 def execute(op: str, *args: Any) -> Any:
     """Runs an op that records no gradient; its last argument is the backend.
 
@@ -297,13 +247,7 @@ def execute(op: str, *args: Any) -> Any:
     on (no dispatch mode, no profiler, no fake tensors, no autocast to switch off) it is called
     directly.
     """
-    if (
-        type(args[0]) in _PLAIN
-        and not is_compiling()
-        and not _len_torch_dispatch_stack()
-        and not profiler._is_profiler_enabled
-        and not _is_any_autocast_enabled()
-    ):
+    if type(args[0]) in _PLAIN and not is_compiling() and not _watched():
         with _AutoDispatchBelowAutograd():
             return _function_of(op, args[-1])(*args[:-1])
     opaque = getattr(torch.ops.fused_lm, op).default

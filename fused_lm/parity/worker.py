@@ -56,12 +56,12 @@ def jobs_for(device: torch.device) -> list[Job]:
         for dtype in dtypes
         for case in cases
         for impl in dispatch.TABLE[case.op]
-        if impl.needs_record and _can_run(impl.name, device) and not _is_another(case, dtype)
+        if impl.needs_record and _can_run(impl.name, device) and not _same_as_unmixed(case, dtype)
     ]
 
 
-def _is_another(case: Case, dtype: str) -> bool:
-    """In fp32 nothing is wider than the rest: the case without "mixed" is the same."""
+def _same_as_unmixed(case: Case, dtype: str) -> bool:
+    """In fp32 a residual stream kept in fp32 mixes nothing."""
     return dtype == "float32" and "mixed" in getattr(case, "features", ())
 
 

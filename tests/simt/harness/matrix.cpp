@@ -1,4 +1,4 @@
-// ldmatrix, stmatrix and mma.sync, by the fragment layouts of PTX 9.7.14.5 (csrc/ptx/matrix.h and
+// ldmatrix, stmatrix and mma.sync, by the fragment layouts of PTX 9.7.14 (csrc/ptx/matrix.h and
 // mma.h draw them; tests hold them against CuTe's).
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -21,7 +21,7 @@ constexpr size_t kAlignment = 512;  // that of torch's CUDA allocator
 constexpr int kPoisonByte = 0xff;   // NaN in fp32, fp16 and bf16; -1 in integers
 constexpr size_t kSharedAlignment = 1024;
 
-// By address. Never destroyed: tensors may outlive this library's statics.
+// By address. Never destroyed: tensors may outlive this library's other objects.
 auto& allocations = *new std::map<uintptr_t, Allocation>;
 auto& allocations_mutex = *new std::recursive_mutex;
 uint32_t launches_begun;

@@ -102,7 +102,7 @@ py::dict norm_tuning(int64_t C, int vector_width, bool forward) {
   return py::dict("looped"_a = tuning.shape == fused_lm::NormShape::kLooped,
                   "threads_per_row"_a = tuning.threads_per_row, "groups"_a = tuning.groups,
                   "rows_per_block"_a = tuning.rows_per_block(),
-                  "blocks_per_sm"_a = tuning.blocks_per_sm);
+                  "blocks_per_sm"_a = tuning.blocks_per_sm, "reason"_a = tuning.reason);
 }
 
 }  // namespace

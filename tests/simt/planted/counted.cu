@@ -26,7 +26,7 @@ __global__ void count_vectors(const float* gIn, float* gOut) {
   const int thread = threadIdx.x;
   const auto* gVectors = reinterpret_cast<const uint4*>(gIn);
   const uint4 v = ptx::load_streaming(&gVectors[kHoles ? 2 * thread : thread]);
-  ptx::store_streaming(&reinterpret_cast<uint4*>(gOut)[thread], v);
+  reinterpret_cast<uint4*>(gOut)[thread] = v;
 }
 PLANT(count_vectors, 64, 0, 1, 256);
 

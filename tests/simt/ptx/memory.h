@@ -10,6 +10,4 @@ inline uint32_t shared_address(const void* p) { return ::simt::shared_address(p)
 __forceinline__ uint4 load_streaming(const uint4* p) { return *p; }
 __forceinline__ uint2 load_streaming(const uint2* p) { return *p; }
 
-__forceinline__ void store_streaming(uint4* p, uint4 v) { *p = v; }
-
 }  // namespace fused_lm::ptx
