@@ -203,7 +203,7 @@ except NotImplementedError as error:
 def test_the_abi_is_stable(installed: Installed) -> None:
     audit = pytest.importorskip("torch_abi_audit").__name__
     code = f"import sys; from {audit}.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "_C.abi3.so", "--check", "both"]
+    command = [sys.executable, "-c", code, "./_C.abi3.so", "--check", "both"]
     done = _run(command, installed.package)
     found = done.returncode == 0, "unstable=0" in done.stdout, "min-torch=2.10" in done.stdout
     assert all(found), done.stdout
