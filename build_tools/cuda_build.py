@@ -190,9 +190,10 @@ def host_code_of(unit: str) -> str:
     """
     op = unit.split("_")[0]
     csrc = ROOT / "csrc"
-    files = [*csrc.glob(f"kernels/{op}*"), *csrc.glob("common/*.h"), csrc / "tensors.h"]
+    own = [*csrc.glob(f"kernels/{op}*"), *csrc.glob(f"{op}*.h"), *csrc.glob(f"{op}*.cpp")]
+    shared = [*csrc.glob("common/*.h"), csrc / "tensors.h", csrc / "heads.h", csrc / "ptx/launch.h"]
     digest = hashlib.sha256()
-    for path in sorted([*files, csrc / f"{op}.cpp", csrc / "ptx/launch.h"]):
+    for path in sorted([*own, *shared]):
         code = re.sub(r"//[^\n]*", "", path.read_text())
         digest.update(" ".join(code.split()).encode())
     return digest.hexdigest()[:16]

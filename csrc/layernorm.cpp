@@ -22,12 +22,6 @@ struct BackwardOutputs {
   Tensor dbias;
 };
 
-DropoutParams dropout_params(const OptionalTensor& rng, double p) {
-  STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "dropout_p must be between 0 and 1, got ", p);
-  if (!rng) return {nullptr, 0, 1.0F};
-  return {data_or_null<int64_t>(rng), dropout_threshold(p), dropout_scale(p)};
-}
-
 // Fills mean; an RMSNorm where there is none.
 ForwardOutputs forward(const Tensor& given_x, const OptionalTensor& given_residual,
                        const OptionalTensor& given_weight, const OptionalTensor& given_bias,

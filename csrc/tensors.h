@@ -118,6 +118,12 @@ inline float dropout_scale(double p) {
   return dropped >= 1.0 ? 0.0F : static_cast<float>(1.0 / (1.0 - dropped));
 }
 
+inline DropoutParams dropout_params(const OptionalTensor& rng, double p) {
+  STD_TORCH_CHECK(p >= 0.0 && p <= 1.0, "dropout_p must be between 0 and 1, got ", p);
+  if (!rng) return {nullptr, 0, 1.0F};
+  return {data_or_null<int64_t>(rng), dropout_threshold(p), dropout_scale(p)};
+}
+
 inline void raise_if_failed(Status status) { STD_TORCH_CHECK(status == kOk, status); }
 
 }  // namespace fused_lm

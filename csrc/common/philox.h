@@ -88,4 +88,15 @@ __device__ __forceinline__ void keep_factors(float (&factor)[kVec], const Philox
   }
 }
 
+// Bit i: whether lane i is kept.
+__device__ __forceinline__ uint32_t keep_bits(const PhiloxWords& words, uint32_t threshold) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < kPhiloxLanes; ++i) {
+    const uint32_t lane = words.word[i / 2] >> kPhiloxLaneBits * (i % 2) & 0xffffu;
+    bits |= lane >= threshold ? 1u << i : 0u;
+  }
+  return bits;
+}
+
 }  // namespace fused_lm

@@ -117,6 +117,15 @@ __device__ __forceinline__ void widen(float (&value)[kVec], const RawVector<kVec
   }
 }
 
+// The two values of a word, of which the first one in memory is the low half.
+template <DType kDType>
+__device__ __forceinline__ void widen_pair(float (&value)[2], uint32_t word) {
+  RawVector<4> raw{{word, 0, 0, 0}};
+  float four[4];
+  widen<kDType>(four, raw);
+  value[0] = four[0], value[1] = four[1];
+}
+
 // The bits of two fp32, rounded to the nearest 16-bit values, ties to even; `low` first in memory.
 template <DType kDType>
 __device__ __forceinline__ uint32_t narrow_pair(float low, float high) {

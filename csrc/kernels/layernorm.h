@@ -12,13 +12,6 @@
 
 namespace fused_lm {
 
-// The dropout mask is keyed by (rng, row, column), see common/philox.h.
-struct DropoutParams {
-  const int64_t* rng;  // [4] = (seed, offset, head offset, row offset), null: no dropout
-  uint32_t threshold;  // 16-bit lanes below it are dropped, 0 .. 65536
-  float scale;         // of kept values
-};
-
 struct NormForwardParams {
   const void* x;         // [N, C]
   const void* residual;  // [N, C] or null

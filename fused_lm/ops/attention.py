@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._C import _is_any_autocast_enabled
 
 from fused_lm import dispatch
+from fused_lm.ops import attention_backends as attention_backends  # fills the table
 from fused_lm.ops import registration
 from fused_lm.ops.attention_checks import (
     AttentionCall,
@@ -66,7 +67,8 @@ def attention(
         zero gradients, never NaN.
     Accuracy: |err| <= 2 x the error of the same-dtype torch reference (fused_lm/tolerance.py).
     Memory: 4*B*H*T bytes beyond the output in the kernels; the reference stores the T x S matrix.
-    Backends: triton (Ampere and later), pytorch, reference.
+    Backends: cuda (Ampere and later; 16 bits, head dims that are multiples of 8 up to 256), triton
+        (Ampere and later), pytorch, reference.
     Raises: ValueError on shape or value, TypeError on dtype or device mix, RuntimeError if a forced
         backend refuses.
     Source: Dao 2023 (arXiv:2307.08691) alg. 1; Milakov & Gimelshein 2018 (arXiv:1805.02867).
@@ -112,7 +114,7 @@ def attention_weights(
     Returns:
         [B, T, S], or [B, H, T, S] without averaging, dtype of q; after dropout, as
         ``nn.MultiheadAttention`` returns them. Rows without a visible key are 0.
-    Gradients go through the reference.   Backends: triton, reference.
+    Gradients go through the reference.   Backends: cuda, triton, reference.
     Raises: ValueError on shape or value, TypeError on dtype or device mix, RuntimeError if a forced
         backend refuses.
     """
@@ -206,6 +208,9 @@ registration.implement("attention_weights_fwd", "attention", "attention_weights_
 registration.register_fake("attention_fwd", _fake_forward)
 registration.register_fake("attention_bwd", _fake_backward)
 registration.register_fake("attention_weights_fwd", _fake_weights)
+registration.register_fake_of_cuda("attention_fwd", _fake_forward)
+registration.register_fake_of_cuda("attention_bwd", _fake_backward)
+registration.register_fake_of_cuda("attention_weights_fwd", _fake_weights)
 registration.register_autograd("attention_fwd", _backward, _setup_context)
 _run = registration.route(
     "attention_fwd", 7, reference.attention_forward, _setup_context, _backward

@@ -1,12 +1,11 @@
-"""Checks of an attention call, once, before any allocation; what each backend refuses.
+"""Checks of an attention call, once, before any allocation.
 
-The two spellings of causal and the window become one band: row t sees keys ``t + lower .. t +
-    upper``.
+The two spellings of causal and the window become one band: row t sees keys
+``t + lower .. t + upper``.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from fused_lm import dispatch, records
 from fused_lm.ops.checks import (
     FLOATS,
     autocast_enabled,
@@ -22,10 +20,8 @@ from fused_lm.ops.checks import (
     check_rng,
     check_same_device,
     shapes_of,
-    triton_refusal,
 )
 
-MAX_HEAD_DIM = 512
 CAUSAL = (False, True, "top_left", "bottom_right")
 
 
@@ -280,101 +276,3 @@ def _check_numbers(softcap: float, dropout_p: float, rng: Tensor | None, q: Tens
     check_dropout(dropout_p)
     if rng is not None:
         check_rng(rng, q)
-
-
-def _pytorch_refuses(call: AttentionCall) -> str | None:
-    if call.return_lse:
-        return "PyTorch's operator does not return lse"
-    if call.softcap > 0.0:
-        return "PyTorch's operator has no softcap"
-    if call.rng is not None and call.dropout_p > 0.0:
-        return "PyTorch's operator draws its own dropout mask, not that of rng"
-    return None
-
-
-def _triton_refuses(call: Any) -> str | None:
-    if call.q.dtype == torch.float64:
-        return "the Triton kernels compute in fp32; float64 runs through the reference"
-    largest = call.q.shape[3]
-    if isinstance(call, AttentionCall) and call.v.shape[3] > largest:
-        largest = call.v.shape[3]
-    if largest > MAX_HEAD_DIM:
-        return f"the Triton kernels take head dims up to {MAX_HEAD_DIM}, got {largest}"
-    refusal = triton_refusal(call.q)
-    if refusal is not None or not call.q.is_cuda:
-        return refusal
-    score_bytes = sum(t.element_size() for t in (call.mask, call.bias) if t is not None)
-    return _no_tile(
-        call.q.shape[3], largest, call.q.element_size(), call.q.device.index, score_bytes
-    )
-
-
-@functools.lru_cache(maxsize=1024)
-def _no_tile_on(D: int, Dv: int, element: int, index: int | None, score_bytes: int) -> str | None:
-    from fused_lm.triton_kernels import attention_tuning, launch
-
-    major, minor = torch.cuda.get_device_capability(index)
-    limit = launch.shared_memory_limit(major * 10 + minor)
-    return attention_tuning.refuses(D, Dv, element, limit, score_bytes)
-
-
-def _no_tile(D: int, Dv: int, element: int, index: int | None, score_bytes: int) -> str | None:
-    """Why no tile of the tuning table fits this GPU's shared memory; a constant to Dynamo."""
-    return _no_tile_on(D, Dv, element, index, score_bytes)
-
-
-_no_tile._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _shape_class(call: Any) -> tuple[str, int]:
-    """Family: head dim and what costs extra; size: keys a row can see, by comparison with
-    constants.
-    """
-    D, S = call.q.shape[3], call.k.shape[2]
-    width = next((limit for limit in (64, 128, 256) if limit >= D), MAX_HEAD_DIM)
-    kinds = []
-    if call.mask is not None or call.key_mask is not None:
-        kinds.append("mask")
-    if call.bias is not None:
-        kinds.append("bias")
-    if call.lower is not None or call.upper is not None:
-        kinds.append("band")
-    if call.softcap > 0.0:
-        kinds.append("softcap")
-    if call.dropout_p > 0.0:
-        kinds.append("dropout")
-    size = sum(1 for limit in (512, 2048, 8192) if limit < S)
-    return f"d{width}-{'-'.join(kinds) or 'plain'}", size
-
-
-def _never(call: Any) -> str | None:
-    return None
-
-
-_KERNELS = tuple(
-    f"triton_kernels/{name}.py"
-    for name in (
-        "launch",
-        "attention",
-        "attention_common",
-        "attention_fwd",
-        "attention_bwd",
-        "attention_dbias",
-        "attention_weights",
-        "attention_tuning",
-        "philox",
-        "tanh",
-    )
-)
-dispatch.TABLE["attention"] = (
-    dispatch.Impl("triton", _triton_refuses, needs_record=True),
-    dispatch.Impl("pytorch", _pytorch_refuses),
-    dispatch.Impl("reference", _never),
-)
-dispatch.TABLE["attention_weights"] = (
-    dispatch.Impl("triton", _triton_refuses, needs_record=True),
-    dispatch.Impl("reference", _never),
-)
-for _op in ("attention", "attention_weights"):
-    records.SHAPE_CLASSES[_op] = _shape_class
-    records.KERNEL_SOURCES[_op, "triton"] = _KERNELS

@@ -1,8 +1,7 @@
 """Every operator schema of ``torch.ops.fused_lm``, defined once, at import.
 
 Implementations are registered elsewhere: by ``ops/`` for the Python backends, by the C++ extension
-    for
-CUDA. A second definition of a schema does not raise, it kills the process, so nothing else may
+for CUDA. A second definition of a schema does not raise, it kills the process, so nothing else may
 define one.
 
 ``backend`` names the implementation that dispatch chose; it is an argument because a compiled graph
@@ -113,7 +112,10 @@ SCHEMAS = {
     ),
 }
 
-_IN_CUDA = ("layer_norm_fwd", "layer_norm_bwd", "rms_norm_fwd", "rms_norm_bwd")
+_IN_CUDA = (
+    *("attention_fwd", "attention_bwd", "attention_weights_fwd"),
+    *("layer_norm_fwd", "layer_norm_bwd", "rms_norm_fwd", "rms_norm_bwd"),
+)
 CUDA_SCHEMAS = {f"cuda_{name}": SCHEMAS[name].replace(", str backend)", ")") for name in _IN_CUDA}
 """What the C++ extension implements: the operators above without ``backend``, behind the backend
 ``cuda``.

@@ -288,5 +288,6 @@ def verify_cases() -> list[Case]:
         cases += [
             case.sized(S, D) for case in ladder if S <= 4096 or case.features in ((), ("causal",))
         ]
+    cases += [case.sized(1024, D) for D in (96, 256, 32, 192) for case in ladder[:2]]
     cases += [NormCase(op, features, N, C) for N, C in rare for op, features in NORM_KINDS]
     return cases

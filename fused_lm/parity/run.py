@@ -12,6 +12,8 @@ import torch
 import fused_lm
 from fused_lm import dispatch
 from fused_lm.cuda import extension
+from fused_lm.explain import call_of
+from fused_lm.ops.attention_backends import cuda_limit
 from fused_lm.ops.checks import interpreting, triton_refusal
 from fused_lm.parity.cases import Case
 from fused_lm.parity.judge import judge
@@ -94,8 +96,19 @@ def runnable(case: Case, backend: str, dtype: str, device: torch.device) -> bool
         return not {"dropout", "softcap"} & set(case.features)
     refusals = {"cuda": extension.refusal, "triton": triton_refusal}
     if backend in refusals:
-        return dtype != "float64" and refusals[backend](torch.empty(0, device=device)) is None
+        there = refusals[backend](torch.empty(0, device=device)) is None
+        return there and dtype != "float64" and within_limits(case, backend, dtype)
     return True
+
+
+def within_limits(case: Case, backend: str, dtype: str) -> bool:
+    """Whether a backend has a kernel for such a call on any GPU: those of attention in CUDA take 16
+    bits and some head dims.
+    """
+    if backend != "cuda" or not case.op.startswith("attention"):
+        return True
+    problem = case.build(DTYPES[dtype], torch.device("meta"))
+    return cuda_limit(call_of(case.op, **problem.arguments)) is None
 
 
 def run_all(

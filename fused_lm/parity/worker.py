@@ -26,7 +26,7 @@ from fused_lm.parity.cases import (
     WeightsCase,
     verify_cases,
 )
-from fused_lm.parity.run import DTYPES, run_case, use_interpreter_without_gpu
+from fused_lm.parity.run import DTYPES, run_case, use_interpreter_without_gpu, within_limits
 from fused_lm.parity.supervise import RESTART
 from fused_lm.parity.timing import interleaved_medians
 
@@ -57,6 +57,7 @@ def jobs_for(device: torch.device) -> list[Job]:
         for case in cases
         for impl in dispatch.TABLE[case.op]
         if impl.needs_record and _can_run(impl.name, device) and not _same_as_unmixed(case, dtype)
+        if within_limits(case, impl.name, dtype)
     ]
 
 

@@ -15,6 +15,7 @@ import torch
 
 from fused_lm import dispatch
 from fused_lm.ops import registration
+from fused_lm.ops.attention_backends import cuda_limit
 from fused_lm.ops.schemas import CUDA_SCHEMAS
 from tests.simt import build, runtime
 
@@ -31,7 +32,6 @@ def installed(backend: str, seed: int = 0) -> Iterator[runtime.Harness]:
     harness = runtime.load(backend.removeprefix(PREFIX))
     harness.configure(runtime.Schedule.of_seed(seed))
     tables, names = dict(dispatch.TABLE), dispatch.BACKENDS
-    impl = dispatch.Impl(backend, _refuses, needs_record=True)
     ops = [name.removeprefix("cuda_") for name in CUDA_SCHEMAS]
     try:
         dispatch.BACKENDS = (backend, *names)
@@ -39,6 +39,8 @@ def installed(backend: str, seed: int = 0) -> Iterator[runtime.Harness]:
             registration.FUNCTIONS[op][backend] = partial(harness.call, op)
             public = op.removesuffix("_fwd")
             if public in tables:
+                refuses = cuda_limit if public.startswith("attention") else _norm_refuses
+                impl = dispatch.Impl(backend, refuses, needs_record=True)
                 dispatch.TABLE[public] = (impl, *tables[public])
         yield harness
     finally:
@@ -49,7 +51,7 @@ def installed(backend: str, seed: int = 0) -> Iterator[runtime.Harness]:
         harness.configure()
 
 
-def _refuses(call: Any) -> str | None:
+def _norm_refuses(call: Any) -> str | None:
     dtypes = {value.dtype for value in call if isinstance(value, torch.Tensor)}
     dtypes |= {value for value in call if isinstance(value, torch.dtype)}
     if torch.float64 in dtypes:

@@ -8,6 +8,7 @@
 #include <map>
 
 #include "harness/simt.h"
+#include "kernels/attention_tuning.h"
 #include "kernels/layernorm_tuning.h"
 #include "planted/planted.h"
 
@@ -105,6 +106,29 @@ py::dict norm_tuning(int64_t C, int vector_width, bool forward) {
                   "blocks_per_sm"_a = tuning.blocks_per_sm, "reason"_a = tuning.reason);
 }
 
+// Likewise of csrc/kernels/attention_fwd_sm80.h; head_dim is one that kernels are compiled for.
+py::dict attention_tuning(int head_dim, bool general) {
+  const fused_lm::AttentionTuning tuning =
+      general ? fused_lm::attention_forward_general_tuning(head_dim)
+              : fused_lm::attention_forward_plain_tuning(head_dim);
+  using namespace py::literals;
+  return py::dict("block_t"_a = tuning.block_t(), "block_s"_a = tuning.block_s,
+                  "threads"_a = tuning.threads(), "rows_per_warp"_a = tuning.rows_per_warp,
+                  "blocks_per_sm"_a = tuning.blocks_per_sm, "one_loop"_a = tuning.one_loop,
+                  "reason"_a = tuning.reason);
+}
+
+// Of its backward: the pass over keys, or the one over queries.
+py::dict attention_backward_tuning(int head_dim, bool general, bool over_keys) {
+  const fused_lm::AttentionBackwardTuning tuning =
+      over_keys ? fused_lm::attention_dkdv_tuning(head_dim, general)
+                : fused_lm::attention_dq_tuning(head_dim, general);
+  using namespace py::literals;
+  return py::dict("block_own"_a = tuning.block_own(), "block_other"_a = tuning.block_other,
+                  "threads"_a = tuning.threads(), "one_loop"_a = tuning.one_loop,
+                  "reason"_a = tuning.reason);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(SIMT_LIBRARY, m) {
@@ -121,6 +145,12 @@ PYBIND11_MODULE(SIMT_LIBRARY, m) {
   m.def("allocate_on_device", [](bool on) { scopes_on_device += on ? 1 : -1; });
   m.def("is_device_memory",
         [](uintptr_t p) { return simt::is_device_memory(reinterpret_cast<const void*>(p)); });
+  m.def("attention_tuning", &attention_tuning, py::arg("head_dim"), py::arg("general"));
+  m.def("attention_backward_tuning", &attention_backward_tuning, py::arg("head_dim"),
+        py::arg("general"), py::arg("over_keys"));
+  m.attr("MAX_JOINT_HEAD_DIM") = fused_lm::kMaxJointHeadDim;
+  m.attr("HEAD_DIMS") =
+      std::vector<int>(std::begin(fused_lm::kHeadDims), std::end(fused_lm::kHeadDims));
   m.def("norm_tuning", &norm_tuning);
   m.def("planted_kernels", &planted::names);
   m.def("run_planted", &planted::run);

@@ -1,0 +1,11 @@
+// The kernels of attention_bwd_dq_sm80.h for fp16: a file per type, so that they compile side by
+// side.
+#include "kernels/attention_bwd_dq_sm80.h"
+
+namespace fused_lm {
+
+Status attention_dq_fp16(const AttentionBackwardParams& params, Stream stream) {
+  return attention_dq::launch_any<__half>(params, stream);
+}
+
+}  // namespace fused_lm

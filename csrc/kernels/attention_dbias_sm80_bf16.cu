@@ -1,0 +1,11 @@
+// The kernel of attention_dbias_sm80.h for bf16: a file per type, so that they compile side by
+// side.
+#include "kernels/attention_dbias_sm80.h"
+
+namespace fused_lm {
+
+Status attention_dbias_bf16(const AttentionDbiasParams& params, Stream stream) {
+  return attention_dbias::launch_any<__nv_bfloat16>(params, stream);
+}
+
+}  // namespace fused_lm

@@ -1,0 +1,310 @@
+// Forward of softmax attention for every GPU since Ampere: one pass over the keys.
+//
+//   for each key tile:  s = scores;  m' = max(m, rowmax s);  p = e^(s - m')
+//                       l = l e^(m - m') + rowsum p;  acc = acc e^(m - m') + dropout(p) v
+//   out = acc / l;  lse = m + ln l
+//
+// Grid: one block per (query tile, head, batch), query tiles fastest. A warp owns 32 or 16 whole
+// rows of the tile, so no two warps exchange anything; rows meet in quads of lanes only.
+//
+// Shared memory: q [block_t, D], k and v [2, block_s, D]: while a tile of keys is worked on, the
+// next one is on its way into the other half. One barrier per tile says that the copies of all
+// threads have landed, and that nobody reads the half any more which the next copies go to. p goes
+// from the registers of one product into the next as its left operand. q is read again for every
+// tile, or once: see attention_tuning.h.
+//
+// Two kernels per head dim. The plain one has q.k alone, a band (causal, window) and any T and S:
+// tiles that all rows see completely run in a loop without mask code, the others after them in a
+// second (where registers are short, in one behind a branch: one_loop). The general one has mask,
+// key mask, bias, softcap, dropout and any scale, each behind a branch that the grid takes alike.
+//
+// Bytes: reads B H T D of q once, and per query tile the D + Dv columns of the keys that it sees;
+// writes B H T (2 Dv + 4). FLOPs: 4 block_t block_s kD per key tile, whatever D and Dv are.
+//
+// The sum l is of the undropped p. Rows without a visible key keep m = -inf and l = 0: out = 0,
+// lse = -inf. The plain kernel compares q.k before it is scaled, so its scale is positive.
+//
+// Sources: Milakov & Gimelshein 2018 (arXiv:1805.02867) alg. 3; Dao 2023 (arXiv:2307.08691) alg. 1.
+#pragma once
+
+#include <type_traits>
+
+#include "kernels/attention_products.h"
+#include "kernels/attention_score.h"
+#include "kernels/attention_tuning.h"
+#include "ptx/lane.h"
+
+namespace fused_lm {
+namespace attention_fwd {
+
+template <int kHeadDim, bool kGeneral>
+struct Config {
+  static constexpr int kD = kHeadDim;
+  static constexpr AttentionTuning kTuning =
+      kGeneral ? attention_forward_general_tuning(kD) : attention_forward_plain_tuning(kD);
+  static constexpr int kThreads = kTuning.threads();
+  static constexpr int kBlockT = kTuning.block_t();
+  static constexpr int kBlockS = kTuning.block_s;
+  static constexpr int kM = kTuning.rows_per_warp / kMmaRows;
+  static constexpr int kScores = kBlockS / kMmaColumns;
+  static constexpr int kSums = kD / kMmaColumns;
+  static constexpr int kSteps = kD / kMmaDepth;
+
+  static constexpr bool kStaged = kTuning.queries == QueryPlace::kStaged;
+
+  using Queries = SharedTile<kBlockT, kD>;
+  struct Keys {
+    SharedTile<kBlockS, kD> k;
+    SharedTile<kBlockS, kD> v;
+  };
+  struct Separate {
+    Queries q;  // at the end: out
+    Keys keys[2];
+  };
+  union Staged {
+    Queries q;
+    Keys keys[2];
+  };
+  using SharedStorage = std::conditional_t<kStaged, Staged, Separate>;
+};
+
+// What a warp knows of its rows: sums of p v, and per row the running maximum and sum of p.
+template <class C>
+struct Rows {
+  float acc[C::kM][C::kSums][kFragment];
+  float max[C::kM][2];
+  float sum[C::kM][2];  // of this lane's columns
+};
+
+// q as operands: in registers for good, or read again for every key tile.
+template <class C, bool kInRegisters = C::kTuning.queries != QueryPlace::kShared>
+struct QueryOperands {
+  uint32_t a[C::kSteps][C::kM][4];
+
+  template <class Tile>
+  __device__ __forceinline__ void load(Tile& sQ, int lane, int row) {
+#pragma unroll
+    for (int step = 0; step < C::kSteps; ++step) {
+#pragma unroll
+      for (int m = 0; m < C::kM; ++m) load_a(a[step][m], sQ, lane, row, m * kMmaRows, step);
+    }
+  }
+  template <class Tile>
+  __device__ __forceinline__ void get(uint32_t (&operand)[C::kM][4], Tile&, int, int,
+                                      int step) const {
+#pragma unroll
+    for (int m = 0; m < C::kM; ++m) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) operand[m][r] = a[step][m][r];
+    }
+  }
+};
+
+template <class C>
+struct QueryOperands<C, false> {
+  template <class Tile>
+  __device__ __forceinline__ void load(Tile&, int, int) {}
+  template <class Tile>
+  __device__ __forceinline__ void get(uint32_t (&operand)[C::kM][4], Tile& sQ, int lane, int row,
+                                      int step) const {
+#pragma unroll
+    for (int m = 0; m < C::kM; ++m) load_a(operand[m], sQ, lane, row, m * kMmaRows, step);
+  }
+};
+
+// score = q k^T for a warp's rows, from `row` on in the tile.
+template <class Element, class C>
+__device__ __forceinline__ void multiply_q_k(float (&score)[C::kM][C::kScores][kFragment],
+                                             const QueryOperands<C>& queries,
+                                             typename C::SharedStorage& smem,
+                                             typename C::Keys& keys, int lane, int row) {
+  fill_zero(score);
+#pragma unroll
+  for (int step = 0; step < C::kSteps; ++step) {
+    uint32_t a[C::kM][4];
+    queries.get(a, smem.q, lane, row, step);
+#pragma unroll
+    for (int pair = 0; pair < C::kScores / 2; ++pair) {
+      const OperandPair b = load_b_transposed(keys.k, lane, 2 * pair * kMmaColumns, step);
+      multiply_pair<Element>(score, a, b, pair);
+    }
+  }
+}
+
+// Scores become p = 2^(unit_log2 (score - max)); sums so far shrink with the new maximum. The
+// maximum is subtracted before it is scaled: one fused multiply-add per score less an add would
+// leave every p with the rounding error of the scaled maximum in its exponent, which is 64 for
+// scores of 1e9. kHidden: scores may be -inf, and a row may have seen no key yet, where -inf - -inf
+// would be NaN.
+template <bool kHidden, class C>
+__device__ __forceinline__ void online_softmax(float (&score)[C::kM][C::kScores][kFragment],
+                                               Rows<C>& rows, float unit_log2) {
+#pragma unroll
+  for (int m = 0; m < C::kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float largest = rows.max[m][half];
+#pragma unroll
+      for (int n = 0; n < C::kScores; ++n) {
+        largest = fmaxf(largest, fmaxf(score[m][n][2 * half], score[m][n][2 * half + 1]));
+      }
+      largest = quad_max(largest);
+      const float base = kHidden && largest == kNoScore ? 0.0f : largest;
+      const float decay = ptx::exp2_approx((rows.max[m][half] - base) * unit_log2);
+      rows.max[m][half] = largest;
+
+      float sum = 0.0f;
+#pragma unroll
+      for (int n = 0; n < C::kScores; ++n) {
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e) {
+          score[m][n][e] = ptx::exp2_approx((score[m][n][e] - base) * unit_log2);
+          sum += score[m][n][e];
+        }
+      }
+      rows.sum[m][half] = fmaf(rows.sum[m][half], decay, sum);
+#pragma unroll
+      for (int n = 0; n < C::kSums; ++n) {
+        rows.acc[m][n][2 * half] *= decay;
+        rows.acc[m][n][2 * half + 1] *= decay;
+      }
+    }
+  }
+}
+
+// out and lse of a warp's rows. The rows lie where q did: a warp's own, or memory that a barrier
+// has freed.
+template <class Element, class C>
+__device__ __forceinline__ void store_rows(const AttentionForwardParams& p, Rows<C>& rows,
+                                           typename C::SharedStorage& smem, const BlockTile& block,
+                                           int row, float unit, float dropout_scale) {
+  if constexpr (C::kStaged) __syncthreads();  // the last keys have been read
+  const FragmentLane at = fragment_lane(own_lane());
+  const int first = block.tile * C::kBlockT + row;
+  float* gLse = p.lse + (static_cast<int64_t>(block.batch) * p.shape.H + block.head) * p.shape.T;
+#pragma unroll
+  for (int m = 0; m < C::kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float sum = quad_sum(rows.sum[m][half]);
+      const int t = first + m * kMmaRows + half * 8 + at.row;
+      if (at.column == 0 && t < p.shape.T) {
+        gLse[t] = sum == 0.0f ? kNoScore : __fmul_rn(rows.max[m][half], unit) + logf(sum);
+      }
+      rows.sum[m][half] = sum == 0.0f ? 0.0f : __fdividef(dropout_scale, sum);
+    }
+  }
+  store_sums<Element>(
+      p.out + head_offset(p.out_strides, block.batch, block.head), p.out_strides.row, first,
+      p.shape.T, p.shape.Dv, rows.acc, [&](int m, int half) { return rows.sum[m][half]; }, smem.q,
+      row);
+}
+
+template <class Element, int kD, bool kGeneral>
+__global__ void __launch_bounds__((Config<kD, kGeneral>::kThreads),
+                                  (Config<kD, kGeneral>::kTuning.blocks_per_sm))
+    attention_fwd_sm80(AttentionForwardParams p, int batch_first) {
+  using C = Config<kD, kGeneral>;
+  auto& smem = dynamic_smem<typename C::SharedStorage>();
+  const AttentionShape& shape = p.shape;
+  const BlockTile block = block_tile(p.score.upper < shape.S, batch_first);
+  const int block_first = block.tile * C::kBlockT;
+  const int block_last = min(block_first + C::kBlockT, shape.T) - 1;
+  const BandTiles band =
+      band_tiles<C::kBlockS>(block_first, block_last, shape.S, p.score.lower, p.score.upper);
+  const int kv_head = block.head / shape.group;
+  const uint16_t* gQ = p.q + head_offset(p.q_strides, block.batch, block.head);
+  const uint16_t* gK = p.k + head_offset(p.k_strides, block.batch, kv_head);
+  const uint16_t* gV = p.v + head_offset(p.v_strides, block.batch, kv_head);
+  const auto copy_keys = [&](int i) {
+    typename C::Keys& keys = smem.keys[i % 2];
+    const int s_first = tile_start<C::kBlockS, C::kTuning.one_loop>(band, i);
+    copy_rows_async<C::kThreads>(keys.k, gK, p.k_strides.row, s_first, shape.S, shape.D);
+    copy_rows_async<C::kThreads>(keys.v, gV, p.v_strides.row, s_first, shape.S, shape.Dv);
+    ptx::cp_async_commit();
+  };
+  if (band.count > 0) {
+    copy_rows_async<C::kThreads>(smem.q, gQ, p.q_strides.row, block_first, shape.T, shape.D);
+    if constexpr (C::kStaged) {
+      ptx::cp_async_commit();
+    } else {
+      copy_keys(0);
+    }
+  }
+
+  const FragmentLane at = fragment_lane(own_lane());
+  const int row = static_cast<int>(threadIdx.x / kWarpSize) * C::kTuning.rows_per_warp;
+  ScoreTile<false> tile{block_first + row + at.row, 0, shape.T, shape.S, block.batch, block.head};
+  const float unit = kGeneral ? 1.0f : p.score.scale;
+  Rows<C> rows;
+  fill_zero(rows.acc);
+#pragma unroll
+  for (int m = 0; m < C::kM; ++m) {
+    rows.max[m][0] = rows.max[m][1] = kNoScore;
+    rows.sum[m][0] = rows.sum[m][1] = 0.0f;
+  }
+  QueryOperands<C> queries;
+  if constexpr (C::kTuning.queries != QueryPlace::kShared) {
+    if (band.count > 0) {
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+      queries.load(smem.q, own_lane(), row);
+      if constexpr (C::kStaged) {
+        __syncthreads();
+        copy_keys(0);
+      }
+    }
+  }
+
+  const auto attend = [&](int i, int start, bool edge, auto hidden) {
+    constexpr bool kHidden = decltype(hidden)::value;
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    if (i + 1 < band.count) copy_keys(i + 1);
+
+    typename C::Keys& keys = smem.keys[i % 2];
+    // Read anew where addresses that are kept for a second loop, or at all, cost spills.
+    const int lane = C::kTuning.one_loop || C::kD == 64 && kHidden ? ptx::lane_index() : own_lane();
+    tile.s_first = start + at.column;
+    float score[C::kM][C::kScores][kFragment];
+    multiply_q_k<Element>(score, queries, smem, keys, lane, row);
+    if constexpr (kGeneral) {
+      finish_scores(score, tile, p.score, edge);
+    } else if constexpr (kHidden) {
+      if (edge) hide_outside_band(score, tile, p.score.lower, p.score.upper);
+    }
+    online_softmax<kHidden>(score, rows, kGeneral ? kLog2E : p.score.scale_log2);
+    if constexpr (kGeneral) {
+      if (p.dropout.rng != nullptr) {
+        // Drawn up anew: five registers less in a loop that mostly needs none.
+        const DropoutKey key = dropout_key(p.dropout.rng, tile.batch, tile.head);
+        drop(score, tile, key, p.dropout.threshold);
+      }
+    }
+    add_product<Element>(rows.acc, score, keys.v, lane);
+  };
+  for_each_tile<C::kBlockS, C::kTuning.one_loop>(band, attend);
+
+  const float dropout_scale = kGeneral && p.dropout.rng != nullptr ? p.dropout.scale : 1.0f;
+  store_rows<Element>(p, rows, smem, block, row, unit, dropout_scale);
+}
+
+template <class Element, int kD, bool kGeneral>
+Status launch_tiles(const AttentionForwardParams& p, Stream stream) {
+  using C = Config<kD, kGeneral>;
+  const int64_t tiles = (int64_t{p.shape.T} + C::kBlockT - 1) / C::kBlockT;
+  return launch_heads(attention_fwd_sm80<Element, kD, kGeneral>, p, tiles, p.shape.H, C::kThreads,
+                      sizeof(typename C::SharedStorage), stream);
+}
+
+template <class Element>
+Status launch_any(const AttentionForwardParams& p, Stream stream) {
+  return with_head_dim(p.shape, [&](auto head_dim) {
+    constexpr int kD = decltype(head_dim)::value;
+    return is_plain(p.score, p.dropout) ? launch_tiles<Element, kD, false>(p, stream)
+                                        : launch_tiles<Element, kD, true>(p, stream);
+  });
+}
+
+}  // namespace attention_fwd
+}  // namespace fused_lm

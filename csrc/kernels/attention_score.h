@@ -1,0 +1,307 @@
+// From q.k to masked scores and kept probabilities, in the registers of a product's fragments.
+//
+// Forward and weights hold [T, S] tiles, the pass over keys of the backward [S, T] tiles: kKeyRows
+// says that a fragment's rows are keys. Each feature is one pass over the registers behind a branch
+// that the whole grid takes alike.
+#pragma once
+
+#include <cfloat>
+
+#include "common/philox.h"
+#include "common/vec.h"
+#include "kernels/attention.h"
+#include "kernels/attention_tile.h"
+#include "ptx/math.h"
+
+namespace fused_lm {
+
+// The query and the key of each value that a thread holds: those of its first value, and constant
+// steps from there.
+template <bool kKeyRows>
+struct ScoreTile {
+  int t_first, s_first;
+  int T, S;
+  int batch, head;
+
+  static __device__ __forceinline__ constexpr int t_step(int m, int n, int e) {
+    return kKeyRows ? column_step(n, e) : row_step(m, e);
+  }
+  static __device__ __forceinline__ constexpr int s_step(int m, int n, int e) {
+    return kKeyRows ? row_step(m, e) : column_step(n, e);
+  }
+  __device__ __forceinline__ int t(int m, int n, int e) const { return t_first + t_step(m, n, e); }
+  __device__ __forceinline__ int s(int m, int n, int e) const { return s_first + s_step(m, n, e); }
+  __device__ __forceinline__ bool inside(int m, int n, int e) const {
+    return t(m, n, e) < T && s(m, n, e) < S;
+  }
+
+ private:
+  static __device__ __forceinline__ constexpr int row_step(int m, int e) {
+    return kMmaRows * m + e / 2 * 8;
+  }
+  static __device__ __forceinline__ constexpr int column_step(int n, int e) {
+    return kMmaColumns * n + e % 2;
+  }
+};
+
+// Calls body(m, n, e) for every value of a tile.
+template <int kM, int kN, class Body>
+__device__ __forceinline__ void for_each_value(const Body& body) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int e = 0; e < kFragment; ++e) body(m, n, e);
+    }
+  }
+}
+
+// tanh within 2 ulp: below 0.55 an odd minimax polynomial, since 1 - 2 / (e^2x + 1) cancels there.
+__device__ __forceinline__ float accurate_tanh(float x) {
+  const float square = x * x;
+  float poly = fmaf(square, 0.016437573f, -0.052671809f);
+  poly = fmaf(square, poly, 0.13320725f);
+  poly = fmaf(square, poly, -0.33332947f);
+  const float size = fabsf(x);
+  const float exponential = ptx::exp2_approx(size * (2.0f * kLog2E));
+  const float large = 1.0f - __fdividef(2.0f, exponential + 1.0f);
+  return size < 0.55f ? fmaf(x, square * poly, x) : copysignf(large, x);
+}
+
+// -inf where the band or the end of the keys hides a key. Rows behind the last query stay.
+template <bool kKeyRows, int kM, int kN>
+__device__ __forceinline__ void hide_outside_band(float (&score)[kM][kN][kFragment],
+                                                  const ScoreTile<kKeyRows>& tile, int lower,
+                                                  int upper) {
+  // Compared are constant steps, so that nothing but these three is held.
+  const int ahead = tile.s_first - tile.t_first;
+  const int least = lower - ahead;
+  const int most = upper - ahead;
+  const int keys_left = tile.S - tile.s_first;
+  for_each_value<kM, kN>([&](int m, int n, int e) {
+    const int s_step = tile.s_step(m, n, e);
+    const int step = s_step - tile.t_step(m, n, e);
+    const bool visible = s_step < keys_left && step >= least && step <= most;
+    score[m][n][e] = visible ? score[m][n][e] : kNoScore;
+  });
+}
+
+// Adds element (t, s) of the bias, whose dtype is a constant here.
+template <DType kDType, bool kKeyRows, int kM, int kN>
+__device__ __forceinline__ void add_bias_of(float (&score)[kM][kN][kFragment],
+                                            const ScoreTile<kKeyRows>& tile, const ScoreParams& p) {
+  constexpr int kBytes = DTypeConstant<kDType>::bytes;
+  const ScoreStrides& strides = p.bias_strides;
+  const char* gHead =
+      address_of<kBytes>(p.bias, tile.batch * strides.batch + tile.head * strides.head);
+  if (!kKeyRows && p.bias_pairs) {
+    for_each_value<kM, kN>([&](int m, int n, int e) {
+      if (e % 2 == 1 || !tile.inside(m, n, e)) return;
+      const int64_t index = tile.t(m, n, e) * strides.row + tile.s(m, n, e);
+      const char* p_pair = address_of<kBytes>(gHead, index);
+      float pair[2];
+      if constexpr (kDType == DType::kFloat32) {
+        const float2 raw = *reinterpret_cast<const float2*>(p_pair);
+        pair[0] = raw.x, pair[1] = raw.y;
+      } else {
+        widen_pair<kDType>(pair, *reinterpret_cast<const uint32_t*>(p_pair));
+      }
+      score[m][n][e] += pair[0];
+      score[m][n][e + 1] += pair[1];
+    });
+    return;
+  }
+  for_each_value<kM, kN>([&](int m, int n, int e) {
+    if (!tile.inside(m, n, e)) return;
+    const int64_t index = tile.t(m, n, e) * strides.row + tile.s(m, n, e) * strides.col;
+    RawVector<1> raw;
+    load_raw<kBytes, LoadPolicy::kCached>(raw, address_of<kBytes>(gHead, index));
+    float value[1];
+    widen<kDType>(value, raw);
+    score[m][n][e] += value[0];
+  });
+}
+
+template <bool kKeyRows, int kM, int kN>
+__device__ __forceinline__ void add_bias(float (&score)[kM][kN][kFragment],
+                                         const ScoreTile<kKeyRows>& tile, const ScoreParams& p) {
+  with_dtype(p.bias_dtype,
+             [&](auto dtype) { add_bias_of<decltype(dtype)::value>(score, tile, p); });
+}
+
+template <bool kKeyRows, int kM, int kN>
+__device__ __forceinline__ void hide_masked(float (&score)[kM][kN][kFragment],
+                                            const ScoreTile<kKeyRows>& tile, const ScoreParams& p) {
+  const ScoreStrides& strides = p.mask_strides;
+  const uint8_t* gHead = p.mask + tile.batch * strides.batch + tile.head * strides.head;
+  if (!kKeyRows && p.mask_pairs) {
+    for_each_value<kM, kN>([&](int m, int n, int e) {
+      if (e % 2 == 1 || !tile.inside(m, n, e)) return;
+      const int64_t index = tile.t(m, n, e) * strides.row + tile.s(m, n, e);
+      const uint32_t pair = *reinterpret_cast<const uint16_t*>(gHead + index);
+      score[m][n][e] = (pair & 0xffu) != 0 ? score[m][n][e] : kNoScore;
+      score[m][n][e + 1] = pair >> 8 != 0 ? score[m][n][e + 1] : kNoScore;
+    });
+    return;
+  }
+  for_each_value<kM, kN>([&](int m, int n, int e) {
+    if (!tile.inside(m, n, e)) return;
+    const int64_t index = tile.t(m, n, e) * strides.row + tile.s(m, n, e) * strides.col;
+    score[m][n][e] = gHead[index] != 0 ? score[m][n][e] : kNoScore;
+  });
+}
+
+template <bool kKeyRows, int kM, int kN>
+__device__ __forceinline__ void hide_masked_keys(float (&score)[kM][kN][kFragment],
+                                                 const ScoreTile<kKeyRows>& tile,
+                                                 const ScoreParams& p) {
+  const uint8_t* gBatch = p.key_mask + tile.batch * p.key_mask_strides.batch;
+  for_each_value<kM, kN>([&](int m, int n, int e) {
+    const int s = tile.s(m, n, e);
+    if (s >= tile.S) return;
+    const bool visible = gBatch[s * p.key_mask_strides.col] != 0;
+    score[m][n][e] = visible ? score[m][n][e] : kNoScore;
+  });
+}
+
+template <bool kKeyRows, int kM, int kN>
+__device__ __forceinline__ void add_bias_and_hide(float (&score)[kM][kN][kFragment],
+                                                  const ScoreTile<kKeyRows>& tile,
+                                                  const ScoreParams& p, bool edge) {
+  if (p.bias != nullptr) add_bias(score, tile, p);
+  if (p.mask != nullptr) hide_masked(score, tile, p);
+  if (p.key_mask != nullptr) hide_masked_keys(score, tile, p);
+  if (edge) hide_outside_band(score, tile, p.lower, p.upper);
+}
+
+// q.k to scores in natural units, rounded there, -inf where a key is hidden. `edge`: the band may
+// end in this tile.
+template <bool kKeyRows, int kM, int kN>
+__device__ __forceinline__ void finish_scores(float (&score)[kM][kN][kFragment],
+                                              const ScoreTile<kKeyRows>& tile, const ScoreParams& p,
+                                              bool edge) {
+  for_each_value<kM, kN>(
+      [&](int m, int n, int e) { score[m][n][e] = __fmul_rn(score[m][n][e], p.scale); });
+  if (p.softcap > 0.0f) {
+    const float inverse = 1.0f / p.softcap;
+    for_each_value<kM, kN>([&](int m, int n, int e) {
+      score[m][n][e] = p.softcap * accurate_tanh(score[m][n][e] * inverse);
+    });
+  }
+  add_bias_and_hide(score, tile, p, edge);
+}
+
+// The same, and what the cap's derivative multiplies gradients by; untouched without a cap.
+template <bool kKeyRows, int kM, int kN>
+__device__ __forceinline__ void finish_scores(float (&score)[kM][kN][kFragment],
+                                              float (&slope)[kM][kN][kFragment],
+                                              const ScoreTile<kKeyRows>& tile, const ScoreParams& p,
+                                              bool edge) {
+  for_each_value<kM, kN>(
+      [&](int m, int n, int e) { score[m][n][e] = __fmul_rn(score[m][n][e], p.scale); });
+  if (p.softcap > 0.0f) {
+    const float inverse = 1.0f / p.softcap;
+    for_each_value<kM, kN>([&](int m, int n, int e) {
+      const float tanh = accurate_tanh(score[m][n][e] * inverse);
+      score[m][n][e] = p.softcap * tanh;
+      slope[m][n][e] = fmaf(-tanh, tanh, 1.0f);
+    });
+  }
+  add_bias_and_hide(score, tile, p, edge);
+}
+
+// P = exp(score - lse), of a general kernel's finished score or a plain one's q.k. The score is
+// rounded as in the forward, and lse subtracted before the change of base: a bias may move both by
+// 1e9 or to the edge of fp32, where other roundings are off by 2^7 or infinite.
+template <bool kGeneral>
+__device__ __forceinline__ float probability(float score, float lse, float scale) {
+  return ptx::exp2_approx(((kGeneral ? score : __fmul_rn(score, scale)) - lse) * kLog2E);
+}
+
+// Which values dropout keeps: bit 4 n + e of word m. The tile begins at multiples of 8 keys.
+//
+// One call of Philox decides about eight keys of a query. Of those a thread of [T, S] fragments
+// holds two, so the four threads of a row draw for four neighbouring products and hand round a bit
+// per key; a thread of [S, T] fragments holds one of each of four, so a warp draws for two
+// products.
+template <int kM, int kN>
+__device__ __forceinline__ void keep_mask(uint32_t (&keep)[kM], const ScoreTile<false>& tile,
+                                          const DropoutKey& key, uint32_t threshold) {
+  static_assert(kN <= 8, "a word has 32 bits");
+  const int lane = own_lane();
+  const int quad = lane % 4;
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+    keep[m] = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int t = tile.t(m, 0, 2 * half);
+#pragma unroll
+      for (int n = 0; n < kN; n += 4) {
+        const int64_t keys = tile.s_first / kPhiloxLanes + n + quad;
+        const uint32_t mine = keep_bits(dropout_words(key, t, keys), threshold);
+#pragma unroll
+        for (int i = 0; i < 4 && n + i < kN; ++i) {
+          const uint32_t bits = __shfl_sync(kAllLanes, mine, lane - quad + i) >> 2 * quad;
+          keep[m] |= (bits & 3u) << (4 * (n + i) + 2 * half);
+        }
+      }
+    }
+  }
+}
+
+template <int kM, int kN>
+__device__ __forceinline__ void keep_mask(uint32_t (&keep)[kM], const ScoreTile<true>& tile,
+                                          const DropoutKey& key, uint32_t threshold) {
+  static_assert(kN % 2 == 0 && kN <= 8, "two products share their draws, and a word has 32 bits");
+  const int lane = own_lane();
+  const FragmentLane at = fragment_lane(lane);
+  const int t_first = tile.t_first - at.column + lane / 16 * kMmaColumns + lane % 8;
+  const int keys_first = tile.s_first / kPhiloxLanes + lane / 8 % 2;
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+    keep[m] = 0;
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
+      const PhiloxWords words = dropout_words(key, t_first + n * kMmaColumns, keys_first + 2 * m);
+      const uint32_t mine = keep_bits(words, threshold);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int e = 0; e < kFragment; ++e) {
+          const int source = 16 * i + e / 2 * 8 + at.column + e % 2;
+          const uint32_t bits = __shfl_sync(kAllLanes, mine, source) >> at.row;
+          keep[m] |= (bits & 1u) << (4 * (n + i) + e);
+        }
+      }
+    }
+  }
+}
+
+// Zeros where dropout drops; what is kept is not scaled.
+template <int kM, int kN>
+__device__ __forceinline__ void drop(float (&value)[kM][kN][kFragment],
+                                     const uint32_t (&keep)[kM]) {
+  for_each_value<kM, kN>([&](int m, int n, int e) {
+    value[m][n][e] = (keep[m] >> (4 * n + e) & 1u) != 0 ? value[m][n][e] : 0.0f;
+  });
+}
+
+template <int kM, int kN>
+__device__ __forceinline__ void drop(float (&value)[kM][kN][kFragment],
+                                     const ScoreTile<false>& tile, const DropoutKey& key,
+                                     uint32_t threshold) {
+  uint32_t keep[kM];
+  keep_mask<kM, kN>(keep, tile, key, threshold);
+  drop(value, keep);
+}
+
+// Whether the kernels without features can run it. Their scale times log2(e) must be a normal
+// number, because -inf times 0 is NaN, and positive, because hidden scores are -inf before it.
+inline bool is_plain(const ScoreParams& score, const DropoutParams& dropout) {
+  return score.mask == nullptr && score.key_mask == nullptr && score.bias == nullptr &&
+         score.softcap == 0.0f && dropout.rng == nullptr && score.scale >= FLT_MIN;
+}
+
+}  // namespace fused_lm

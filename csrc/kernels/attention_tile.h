@@ -1,0 +1,246 @@
+// What every attention kernel shares: how a block finds its tile, which tiles of the other axis its
+// band meets, and products of fragments.
+#pragma once
+
+#include <type_traits>
+
+#include "common/shared_tile.h"
+#include "common/vec.h"
+#include "common/warp.h"
+#include "kernels/attention.h"
+#include "ptx/launch.h"
+#include "ptx/mma.h"
+
+namespace fused_lm {
+
+constexpr int kMmaRows = 16;
+constexpr int kMmaColumns = 8;
+constexpr int kMmaDepth = 16;
+constexpr int kFragment = 4;  // fp32 of a [16, 8] product that a thread holds
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kNoScore = -INFINITY;
+
+template <class Element>
+constexpr DType kDTypeOf = DType::kBFloat16;
+template <>
+inline constexpr DType kDTypeOf<__half> = DType::kFloat16;
+
+// Where a lane's values of a [16, 8] product lie: (row, column + {0, 1}), then 8 rows below.
+struct FragmentLane {
+  int row;     // 0 .. 7
+  int column;  // 0, 2, 4, 6
+};
+
+__device__ __forceinline__ FragmentLane fragment_lane(int lane) { return {lane / 4, lane % 4 * 2}; }
+
+// What a block works on: its tile along one axis, its head and its batch.
+struct BlockTile {
+  int tile;
+  int head;
+  int batch;
+};
+
+// Of a grid (tiles, heads, batches): blocks that run together share k and v in the L2. `reversed`
+// hands out the last tiles first: under a causal mask they are the longest.
+__device__ __forceinline__ BlockTile block_tile(bool reversed, int batch_first) {
+  const unsigned tile = reversed ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  return {static_cast<int>(tile), static_cast<int>(blockIdx.y),
+          static_cast<int>(blockIdx.z) + batch_first};
+}
+
+__device__ __forceinline__ int64_t head_offset(const HeadStrides& strides, int batch, int head) {
+  return batch * strides.batch + head * strides.head;
+}
+
+// The tiles of the other axis that some positions see.
+struct BandTiles {
+  int begin;       // first position that any sees, a multiple of the tile
+  int full_begin;  // whole tiles that all of them see completely
+  int full_end;
+  int count;  // tiles in all
+
+  // In order: where tile i begins, and whether the band may end in it.
+  template <int kBlock>
+  __device__ __forceinline__ int start(int i) const {
+    return begin + i * kBlock;
+  }
+  __device__ __forceinline__ bool edge(int start) const {
+    return start < full_begin || start >= full_end;
+  }
+
+  // Sorted, for loops with and without masks: those that need none come first.
+  template <int kBlock>
+  __device__ __forceinline__ int full_count() const {
+    return (full_end - full_begin) / kBlock;
+  }
+  template <int kBlock>
+  __device__ __forceinline__ int sorted_start(int i) const {
+    const int full = full_count<kBlock>();
+    if (i < full) return full_begin + i * kBlock;
+    const int position = begin + (i - full) * kBlock;
+    return position < full_begin ? position : position + full_end - full_begin;
+  }
+};
+
+// Of 0 .. length, positions first .. last see p + lower .. p + upper. A band that begins behind the
+// last position may get the ragged tile before it, which masks hide whole.
+template <int kBlock>
+__device__ __forceinline__ BandTiles band_tiles(int first, int last, int length, int lower,
+                                                int upper) {
+  const int begin = max(first + lower, 0) / kBlock * kBlock;
+  const int end = min(max(last + upper + 1, 0), length);
+  const int tiles = max(end - begin + kBlock - 1, 0) / kBlock;
+  int full_begin = (max(last + lower, 0) + kBlock - 1) / kBlock * kBlock;
+  full_begin = min(full_begin, begin + tiles * kBlock);
+  const int whole = min(max(first + upper + 1, 0), length) / kBlock * kBlock;
+  const int full_end = max(full_begin, whole);
+  return {begin, full_begin, full_end, tiles};
+}
+
+// The A operand whose columns are those of two adjacent products: what P is to P v.
+template <class Element>
+__device__ __forceinline__ void pack_a(uint32_t (&a)[4], const float (&left)[kFragment],
+                                       const float (&right)[kFragment]) {
+  constexpr DType kDType = kDTypeOf<Element>;
+  a[0] = narrow_pair<kDType>(left[0], left[1]);
+  a[1] = narrow_pair<kDType>(left[2], left[3]);
+  a[2] = narrow_pair<kDType>(right[0], right[1]);
+  a[3] = narrow_pair<kDType>(right[2], right[3]);
+}
+
+template <int kM, int kN>
+__device__ __forceinline__ void fill_zero(float (&value)[kM][kN][kFragment]) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int e = 0; e < kFragment; ++e) value[m][n][e] = 0.0f;
+    }
+  }
+}
+
+// Adds a [16 kM, 16] times b [16, 16] to columns 16 pair .. of a product.
+template <class Element, int kM, int kN>
+__device__ __forceinline__ void multiply_pair(float (&product)[kM][kN][kFragment],
+                                              const uint32_t (&a)[kM][4], const OperandPair& b,
+                                              int pair) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+    ptx::mma_m16n8k16(product[m][2 * pair], a[m], b.first, Element{});
+    ptx::mma_m16n8k16(product[m][2 * pair + 1], a[m], b.second, Element{});
+  }
+}
+
+// The largest of a row's values, which lie in four lanes.
+__device__ __forceinline__ float quad_max(float value) {
+  value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, 1));
+  return fmaxf(value, __shfl_xor_sync(kAllLanes, value, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float value) {
+  value += __shfl_xor_sync(kAllLanes, value, 1);
+  return value + __shfl_xor_sync(kAllLanes, value, 2);
+}
+
+// Writes 16 kM rows of sums, scaled and rounded, to rows `row` .. of sRows.
+template <DType kDType, int kM, int kSums, class Tile, class Factor>
+__device__ __forceinline__ void stage_sums(const float (&sum)[kM][kSums][kFragment],
+                                           const Factor& factor, Tile& sRows, int row) {
+  const FragmentLane at = fragment_lane(own_lane());
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int own_row = row + m * kMmaRows + half * 8 + at.row;
+      const float f = factor(m, half);
+#pragma unroll
+      for (int n = 0; n < kSums; ++n) {
+        const uint32_t pair =
+            narrow_pair<kDType>(sum[m][n][2 * half] * f, sum[m][n][2 * half + 1] * f);
+        reinterpret_cast<uint32_t*>(sRows.at(own_row, n))[at.column / 2] = pair;
+      }
+    }
+  }
+}
+
+// Writes 16 kM rows of sums, scaled and rounded, to rows t .. of gHead [length, columns]. They go
+// through sRows, rows `row` .. of which are this warp's own, so that global memory sees whole ones.
+template <class Element, int kM, int kSums, class Tile, class Factor>
+__device__ __forceinline__ void store_sums(uint16_t* gHead, int64_t stride, int first, int length,
+                                           int columns, const float (&sum)[kM][kSums][kFragment],
+                                           const Factor& factor, Tile& sRows, int row) {
+  const int lane = own_lane();
+  stage_sums<kDTypeOf<Element>>(sum, factor, sRows, row);
+  __syncwarp();
+  using Chunks = ChunksOf<SharedTile<kM * kMmaRows, kSums * kMmaColumns>, kWarpSize>;
+  const Chunks own(static_cast<unsigned>(lane));
+#pragma unroll
+  for (int i = own.row; i < kM * kMmaRows; i += Chunks::kRowsAtOnce) {
+#pragma unroll
+    for (int chunk = own.chunk; chunk < kSums; chunk += Chunks::kLanes) {
+      if (first + i >= length || chunk * kChunkElements >= columns) continue;
+      uint16_t* gChunk = gHead + (first + i) * stride + chunk * kChunkElements;
+      *reinterpret_cast<uint4*>(gChunk) = *sRows.at(row + i, chunk);
+    }
+  }
+}
+
+// Launches kernel(p, batch_first) on a grid (tiles, heads, batches).
+template <class Params>
+Status launch_grid(void (*kernel)(Params, int), const Params& p, int64_t tiles, int heads,
+                   int batches, int threads, size_t smem_bytes, Stream stream) {
+  for (int first = 0; first < batches; first += kMaxGridBatches) {
+    const int count = batches - first < kMaxGridBatches ? batches - first : kMaxGridBatches;
+    const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(heads),
+                    static_cast<unsigned>(count));
+    const Status status =
+        launch(kernel, {grid, dim3(static_cast<unsigned>(threads)), smem_bytes, stream}, p, first);
+    if (status != kOk) return status;
+  }
+  return kOk;
+}
+
+// The same for all batches of an attention.
+template <class Params>
+Status launch_heads(void (*kernel)(Params, int), const Params& p, int64_t tiles, int heads,
+                    int threads, size_t smem_bytes, Stream stream) {
+  return launch_grid(kernel, p, tiles, heads, p.shape.B, threads, smem_bytes, stream);
+}
+
+// Calls body with the compiled head dim that holds D and Dv, as a constant.
+template <class Body>
+Status with_head_dim(const AttentionShape& shape, const Body& body) {
+  const int dim = shape.D > shape.Dv ? shape.D : shape.Dv;
+  if (dim <= 32) return body(std::integral_constant<int, 32>{});
+  if (dim <= 64) return body(std::integral_constant<int, 64>{});
+  if (dim <= 96) return body(std::integral_constant<int, 96>{});
+  if (dim <= 128) return body(std::integral_constant<int, 128>{});
+  if (dim <= 192) return body(std::integral_constant<int, 192>{});
+  if (dim <= kMaxHeadDim) return body(std::integral_constant<int, kMaxHeadDim>{});
+  return "an attention has head dims above 256";
+}
+
+// Where tile i of a walk begins.
+template <int kBlock, bool kOneLoop>
+__device__ __forceinline__ int tile_start(const BandTiles& band, int i) {
+  return kOneLoop ? band.start<kBlock>(i) : band.sorted_start<kBlock>(i);
+}
+
+// Calls body(i, start, edge, hidden) for every tile: hidden is a constant that says whether the
+// band may end in the tile, edge whether it does.
+template <int kBlock, bool kOneLoop, class Body>
+__device__ __forceinline__ void for_each_tile(const BandTiles& band, const Body& body) {
+  int i = 0;
+  if constexpr (!kOneLoop) {
+    for (; i < band.full_count<kBlock>(); ++i) {
+      body(i, band.sorted_start<kBlock>(i), false, std::false_type{});
+    }
+  }
+  for (; i < band.count; ++i) {
+    const int start = tile_start<kBlock, kOneLoop>(band, i);
+    body(i, start, !kOneLoop || band.edge(start), std::true_type{});
+  }
+}
+
+}  // namespace fused_lm

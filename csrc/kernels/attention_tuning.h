@@ -1,0 +1,165 @@
+// Tiles of the attention kernels: pure functions of the head dim, a reason per row.
+//
+// None of these rows has been measured on a GPU: they come from the arithmetic below and from
+// ptxas.
+//
+// The arithmetic of the forward, per multiprocessor and clock of an A100: 2048 FLOP of the tensor
+// cores, 128 bytes of shared memory, 16 exponentials, 64 fp32 operations. A warp with R rows reads
+// k and v once for them: 4 R S D FLOP, 4 S D bytes, so R FLOP per byte. R = 16 needs all 128 bytes
+// per clock, R = 32 half of them: 32 rows per warp wherever the registers hold their sums, which
+// are D fp32 per thread, beside scores, which are keys per tile: D + keys <= 160 of 255.
+// Fewer keys per tile cost: every tile multiplies all sums by what the maximum grew, D fp32
+// operations for keys exponentials.
+#pragma once
+
+#include "common/types.h"
+
+namespace fused_lm {
+
+// Where a warp has its rows of q while it walks over the keys.
+enum class QueryPlace : int {
+  kShared,     // read again for every tile
+  kRegisters,  // read once: D / 2 registers at 32 rows, D / 4 at 16
+  kStaged,     // read once, from where the first keys come afterwards
+};
+
+struct AttentionTuning {
+  int rows_per_warp;  // 16 or 32
+  int warps;
+  int block_s;        // keys per tile; two tiles of k and of v are in shared memory
+  int blocks_per_sm;  // that registers have to leave room for
+  QueryPlace queries;
+  bool one_loop;  // tiles with and without a mask in one, behind a branch
+  const char* reason;
+
+  constexpr int threads() const { return warps * kWarpSize; }
+  constexpr int block_t() const { return warps * rows_per_warp; }
+};
+
+// Head dims that kernels are compiled for; others run in the next larger one, zeros beside them.
+constexpr int kHeadDims[] = {32, 64, 96, 128, 192, 256};
+
+// Without mask, key mask, bias, softcap and dropout.
+constexpr AttentionTuning attention_forward_plain_tuning(int head_dim) {
+  if (head_dim <= 32) {
+    constexpr auto kWhy = "24 KB: exponentials bind, and many warps hide what surrounds them";
+    return {32, 4, 32, 3, QueryPlace::kRegisters, false, kWhy};
+  }
+  if (head_dim <= 64) {
+    constexpr auto kWhy = "48 KB, q in 32 registers; 32 keys would take 24 % more instructions";
+    return {32, 4, 64, 2, QueryPlace::kRegisters, false, kWhy};
+  }
+  if (head_dim <= 96) {
+    constexpr auto kWhy = "48 KB: two blocks also where there are 99";
+    return {32, 4, 32, 2, QueryPlace::kShared, false, kWhy};
+  }
+  if (head_dim <= 128) {
+    constexpr auto kWhy = "64 KB; sums 128 registers, scores 32: a second loop's addresses spill";
+    return {32, 4, 32, 2, QueryPlace::kShared, true, kWhy};
+  }
+  if (head_dim <= 192) {
+    constexpr auto kWhy = "48 KB, q in 48 registers; the sums of 32 rows would need 192";
+    return {16, 8, 32, 1, QueryPlace::kStaged, false, kWhy};
+  }
+  constexpr auto kWhy = "96 KB, which every GPU has; q in 64 registers would spill";
+  return {16, 8, 16, 1, QueryPlace::kShared, false, kWhy};
+}
+
+// With any of them: every feature is behind a branch, so the band is too. Their arithmetic takes
+// registers from q.
+constexpr AttentionTuning attention_forward_general_tuning(int head_dim) {
+  if (head_dim <= 32) {
+    return {32, 4, 32, 2, QueryPlace::kRegisters, true, "24 KB, q in 16 registers"};
+  }
+  if (head_dim <= 64) return {32, 4, 32, 2, QueryPlace::kShared, true, "32 KB"};
+  if (head_dim <= 96) {
+    return {16, 8, 64, 1, QueryPlace::kShared, true, "72 KB; the sums of 32 rows leave too little"};
+  }
+  if (head_dim <= 128) return {16, 8, 32, 1, QueryPlace::kShared, true, "64 KB; the same"};
+  if (head_dim <= 192) {
+    return {16, 8, 32, 1, QueryPlace::kStaged, true, "48 KB, q in 48 registers"};
+  }
+  return {16, 4, 32, 1, QueryPlace::kShared, true, "96 KB, q beside k and v"};
+}
+
+// The backward: rows of the axis that a warp owns, keys for dk and dv or queries for dq, and how
+// many of the other axis come at once, twice in shared memory. With R rows and N of the other axis
+// a warp multiplies 8 R N D (6 for dq) and reads 2 D (2 R + 4 N) bytes (3 N for dq): its own
+// operands again for every tile. On an A100, in % of the tensor cores' time: 75 at R = N = 32, 125
+// at 16 and 32 (dq: 83, 133), so shared memory binds where the sums leave no room for 32 rows.
+struct AttentionBackwardTuning {
+  int rows_per_warp;
+  int warps;
+  int block_other;
+  int blocks_per_sm;
+  bool one_loop;  // tiles with and without a mask in one, behind a branch
+  const char* reason;
+
+  constexpr int threads() const { return warps * kWarpSize; }
+  constexpr int block_own() const { return warps * rows_per_warp; }
+};
+
+// Above 128 columns dk and dv are two launches: their sums together are 2 D registers at 32 rows.
+constexpr int kMaxJointHeadDim = 128;
+
+constexpr AttentionBackwardTuning attention_dkdv_tuning(int head_dim, bool general) {
+  if (head_dim <= 32) {
+    if (general) return {16, 4, 32, 3, true, "16 KB; 32 keys leave features too little"};
+    return {32, 4, 32, 2, false, "24 KB; sums 64 registers, scores and dp 64"};
+  }
+  if (head_dim <= 64) {
+    if (general) return {16, 8, 32, 1, true, "48 KB; 32 keys leave features too little"};
+    return {32, 4, 32, 2, true, "48 KB; sums 128 registers, scores and dp 64: no second loop"};
+  }
+  if (head_dim <= 96) return {16, 4, 32, 2, general, "48 KB; sums 96 registers, scores and dp 32"};
+  if (head_dim <= 128) {
+    if (general) return {16, 8, 16, 1, true, "80 KB; sums 128 registers, scores and dp 16"};
+    return {16, 8, 32, 1, true, "97 KB; sums 128 registers, scores and dp 32"};
+  }
+  if (head_dim <= 192) return {16, 4, 32, 1, true, "97 KB; sums 96 registers"};
+  return {16, 4, 16, 1, true, "97 KB; sums 128 registers"};
+}
+
+constexpr AttentionBackwardTuning attention_dq_tuning(int head_dim, bool general) {
+  if (head_dim <= 32) return {32, 4, 32, 2, general, "24 KB; sums 32 registers"};
+  if (head_dim <= 64) {
+    if (general) return {16, 8, 32, 1, true, "48 KB; 32 queries leave features too little"};
+    return {32, 4, 32, 2, false, "48 KB; sums 64 registers, scores and dp 64"};
+  }
+  if (head_dim <= 96) return {16, 8, 64, 1, general, "96 KB; sums 48 registers, scores and dp 64"};
+  if (head_dim <= 128) return {16, 8, 32, 1, general, "96 KB; sums 64 registers"};
+  if (head_dim <= 192) return {16, 4, 32, 1, true, "96 KB; sums 96 registers"};
+  return {16, 4, 16, 1, true, "96 KB; sums 128 registers"};
+}
+
+// Passes that work on one [block_t, block_s] tile of [T, S] at a time, and walk over the columns of
+// its operands in slices: no head dim is compiled in.
+//
+// Per slice of 64 columns a block reads (block_t + block_s) 128 bytes for 128 block_t block_s FLOP:
+// 32 FLOP per byte of the L2 at [64, 64]. Two slices are 32 KB.
+enum class SlicedPass : int { kWeights, kDbias };
+
+constexpr int kSliceColumns = 64;  // whole banks
+
+struct SlicedTuning {
+  int rows_per_warp;
+  int warps;
+  int block_s;
+  int blocks_per_sm;
+  const char* reason;
+
+  constexpr int threads() const { return warps * kWarpSize; }
+  constexpr int block_t() const { return warps * rows_per_warp; }
+};
+
+constexpr SlicedTuning sliced_tuning(SlicedPass pass) {
+  if (pass == SlicedPass::kWeights) {
+    constexpr auto kWhy =
+        "scores and their sum over heads are 64 of 168 registers; in 128 they spill";
+    return {16, 4, 64, 3, kWhy};
+  }
+  constexpr auto kWhy = "scores, dP and the sum are 96 of 168 registers; 12 warps in three blocks";
+  return {16, 4, 64, 3, kWhy};
+}
+
+}  // namespace fused_lm

@@ -1,0 +1,10 @@
+// Host twin of csrc/ptx/lane.h.
+#pragma once
+
+#include "ptx/builtins.h"
+
+namespace fused_lm::ptx {
+
+inline int lane_index() { return ::simt::current_thread->lane; }
+
+}  // namespace fused_lm::ptx
