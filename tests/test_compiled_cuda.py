@@ -62,9 +62,17 @@ def _planted(folder: Path, code: str, *flags: str) -> compiled.Compiled:
     return compiled.compiled(_toolkit(), source, "90", folder / "cache", flags)
 
 
-@pytest.mark.parametrize(
-    ("source", "arch"), TARGETS, ids=[f"{source.stem}-sm_{arch}" for source, arch in TARGETS]
-)
+LATER = ("90", "100", "120")
+"""Of kernels by the dozen, targets that wait for `make test-all`: a minute each."""
+
+
+def _parameter(source: Path, arch: str) -> object:
+    later = arch in LATER and source.stem.startswith("attention")
+    marks = [pytest.mark.slow] if later else []
+    return pytest.param(source, arch, id=f"{source.stem}-sm_{arch}", marks=marks)
+
+
+@pytest.mark.parametrize(("source", "arch"), [_parameter(*target) for target in TARGETS])
 def test_compiles_without_spills_and_with_the_golden_resources(source: Path, arch: str) -> None:
     toolkit = _toolkit()
     if arch not in toolkit.archs:

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from build_tools import commands, cuda_build, toolchain
 from build_tools.toolchain import Missing
 from fused_lm.ops import schemas
-from fused_lm.reference import layernorm as reference
+from fused_lm.reference import attention, layernorm
 
 NVCC = """#!/bin/sh
 case "$1" in
@@ -113,7 +113,23 @@ def test_the_build_knows_the_schemas_without_torch() -> None:
     assert commands.schema_hash() == schemas.SCHEMA_HASH
 
 
+def _attention_arguments(op: str) -> tuple[object, ...]:
+    q, k, v = torch.randn(2, 4, 6, 16), torch.randn(2, 2, 5, 16), torch.randn(2, 2, 5, 8)
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)  # results take the order of their inputs
+    masks = (torch.ones(2, 1, 6, 5).bool(), torch.ones(2, 5).bool(), torch.randn(1, 4, 6, 5))
+    score = (*masks, torch.arange(4), -3, 2, 0.25, 5.0, 0.25)
+    lse = torch.randn(2, 4, 6)
+    if op == "attention_fwd":
+        return (q, k, v, *score)
+    if op == "attention_weights_fwd":
+        return (q, k, lse, *score, True)
+    out = torch.randn(2, 4, 6, 8)
+    return (torch.randn_like(out), lse, q, k, v, out, lse, *score, True)
+
+
 def _arguments(op: str) -> tuple[object, ...]:
+    if op.startswith("attention"):
+        return _attention_arguments(op)
     x, weight, rng = torch.randn(4, 8), torch.randn(8), torch.arange(4)
     statistics = (torch.randn(4), torch.rand(4) + 0.5)
     dtype = torch.float32
@@ -130,6 +146,7 @@ def test_inner_ops(name: str) -> None:
     """
     op = name.removeprefix("cuda_")
     inner = getattr(torch.ops.fused_lm, name).default
+    reference = attention if op.startswith("attention") else layernorm
     function = getattr(reference, op.replace("_fwd", "_forward").replace("_bwd", "_backward"))
     arguments = _arguments(op)
     with torch.library._scoped_library("fused_lm", "IMPL") as library:
@@ -141,5 +158,11 @@ def test_inner_ops(name: str) -> None:
             torch.empty(a.shape, dtype=a.dtype, device="cuda") if torch.is_tensor(a) else a
             for a in arguments
         ]
-        for fake, real in zip(inner(*on_gpu), expected, strict=True):
+        outputs = inner(*on_gpu)
+        pairs = (
+            [(outputs, expected)]
+            if torch.is_tensor(expected)
+            else zip(outputs, expected, strict=True)
+        )
+        for fake, real in pairs:
             assert fake.is_cuda and fake.shape == real.shape and fake.dtype == real.dtype

@@ -70,7 +70,7 @@ def test_backends_nest_and_come_back() -> None:
 def test_why_says_what_runs_and_what_not() -> None:
     explanation = fused_lm.why("attention", q, q, q, softcap=1.0)
     assert explanation.backend == "reference"
-    assert [verdict.runs for verdict in explanation.verdicts] == [False, False, True]
+    assert [verdict.runs for verdict in explanation.verdicts] == [False, False, False, True]
     assert "-> reference" in str(explanation) and "no softcap" in str(explanation)
     assert fused_lm.why("rms_norm", q).backend == "pytorch"
     with pytest.raises(ValueError, match="no operator 'softmax'"):
@@ -224,7 +224,7 @@ def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_environment_variables() -> None:
     call = "import torch, fused_lm; q = torch.ones(1, 1, 2, 4); fused_lm.attention(q, q, q)"
     logged = _python(call + "; fused_lm.attention(q, q, q)", FUSED_LM_LOG="1").stderr
-    assert logged.count("attention d64-plain/0 torch.float32 cpu pytorch") == 1
+    assert logged.count("attention d32-plain/0 torch.float32 cpu pytorch") == 1
     forced = _python(
         "import fused_lm; print(fused_lm.dispatch.current_backend())", FUSED_LM_BACKEND="reference"
     )

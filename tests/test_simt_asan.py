@@ -1,4 +1,4 @@
-"""The norms' tests once more with kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+"""Operators' tests once more, with kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 
 The sanitizers must be in a process from its start, so pytest runs in one of its own.
 """
@@ -23,17 +23,28 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_norms_under_the_sanitizers() -> None:
+OPERATORS = {
+    "norms": (60, ["tests/test_layernorm.py", "tests/test_simt_layernorm.py"]),
+    "attention": (50, ["tests/test_attention.py", "tests/test_simt_attention_weights.py"]),
+    "attention, every kernel": (
+        140,
+        ["tests/test_simt_attention.py", "tests/test_simt_attention_bwd.py"],
+    ),
+}
+"""How many tests run at least, and of which files."""
+LONG = "attention, every kernel"
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [pytest.param(name, marks=[pytest.mark.slow] if name == LONG else []) for name in OPERATORS],
+)
+def test_under_the_sanitizers(operator: str) -> None:
+    least, files = OPERATORS[operator]
     build.build("asan")
     pytest_alone = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [
-            *pytest_alone,
-            "-k",
-            "simt_asan",
-            "tests/test_layernorm.py",
-            "tests/test_simt_layernorm.py",
-        ],
+        [*pytest_alone, "-k", "simt_asan", *files],
         cwd=ROOT,
         env={**os.environ, **sanitized.environment()},
         capture_output=True,
@@ -43,7 +54,7 @@ def test_norms_under_the_sanitizers() -> None:
     text = done.stdout + done.stderr
     assert done.returncode == 0, text[-6000:]
     passed = re.search(r"(\d+) passed", text)
-    assert passed and int(passed[1]) >= 60, text[-2000:]
+    assert passed and int(passed[1]) >= least, text[-2000:]
     ran = re.search(r"\d+ kernels in \d+ instantiations, in the builds asan; \d+ schedules", text)
     assert ran, text[-2000:]
     report.SANITIZED.add(ran[0])
