@@ -83,7 +83,12 @@ def attention(
         )
     if dropout_p > 0.0 and rng is None:
         call = call._replace(rng=registration.make_rng(q.device))
-    out, lse = _run(_operands(call[:3]) + call[3:-1], backend)
+    # The commonest tensors need neither a cast nor a copy, and eager users pay for each step.
+    plain = q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
+    operands: tuple[Any, ...] = call[:-1]
+    if not plain or _is_any_autocast_enabled():
+        operands = _operands(call[:3]) + call[3:-1]
+    out, lse = _run(operands, backend)
     return (out, lse) if return_lse else out
 
 
