@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 from fused_lm import cli, dispatch, records
 from fused_lm.commands import doctor
 from fused_lm.commands.verify import _merge, records_of
+from fused_lm.cuda import extension
 from fused_lm.lm import GPT, GPTConfig
 from fused_lm.lm.checkpoint import save_checkpoint
-from fused_lm.ops import registration
+from fused_lm.ops import checks, registration
 from fused_lm.parity import run as parity_run
 from fused_lm.parity.cases import SMALL, AttentionCase, NormCase, verify_cases
 from fused_lm.parity.supervise import supervise
@@ -33,6 +35,18 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert "attention_weights" in text and torch.__version__ in text
 
 
+@pytest.fixture
+def nothing_remembered() -> Iterator[None]:
+    """What a test pretends to be installed must not be what later tests are told."""
+    answers = (checks._has_triton.cache_clear, extension.forget)
+    for forget in answers:
+        forget()
+    yield
+    for forget in answers:
+        forget()
+
+
+@pytest.mark.usefixtures("nothing_remembered")
 def test_doctor_names_the_command_that_mends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
