@@ -16,6 +16,7 @@ import pytest  # noqa: E402
 
 from fused_lm.triton_kernels import interpreter  # noqa: E402
 from tests.simt import backend as simt  # noqa: E402
+from tests.simt import runtime  # noqa: E402
 from tests.simt.report import (  # noqa: E402, F401
     pytest_sessionfinish,
     pytest_terminal_summary,
@@ -46,6 +47,14 @@ def _simt(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with simt.installed(backend, _seed_of(request)):
         yield
+
+
+@pytest.fixture(params=simt.BACKENDS)
+def harness(request: pytest.FixtureRequest) -> Iterator[runtime.Harness]:
+    """Each build of the CUDA kernels for a CPU, in the schedule that a test chooses."""
+    found = runtime.load(request.param.removeprefix(simt.PREFIX))
+    yield found
+    found.configure()
 
 
 @pytest.fixture(scope="session", autouse=True)

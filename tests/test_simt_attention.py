@@ -5,7 +5,7 @@ kernels, all schedules, bytes moved, bank conflicts, and every synchronisation d
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,13 +34,6 @@ LARGE = 500_000
 def _run(harness: runtime.Harness, data: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     out, lse = harness.call("attention_fwd", *data)
     return out, lse
-
-
-@pytest.fixture(params=simt.BACKENDS)
-def harness(request: pytest.FixtureRequest) -> Iterator[runtime.Harness]:
-    found = runtime.load(request.param.removeprefix(simt.PREFIX))
-    yield found
-    found.configure()
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.why)

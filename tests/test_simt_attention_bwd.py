@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,13 +39,6 @@ LANES_OF_ROW = 4
 def _run(harness: runtime.Harness, data: Data) -> Sequence[Tensor]:
     results: Sequence[Tensor] = harness.call("attention_bwd", *data.arguments)
     return results
-
-
-@pytest.fixture(params=simt.BACKENDS)
-def harness(request: pytest.FixtureRequest) -> Iterator[runtime.Harness]:
-    found = runtime.load(request.param.removeprefix(simt.PREFIX))
-    yield found
-    found.configure()
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.why)

@@ -4,7 +4,6 @@ moved, bank conflicts, tiles passed over, and every synchronisation dropped in t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -116,13 +115,6 @@ def _data(c: Call) -> Data:
     score = (mask, key_mask, bias, rng, *tail)
     _, lse = reference.attention_forward(*_wide((q, k, k, *score)))
     return Data(q, k, lse, score, c.average)
-
-
-@pytest.fixture(params=simt.BACKENDS)
-def harness(request: pytest.FixtureRequest) -> Iterator[runtime.Harness]:
-    found = runtime.load(request.param.removeprefix(simt.PREFIX))
-    yield found
-    found.configure()
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.why)

@@ -5,7 +5,7 @@ every kernel, all schedules, bytes moved, bank conflicts, and every synchronisat
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -173,13 +173,6 @@ def _exact(data: Data) -> list[Tensor]:
     given = list(wide.backward(*outputs[1:]))
     given[-2], given[-1] = F64, None if data.residual is None else F64
     return [*outputs, *backward(*given)]
-
-
-@pytest.fixture(params=simt.BACKENDS)
-def harness(request: pytest.FixtureRequest) -> Iterator[runtime.Harness]:
-    found = runtime.load(request.param.removeprefix(simt.PREFIX))
-    yield found
-    found.configure()
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.why)

@@ -36,6 +36,7 @@
 
 #include <type_traits>
 
+#include "kernels/attention_dropout.h"
 #include "kernels/attention_products.h"
 #include "kernels/attention_score.h"
 #include "kernels/attention_tuning.h"
@@ -73,11 +74,6 @@ struct Config {
     Queries queries[2];
   };
 };
-
-template <class C>
-using Scores = float[C::kM][C::kScores][kFragment];
-template <class C>
-using Sums = float[C::kM][C::kSums][kFragment];
 
 // Starts the copies of one query tile of one head; rows behind the last are zeros.
 template <class C>
@@ -148,7 +144,7 @@ __device__ __forceinline__ void add_tile(Sums<C>& dk, Sums<C>& dv, typename C::S
   Scores<C> score;
   [[maybe_unused]] Scores<C> slope;
   [[maybe_unused]] uint32_t keep[C::kM];
-  multiply_transposed<Element>(score, smem.k, queries.q, lane, row);
+  multiply_transposed<Element>(score, shared_operands(smem.k, lane, row), queries.q, lane);
   if constexpr (C::kGeneral) {
     finish_scores(score, slope, tile, p.score, edge);
   } else if constexpr (kHidden) {
@@ -175,7 +171,7 @@ __device__ __forceinline__ void add_tile(Sums<C>& dk, Sums<C>& dv, typename C::S
   }
   if constexpr (C::kKeys) {
     Scores<C> dp;
-    multiply_transposed<Element>(dp, smem.v, queries.dout, lane, row);
+    multiply_transposed<Element>(dp, shared_operands(smem.v, lane, row), queries.dout, lane);
     float factor = 1.0f;
     if constexpr (C::kGeneral) {
       if (drops) {

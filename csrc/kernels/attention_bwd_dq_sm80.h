@@ -19,6 +19,7 @@
 
 #include <type_traits>
 
+#include "kernels/attention_dropout.h"
 #include "kernels/attention_products.h"
 #include "kernels/attention_score.h"
 #include "kernels/attention_tuning.h"
@@ -48,11 +49,6 @@ struct Config {
     Keys keys[2];
   };
 };
-
-template <class C>
-using Scores = float[C::kM][C::kScores][kFragment];
-template <class C>
-using Sums = float[C::kM][C::kSums][kFragment];
 
 // lse and delta of a thread's rows; +inf and 0 behind the last one.
 template <class C>
@@ -85,14 +81,14 @@ __device__ __forceinline__ void add_tile(Sums<C>& dq, const RowNumbers<C>& rows,
   const int lane = own_lane();
   Scores<C> score;
   [[maybe_unused]] Scores<C> slope;
-  multiply_transposed<Element>(score, smem.q, keys.k, lane, row);
+  multiply_transposed<Element>(score, shared_operands(smem.q, lane, row), keys.k, lane);
   if constexpr (C::kGeneral) {
     finish_scores(score, slope, tile, p.score, edge);
   } else if constexpr (kHidden) {
     if (edge) hide_outside_band(score, tile, p.score.lower, p.score.upper);
   }
   Scores<C> dp;
-  multiply_transposed<Element>(dp, smem.dout, keys.v, lane, row);
+  multiply_transposed<Element>(dp, shared_operands(smem.dout, lane, row), keys.v, lane);
   float factor = 1.0f;
   if constexpr (C::kGeneral) {
     if (p.dropout.rng != nullptr) {

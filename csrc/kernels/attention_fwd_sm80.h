@@ -29,6 +29,7 @@
 
 #include <type_traits>
 
+#include "kernels/attention_dropout.h"
 #include "kernels/attention_products.h"
 #include "kernels/attention_score.h"
 #include "kernels/attention_tuning.h"
@@ -50,6 +51,7 @@ struct Config {
   static constexpr int kSums = kD / kMmaColumns;
   static constexpr int kSteps = kD / kMmaDepth;
 
+  static constexpr bool kHeld = kTuning.queries != QueryPlace::kShared;
   static constexpr bool kStaged = kTuning.queries == QueryPlace::kStaged;
 
   using Queries = SharedTile<kBlockT, kD>;
@@ -71,65 +73,10 @@ struct Config {
 // What a warp knows of its rows: sums of p v, and per row the running maximum and sum of p.
 template <class C>
 struct Rows {
-  float acc[C::kM][C::kSums][kFragment];
+  Sums<C> acc;
   float max[C::kM][2];
   float sum[C::kM][2];  // of this lane's columns
 };
-
-// q as operands: in registers for good, or read again for every key tile.
-template <class C, bool kInRegisters = C::kTuning.queries != QueryPlace::kShared>
-struct QueryOperands {
-  uint32_t a[C::kSteps][C::kM][4];
-
-  template <class Tile>
-  __device__ __forceinline__ void load(Tile& sQ, int lane, int row) {
-#pragma unroll
-    for (int step = 0; step < C::kSteps; ++step) {
-#pragma unroll
-      for (int m = 0; m < C::kM; ++m) load_a(a[step][m], sQ, lane, row, m * kMmaRows, step);
-    }
-  }
-  template <class Tile>
-  __device__ __forceinline__ void get(uint32_t (&operand)[C::kM][4], Tile&, int, int,
-                                      int step) const {
-#pragma unroll
-    for (int m = 0; m < C::kM; ++m) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) operand[m][r] = a[step][m][r];
-    }
-  }
-};
-
-template <class C>
-struct QueryOperands<C, false> {
-  template <class Tile>
-  __device__ __forceinline__ void load(Tile&, int, int) {}
-  template <class Tile>
-  __device__ __forceinline__ void get(uint32_t (&operand)[C::kM][4], Tile& sQ, int lane, int row,
-                                      int step) const {
-#pragma unroll
-    for (int m = 0; m < C::kM; ++m) load_a(operand[m], sQ, lane, row, m * kMmaRows, step);
-  }
-};
-
-// score = q k^T for a warp's rows, from `row` on in the tile.
-template <class Element, class C>
-__device__ __forceinline__ void multiply_q_k(float (&score)[C::kM][C::kScores][kFragment],
-                                             const QueryOperands<C>& queries,
-                                             typename C::SharedStorage& smem,
-                                             typename C::Keys& keys, int lane, int row) {
-  fill_zero(score);
-#pragma unroll
-  for (int step = 0; step < C::kSteps; ++step) {
-    uint32_t a[C::kM][4];
-    queries.get(a, smem.q, lane, row, step);
-#pragma unroll
-    for (int pair = 0; pair < C::kScores / 2; ++pair) {
-      const OperandPair b = load_b_transposed(keys.k, lane, 2 * pair * kMmaColumns, step);
-      multiply_pair<Element>(score, a, b, pair);
-    }
-  }
-}
 
 // Scores become p = 2^(unit_log2 (score - max)); sums so far shrink with the new maximum. The
 // maximum is subtracted before it is scaled: one fused multiply-add per score less an add would
@@ -137,8 +84,7 @@ __device__ __forceinline__ void multiply_q_k(float (&score)[C::kM][C::kScores][k
 // scores of 1e9. kHidden: scores may be -inf, and a row may have seen no key yet, where -inf - -inf
 // would be NaN.
 template <bool kHidden, class C>
-__device__ __forceinline__ void online_softmax(float (&score)[C::kM][C::kScores][kFragment],
-                                               Rows<C>& rows, float unit_log2) {
+__device__ __forceinline__ void online_softmax(Scores<C>& score, Rows<C>& rows, float unit_log2) {
 #pragma unroll
   for (int m = 0; m < C::kM; ++m) {
 #pragma unroll
@@ -243,8 +189,8 @@ __global__ void __launch_bounds__((Config<kD, kGeneral>::kThreads),
     rows.max[m][0] = rows.max[m][1] = kNoScore;
     rows.sum[m][0] = rows.sum[m][1] = 0.0f;
   }
-  QueryOperands<C> queries;
-  if constexpr (C::kTuning.queries != QueryPlace::kShared) {
+  [[maybe_unused]] HeldOperands<C::kM, C::kSteps> queries;
+  if constexpr (C::kHeld) {
     if (band.count > 0) {
       ptx::cp_async_wait<0>();
       __syncthreads();
@@ -266,8 +212,12 @@ __global__ void __launch_bounds__((Config<kD, kGeneral>::kThreads),
     // Read anew where addresses that are kept for a second loop, or at all, cost spills.
     const int lane = C::kTuning.one_loop || C::kD == 64 && kHidden ? ptx::lane_index() : own_lane();
     tile.s_first = start + at.column;
-    float score[C::kM][C::kScores][kFragment];
-    multiply_q_k<Element>(score, queries, smem, keys, lane, row);
+    Scores<C> score;
+    if constexpr (C::kHeld) {
+      multiply_transposed<Element>(score, queries, keys.k, lane);
+    } else {
+      multiply_transposed<Element>(score, shared_operands(smem.q, lane, row), keys.k, lane);
+    }
     if constexpr (kGeneral) {
       finish_scores(score, tile, p.score, edge);
     } else if constexpr (kHidden) {

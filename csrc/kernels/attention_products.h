@@ -1,27 +1,81 @@
-// Products of a warp's rows: of two tiles in shared memory, and of registers with one.
+// Products of a warp's rows with tiles in shared memory.
 #pragma once
 
 #include "kernels/attention_tile.h"
 
 namespace fused_lm {
 
-// product = a b^T for 16 kM rows of a, from `row` on, and the rows of b: q k^T, dout v^T.
-template <class Element, int kM, int kN, class TileA, class TileB>
-__device__ __forceinline__ void multiply_transposed(float (&product)[kM][kN][kFragment], TileA& sA,
-                                                    TileB& sB, int lane, int row) {
-  static_assert(TileA::kColumns == TileB::kColumns && TileB::kRows == kN * kMmaColumns);
-  fill_zero(product);
+// What a warp of a kernel's Config C holds: a tile of scores, and its rows of a result.
+template <class C>
+using Scores = float[C::kM][C::kScores][kFragment];
+template <class C>
+using Sums = float[C::kM][C::kSums][kFragment];
+
+// Left operands that are read from shared memory for every product: 16 kM rows from `row` on.
+template <class Tile>
+struct SharedOperands {
+  Tile& sTile;
+  int lane, row;
+
+  template <int kM>
+  __device__ __forceinline__ void get(uint32_t (&a)[kM][4], int step) const {
 #pragma unroll
-  for (int step = 0; step < TileA::kColumns / kMmaDepth; ++step) {
+    for (int m = 0; m < kM; ++m) load_a(a[m], sTile, lane, row, m * kMmaRows, step);
+  }
+};
+
+template <class Tile>
+__device__ __forceinline__ SharedOperands<Tile> shared_operands(Tile& sTile, int lane, int row) {
+  return {sTile, lane, row};
+}
+
+// The same, read once and held.
+template <int kHeldM, int kSteps>
+struct HeldOperands {
+  uint32_t held[kSteps][kHeldM][4];
+
+  template <class Tile>
+  __device__ __forceinline__ void load(Tile& sTile, int lane, int row) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int m = 0; m < kHeldM; ++m) {
+        load_a(held[step][m], sTile, lane, row, m * kMmaRows, step);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void get(uint32_t (&a)[kHeldM][4], int step) const {
+#pragma unroll
+    for (int m = 0; m < kHeldM; ++m) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) a[m][r] = held[step][m][r];
+    }
+  }
+};
+
+// product += a b^T over the columns of b, whose rows are the product's columns: q k^T, dout v^T.
+template <class Element, int kM, int kN, class Operands, class Tile>
+__device__ __forceinline__ void add_transposed(float (&product)[kM][kN][kFragment],
+                                               const Operands& operands, Tile& sB, int lane) {
+  static_assert(Tile::kRows == kN * kMmaColumns);
+#pragma unroll
+  for (int step = 0; step < Tile::kColumns / kMmaDepth; ++step) {
     uint32_t a[kM][4];
-#pragma unroll
-    for (int m = 0; m < kM; ++m) load_a(a[m], sA, lane, row, m * kMmaRows, step);
+    operands.get(a, step);
 #pragma unroll
     for (int pair = 0; pair < kN / 2; ++pair) {
       const OperandPair b = load_b_transposed(sB, lane, 2 * pair * kMmaColumns, step);
       multiply_pair<Element>(product, a, b, pair);
     }
   }
+}
+
+template <class Element, int kM, int kN, class Operands, class Tile>
+__device__ __forceinline__ void multiply_transposed(float (&product)[kM][kN][kFragment],
+                                                    const Operands& operands, Tile& sB, int lane) {
+  fill_zero(product);
+  add_transposed<Element>(product, operands, sB, lane);
 }
 
 // sum += a b for a in registers, rounded to b's type, and all rows of b: p v, ds k.

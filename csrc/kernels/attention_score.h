@@ -1,4 +1,4 @@
-// From q.k to masked scores and kept probabilities, in the registers of a product's fragments.
+// From q.k to masked scores and probabilities, in the registers of a product's fragments.
 //
 // Forward and weights hold [T, S] tiles, the pass over keys of the backward [S, T] tiles: kKeyRows
 // says that a fragment's rows are keys. Each feature is one pass over the registers behind a branch
@@ -7,7 +7,6 @@
 
 #include <cfloat>
 
-#include "common/philox.h"
 #include "common/vec.h"
 #include "kernels/attention.h"
 #include "kernels/attention_tile.h"
@@ -165,31 +164,33 @@ __device__ __forceinline__ void hide_masked_keys(float (&score)[kM][kN][kFragmen
   });
 }
 
-template <bool kKeyRows, int kM, int kN>
-__device__ __forceinline__ void add_bias_and_hide(float (&score)[kM][kN][kFragment],
-                                                  const ScoreTile<kKeyRows>& tile,
-                                                  const ScoreParams& p, bool edge) {
+// q.k to scores in natural units, rounded there, -inf where a key is hidden. `edge`: the band may
+// end in this tile. With a cap, on_cap(m, n, e, tanh) hears of every value.
+template <bool kKeyRows, int kM, int kN, class OnCap>
+__device__ __forceinline__ void finish_scores(float (&score)[kM][kN][kFragment],
+                                              const ScoreTile<kKeyRows>& tile, const ScoreParams& p,
+                                              bool edge, const OnCap& on_cap) {
+  for_each_value<kM, kN>(
+      [&](int m, int n, int e) { score[m][n][e] = __fmul_rn(score[m][n][e], p.scale); });
+  if (p.softcap > 0.0f) {
+    const float inverse = 1.0f / p.softcap;
+    for_each_value<kM, kN>([&](int m, int n, int e) {
+      const float tanh = accurate_tanh(score[m][n][e] * inverse);
+      score[m][n][e] = p.softcap * tanh;
+      on_cap(m, n, e, tanh);
+    });
+  }
   if (p.bias != nullptr) add_bias(score, tile, p);
   if (p.mask != nullptr) hide_masked(score, tile, p);
   if (p.key_mask != nullptr) hide_masked_keys(score, tile, p);
   if (edge) hide_outside_band(score, tile, p.lower, p.upper);
 }
 
-// q.k to scores in natural units, rounded there, -inf where a key is hidden. `edge`: the band may
-// end in this tile.
 template <bool kKeyRows, int kM, int kN>
 __device__ __forceinline__ void finish_scores(float (&score)[kM][kN][kFragment],
                                               const ScoreTile<kKeyRows>& tile, const ScoreParams& p,
                                               bool edge) {
-  for_each_value<kM, kN>(
-      [&](int m, int n, int e) { score[m][n][e] = __fmul_rn(score[m][n][e], p.scale); });
-  if (p.softcap > 0.0f) {
-    const float inverse = 1.0f / p.softcap;
-    for_each_value<kM, kN>([&](int m, int n, int e) {
-      score[m][n][e] = p.softcap * accurate_tanh(score[m][n][e] * inverse);
-    });
-  }
-  add_bias_and_hide(score, tile, p, edge);
+  finish_scores(score, tile, p, edge, [](int, int, int, float) {});
 }
 
 // The same, and what the cap's derivative multiplies gradients by; untouched without a cap.
@@ -198,17 +199,8 @@ __device__ __forceinline__ void finish_scores(float (&score)[kM][kN][kFragment],
                                               float (&slope)[kM][kN][kFragment],
                                               const ScoreTile<kKeyRows>& tile, const ScoreParams& p,
                                               bool edge) {
-  for_each_value<kM, kN>(
-      [&](int m, int n, int e) { score[m][n][e] = __fmul_rn(score[m][n][e], p.scale); });
-  if (p.softcap > 0.0f) {
-    const float inverse = 1.0f / p.softcap;
-    for_each_value<kM, kN>([&](int m, int n, int e) {
-      const float tanh = accurate_tanh(score[m][n][e] * inverse);
-      score[m][n][e] = p.softcap * tanh;
-      slope[m][n][e] = fmaf(-tanh, tanh, 1.0f);
-    });
-  }
-  add_bias_and_hide(score, tile, p, edge);
+  finish_scores(score, tile, p, edge,
+                [&](int m, int n, int e, float tanh) { slope[m][n][e] = fmaf(-tanh, tanh, 1.0f); });
 }
 
 // P = exp(score - lse), of a general kernel's finished score or a plain one's q.k. The score is
@@ -217,84 +209,6 @@ __device__ __forceinline__ void finish_scores(float (&score)[kM][kN][kFragment],
 template <bool kGeneral>
 __device__ __forceinline__ float probability(float score, float lse, float scale) {
   return ptx::exp2_approx(((kGeneral ? score : __fmul_rn(score, scale)) - lse) * kLog2E);
-}
-
-// Which values dropout keeps: bit 4 n + e of word m. The tile begins at multiples of 8 keys.
-//
-// One call of Philox decides about eight keys of a query. Of those a thread of [T, S] fragments
-// holds two, so the four threads of a row draw for four neighbouring products and hand round a bit
-// per key; a thread of [S, T] fragments holds one of each of four, so a warp draws for two
-// products.
-template <int kM, int kN>
-__device__ __forceinline__ void keep_mask(uint32_t (&keep)[kM], const ScoreTile<false>& tile,
-                                          const DropoutKey& key, uint32_t threshold) {
-  static_assert(kN <= 8, "a word has 32 bits");
-  const int lane = own_lane();
-  const int quad = lane % 4;
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-    keep[m] = 0;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int t = tile.t(m, 0, 2 * half);
-#pragma unroll
-      for (int n = 0; n < kN; n += 4) {
-        const int64_t keys = tile.s_first / kPhiloxLanes + n + quad;
-        const uint32_t mine = keep_bits(dropout_words(key, t, keys), threshold);
-#pragma unroll
-        for (int i = 0; i < 4 && n + i < kN; ++i) {
-          const uint32_t bits = __shfl_sync(kAllLanes, mine, lane - quad + i) >> 2 * quad;
-          keep[m] |= (bits & 3u) << (4 * (n + i) + 2 * half);
-        }
-      }
-    }
-  }
-}
-
-template <int kM, int kN>
-__device__ __forceinline__ void keep_mask(uint32_t (&keep)[kM], const ScoreTile<true>& tile,
-                                          const DropoutKey& key, uint32_t threshold) {
-  static_assert(kN % 2 == 0 && kN <= 8, "two products share their draws, and a word has 32 bits");
-  const int lane = own_lane();
-  const FragmentLane at = fragment_lane(lane);
-  const int t_first = tile.t_first - at.column + lane / 16 * kMmaColumns + lane % 8;
-  const int keys_first = tile.s_first / kPhiloxLanes + lane / 8 % 2;
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-    keep[m] = 0;
-#pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      const PhiloxWords words = dropout_words(key, t_first + n * kMmaColumns, keys_first + 2 * m);
-      const uint32_t mine = keep_bits(words, threshold);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int e = 0; e < kFragment; ++e) {
-          const int source = 16 * i + e / 2 * 8 + at.column + e % 2;
-          const uint32_t bits = __shfl_sync(kAllLanes, mine, source) >> at.row;
-          keep[m] |= (bits & 1u) << (4 * (n + i) + e);
-        }
-      }
-    }
-  }
-}
-
-// Zeros where dropout drops; what is kept is not scaled.
-template <int kM, int kN>
-__device__ __forceinline__ void drop(float (&value)[kM][kN][kFragment],
-                                     const uint32_t (&keep)[kM]) {
-  for_each_value<kM, kN>([&](int m, int n, int e) {
-    value[m][n][e] = (keep[m] >> (4 * n + e) & 1u) != 0 ? value[m][n][e] : 0.0f;
-  });
-}
-
-template <int kM, int kN>
-__device__ __forceinline__ void drop(float (&value)[kM][kN][kFragment],
-                                     const ScoreTile<false>& tile, const DropoutKey& key,
-                                     uint32_t threshold) {
-  uint32_t keep[kM];
-  keep_mask<kM, kN>(keep, tile, key, threshold);
-  drop(value, keep);
 }
 
 // Whether the kernels without features can run it. Their scale times log2(e) must be a normal

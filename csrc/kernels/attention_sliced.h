@@ -8,6 +8,8 @@
 // product.
 #pragma once
 
+#include "kernels/attention_dropout.h"
+#include "kernels/attention_products.h"
 #include "kernels/attention_score.h"
 #include "kernels/attention_tuning.h"
 #include "ptx/lane.h"
@@ -112,17 +114,7 @@ __device__ __forceinline__ void multiply_slices(Product<C>& product, const Opera
     } else {
       next(slices[own]);
     }
-#pragma unroll
-    for (int step = 0; step < kSliceColumns / kMmaDepth; ++step) {
-      uint32_t a[C::kM][4];
-#pragma unroll
-      for (int m = 0; m < C::kM; ++m) load_a(a[m], slice.rows, lane, row, m * kMmaRows, step);
-#pragma unroll
-      for (int pair = 0; pair < C::kN / 2; ++pair) {
-        const OperandPair b = load_b_transposed(slice.keys, lane, 2 * pair * kMmaColumns, step);
-        multiply_pair<Element>(product, a, b, pair);
-      }
-    }
+    add_transposed<Element>(product, shared_operands(slice.rows, lane, row), slice.keys, lane);
   }
 }
 

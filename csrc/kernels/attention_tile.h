@@ -8,6 +8,7 @@
 #include "common/vec.h"
 #include "common/warp.h"
 #include "kernels/attention.h"
+#include "kernels/attention_tuning.h"
 #include "ptx/launch.h"
 #include "ptx/mma.h"
 
@@ -209,16 +210,15 @@ Status launch_heads(void (*kernel)(Params, int), const Params& p, int64_t tiles,
 }
 
 // Calls body with the compiled head dim that holds D and Dv, as a constant.
-template <class Body>
+template <int kIndex = 0, class Body>
 Status with_head_dim(const AttentionShape& shape, const Body& body) {
-  const int dim = shape.D > shape.Dv ? shape.D : shape.Dv;
-  if (dim <= 32) return body(std::integral_constant<int, 32>{});
-  if (dim <= 64) return body(std::integral_constant<int, 64>{});
-  if (dim <= 96) return body(std::integral_constant<int, 96>{});
-  if (dim <= 128) return body(std::integral_constant<int, 128>{});
-  if (dim <= 192) return body(std::integral_constant<int, 192>{});
-  if (dim <= kMaxHeadDim) return body(std::integral_constant<int, kMaxHeadDim>{});
-  return "an attention has head dims above 256";
+  constexpr int kD = kHeadDims[kIndex];
+  if (shape.D <= kD && shape.Dv <= kD) return body(std::integral_constant<int, kD>{});
+  if constexpr (kD < kMaxHeadDim) {
+    return with_head_dim<kIndex + 1>(shape, body);
+  } else {
+    return "an attention has head dims above 256";
+  }
 }
 
 // Where tile i of a walk begins.
