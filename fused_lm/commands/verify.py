@@ -8,6 +8,8 @@ import argparse
 import json
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,12 @@ from fused_lm import records
 from fused_lm.commands.doctor import describe_machine
 from fused_lm.commands.errors import UserError
 from fused_lm.commands.parity import chosen_device
+from fused_lm.parity.lanes import lane_count, prove, run_lanes
 from fused_lm.parity.run import NOT_MEASURED
 
 NAME = "verify"
 HELP = "prove and time every kernel on this GPU, and let auto use those that win"
-DEFAULT_MINUTES = 3.0
+DEFAULT_MINUTES = 5.0
 JOB_SECONDS = 90.0
 
 
@@ -31,54 +34,99 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, help="keep the raw results here")
     parser.add_argument("--again", action="store_true", help="also what has a record already")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N jobs")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="WORD",
+        help='only jobs with any of these in "op case dtype backend"',
+    )
+    parser.add_argument("--parity-only", action="store_true", help="take no times")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0 if every finished job passed parity, else 1."""
+    """Exit code 0 if every finished job passed parity and could be timed, else 1."""
     from rich.console import Console
 
-    from fused_lm.parity.supervise import supervise
-    from fused_lm.parity.worker import jobs_for
+    from fused_lm.parity.worker import has_record, jobs_for
 
     device = chosen_device(args.device)
     console = Console(highlight=False)
-    jobs = jobs_for(device)[: args.limit]
-    if not jobs or args.minutes <= 0:
-        raise UserError("nothing to verify: --limit and --minutes must be above 0")
+    jobs = jobs_for(device)
+    words = args.only or [""]
+    chosen = [i for i, job in enumerate(jobs) if any(word in job.name for word in words)]
+    chosen = chosen[: args.limit]
+    if not chosen or args.minutes <= 0:
+        what = "--limit and --minutes must be above 0, --only a part of some job's name"
+        raise UserError(f"nothing to verify: {what}")
     out = _prepared_folder(args.out, device)
     where = "kernels in the interpreter" if device.type == "cpu" else _gpu_name(device)
     minutes = f"at most {args.minutes:g} minutes"
-    console.print(f"verify: {len(jobs)} jobs on {device} ({where}), {minutes}")
-    found: list[dict[str, Any]] = []
-
-    def keep(result: dict[str, Any]) -> None:
-        found.append({**_labels(jobs, result, device), **result})
-        console.print(_line(jobs, result))
-
-    worker = [sys.executable, "-m", "fused_lm.parity.worker", "--device", str(device)]
-    if args.again:
-        worker.append("--again")
+    console.print(f"verify: {len(chosen)} jobs on {device} ({where}), {minutes}")
+    unknown = chosen
+    if device.type == "cuda" and not args.again:
+        unknown = [i for i in chosen if not has_record(jobs[i], device)]
+        for i in sorted({*chosen} - {*unknown}):
+            console.print(f"[dim]known[/] {jobs[i].name}")
+    found: dict[int, dict[str, Any]] = {}
     try:
-        supervise(
-            [*worker, "--stop", str(len(jobs))],
-            len(jobs),
-            out / "results.jsonl",
-            JOB_SECONDS,
-            args.minutes * 60.0,
-            keep,
-        )
-    finally:  # what was proven before a Ctrl-C is proven
+        _prove_and_time(jobs, unknown, device, args, out, found, console)
+    finally:  # what was proven and timed before a Ctrl-C is
         if device.type == "cuda":
-            written = _merge(records_of(found))
+            written = _merge(records_of(list(found.values())))
             console.print(f"{written} records in {records.user_file()}; auto uses them from now on")
-    failed = [result for result in found if result["problem"] is not None]
-    console.print(f"{len(found) - len(failed)} passed, {len(failed)} failed", end="")
-    left = len(jobs) - len(found)
-    console.print(f", {left} not reached: run it again, it goes on there" if left else "")
+        with (out / "results.jsonl").open("a") as file:
+            file.writelines(json.dumps(found[i]) + "\n" for i in sorted(found))
+    known, left = len(chosen) - len(unknown), len(unknown) - len(found)
+    console.print(_summary(list(found.values()), known, left, _takes_times(args, device)))
     console.print(f"raw results: {out}")
     if device.type == "cpu":
         console.print("This was a CPU: no record is written.")
-    return 1 if failed else 0
+    return 1 if any(result["problem"] is not None for result in found.values()) else 0
+
+
+def _takes_times(args: argparse.Namespace, device: torch.device) -> bool:
+    return device.type == "cuda" and not args.parity_only
+
+
+def _prove_and_time(
+    jobs: list[Any],
+    unknown: Sequence[int],
+    device: torch.device,
+    args: argparse.Namespace,
+    out: Path,
+    found: dict[int, dict[str, Any]],
+    console: Any,
+) -> None:
+    """Parity in lanes, then, with the GPU to itself, the times of what passed, in order of worth.
+
+    Fills ``found``, index of a job -> its raw result, as the results come.
+    """
+    seconds = args.minutes * 60.0
+    end = time.monotonic() + seconds
+    times = _takes_times(args, device)
+
+    def proven(result: dict[str, Any]) -> None:
+        found[result["job"]] = {**_labels(jobs, result, device), **result}
+        console.print(_line(jobs, result))
+
+    def timed(result: dict[str, Any]) -> None:
+        if result["problem"] is not None:
+            result = {**result, "problem": f"not timed: {result['problem']}"}
+        found[result["job"]].update(result)
+        console.print(_line(jobs, result))
+
+    worker = _worker(device)
+    lanes = lane_count(device.type, len(unknown))
+    share = seconds / 2 if times else seconds
+    prove([*worker, "--phase", "parity"], unknown, lanes, out, JOB_SECONDS, share, proven)
+    passed = [i for i in unknown if found.get(i, {}).get("parity")]
+    if times and passed:
+        command = [*worker, "--phase", "times"]
+        run_lanes(command, {"times": passed}, out, JOB_SECONDS, end - time.monotonic(), timed)
+
+
+def _worker(device: torch.device) -> list[str]:
+    return [sys.executable, "-m", "fused_lm.parity.worker", "--device", str(device)]
 
 
 def _prepared_folder(chosen: Path | None, device: torch.device) -> Path:
@@ -107,10 +155,15 @@ def _labels(jobs: list[Any], result: dict[str, Any], device: torch.device) -> di
 
 
 def records_of(results: list[dict[str, Any]]) -> list[records.Record]:
-    """The records that raw results of a GPU prove; parity failures are recorded too."""
+    """The records that raw results of a GPU prove: parity failures, and what passed and was timed.
+
+    What passed but has no times makes none, so that the next run goes on there.
+    """
     made = []
     for result in results:
-        if "gpu" not in result or result.get("worst") == NOT_MEASURED or result.get("skipped"):
+        if "gpu" not in result or result.get("worst") == NOT_MEASURED:
+            continue
+        if result["parity"] and "times" not in result:
             continue
         for mode in ("infer", "train"):
             ratio = result.get("times", {}).get(mode, {}).get("ratio", 0.0)
@@ -156,14 +209,23 @@ def _merge(new: list[records.Record]) -> int:
     return len(fresh)
 
 
+def _summary(results: list[dict[str, Any]], known: int, left: int, times: bool) -> str:
+    passed = sum(result["problem"] is None for result in results)
+    timed = sum("times" in result for result in results)
+    parts = [f"{passed} passed", f"{len(results) - passed} failed"]
+    parts += [f"{timed} timed"] if times else []
+    parts += [f"{known} known"] if known else []
+    parts += [f"{left} not reached"] if left else []
+    more = left or (times and timed < passed)
+    return ", ".join(parts) + (": run it again, it goes on there" if more else "")
+
+
 def _line(jobs: list[Any], result: dict[str, Any]) -> str:
     from rich.markup import escape
 
     name = jobs[result["job"]].name
     if result["problem"] is not None:
         return f"[red]FAIL[/] {name}: {escape(result['problem'])}"
-    if result.get("skipped"):
-        return f"[dim]known[/] {name}"
     ratios = {mode: times["ratio"] for mode, times in result.get("times", {}).items()}
     speed = ", ".join(f"{mode} {ratio:.2f}x" for mode, ratio in ratios.items())
     return f"[green]ok[/]   {name}" + (f": {speed} of PyTorch's speed" if speed else "")

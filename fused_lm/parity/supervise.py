@@ -1,14 +1,16 @@
 """Jobs in a process of their own, so that a crash or a hang of one never loses the others.
 
-The worker takes the index to start from, works the jobs off in order and appends one JSON line per
-job to a file, flushed at once. When it dies or says nothing for too long, the job it was at is
-written down as lost and a new worker starts behind it.
+The worker takes the jobs' indices, works them off in order and appends one JSON line per job to a
+file, flushed at once. When it dies or says nothing for too long, the job it was at is written down
+as lost and a new worker starts behind it.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,43 +23,47 @@ RESTART = 3
 
 def supervise(
     command: Sequence[str],
-    jobs: int,
+    jobs: Sequence[int],
     results: Path,
     job_seconds: float,
     total_seconds: float,
     on_result: Callable[[dict[str, Any]], None] = lambda result: None,
+    stop: threading.Event | None = None,
 ) -> list[dict[str, Any]]:
-    """Runs ``command`` with ``--start N --results FILE`` appended until all jobs are done.
+    """Runs ``command`` with ``--jobs 3,15 --results FILE`` appended until all jobs are done.
 
     Args:
         command: The worker; it writes {"job": index, ...} per job and exits 0 at the end.
-        jobs: How many there are.
+        jobs: Their indices, in the order to work them off; a restart gets what is left of them.
         results: JSON-lines file, appended to.
         job_seconds: Longest silence before a worker counts as hung (the first job pays the start).
         total_seconds: No worker runs longer than until then; what is not done by then is left out.
         on_result: Called with each result as it comes.
+        stop: Once set, the worker is killed and its job is left out, as after a Ctrl-C.
     Returns:
-        Results in job order; a lost job is {"job": index, "problem": sentence}.
+        Results in the order of ``jobs``; a lost job is {"job": index, "problem": sentence}.
     """
     end = time.monotonic() + total_seconds
+    stop = stop or threading.Event()
     found: list[dict[str, Any]] = []
     results.touch()
-    while len(found) < jobs and time.monotonic() < end:
+    while len(found) < len(jobs) and time.monotonic() < end and not stop.is_set():
         start = len(found)
         before = results.stat().st_size
-        log = results.with_suffix(f".{start}.log")
+        log = results.with_suffix(f".{jobs[start]}.log")
         with log.open("w") as output:
             worker = subprocess.Popen(
-                [*command, "--start", str(start), "--results", str(results)],
+                [*command, "--jobs", ",".join(map(str, jobs[start:])), "--results", str(results)],
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-            reason = _watch(worker, results, before, job_seconds, end, found, on_result)
-        if reason is None or time.monotonic() >= end:
+            reason = _watch(worker, results, before, job_seconds, end, found, on_result, stop)
+        interrupted = stop.is_set() or worker.returncode == -signal.SIGINT
+        if reason is None or interrupted or time.monotonic() >= end:
             break
         if worker.returncode == RESTART and len(found) > start:
             continue
-        lost = {"job": len(found), "problem": f"{reason}; {_last_line(log)}"}
+        lost = {"job": jobs[len(found)], "problem": f"{reason}; {_last_line(log)}"}
         with results.open("a") as file:
             file.write(json.dumps(lost) + "\n")
         found.append(lost)
@@ -73,6 +79,7 @@ def _watch(
     end: float,
     found: list[dict[str, Any]],
     on_result: Callable[[dict[str, Any]], None],
+    stop: threading.Event,
 ) -> str | None:
     """Collects results until the worker ends; None if it ended well, else why the next job is
     lost.
@@ -92,6 +99,8 @@ def _watch(
                 heard = time.monotonic()
             if ended:
                 return None if worker.returncode == 0 else f"exit status {worker.returncode}"
+            if stop.is_set():
+                return "stopped"
             if time.monotonic() > end:
                 return "out of time"
             if time.monotonic() - heard > job_seconds:

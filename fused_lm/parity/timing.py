@@ -12,7 +12,7 @@ FLUSH_BYTES = 512 << 20
 
 
 def interleaved_medians(
-    calls: Sequence[Callable[[], None]], seconds: float = 0.3, least: int = 10, most: int = 200
+    calls: Sequence[Callable[[], None]], seconds: float = 0.1, least: int = 10, most: int = 200
 ) -> list[float]:
     """Median time of each call in microseconds, from CUDA events around it.
 

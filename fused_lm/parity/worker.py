@@ -1,6 +1,6 @@
-"""The process in which ``verify`` runs its jobs: parity of a case, then its time against PyTorch's.
+"""The process in which ``verify`` runs its jobs: parity of cases, or their times against PyTorch's.
 
-``python -m fused_lm.parity.worker --device cuda --start 0 --stop 9 --results FILE``; see
+``python -m fused_lm.parity.worker --device cuda --phase parity --jobs 0,3 --results FILE``; see
 :mod:`.supervise`.
 """
 
@@ -75,19 +75,22 @@ def _can_run(backend: str, device: torch.device) -> bool:
     return device.type == "cuda" and extension.refusal_on(device.type, device.index) is None
 
 
-def run_job(job: Job, device: torch.device) -> dict[str, Any]:
-    """Parity and, on a GPU, the ratio of PyTorch's time to ours for inference and training."""
+def prove_job(job: Job, device: torch.device) -> dict[str, Any]:
+    """Parity, and on a GPU what a record of it is about."""
     case, dtype, backend = job
     result = run_case(_slice(case), backend, dtype, device)
     report = {**result.as_dict(), "case": case.name, "parity": result.ok}
     if device.type == "cuda":
         report.update(labels_of(job, device))
-        if result.ok:
-            try:
-                report["times"] = _times(job, device)
-            except torch.OutOfMemoryError as error:
-                report["problem"] = f"not timed: {error}".split("\n")[0]
     return report
+
+
+def time_job(job: Job, device: torch.device) -> dict[str, Any]:
+    """The ratio of PyTorch's time to ours for inference and training; needs a GPU."""
+    try:
+        return {"problem": None, "times": _times(job, device)}
+    except torch.OutOfMemoryError as error:
+        return {"problem": str(error).split("\n")[0]}
 
 
 def labels_of(job: Job, device: torch.device) -> dict[str, Any]:
@@ -162,11 +165,13 @@ def _times(job: Job, device: torch.device) -> dict[str, dict[str, float]]:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", required=True)
-    parser.add_argument("--start", type=int, required=True)
-    parser.add_argument("--stop", type=int, required=True)
+    parser.add_argument("--phase", choices=("parity", "times"), required=True)
+    parser.add_argument("--jobs", required=True, help="indices in jobs_for, like 3,15")
     parser.add_argument("--results", required=True)
-    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--threads", type=int, help="of torch on the CPU")
     args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -174,16 +179,16 @@ def main() -> int:
         use_interpreter_without_gpu()
         import fused_lm.triton_kernels.attention  # noqa: F401
     jobs = jobs_for(device)
+    work = prove_job if args.phase == "parity" else time_job
     with open(args.results, "a") as results:
-        for index in range(args.start, min(args.stop, len(jobs))):
-            if device.type == "cuda" and not args.again and has_record(jobs[index], device):
-                report: dict[str, Any] = {"problem": None, "skipped": True}
-            else:
-                report = run_job(jobs[index], device)
+        for index in map(int, args.jobs.split(",")):
+            report = work(jobs[index], device)
             results.write(json.dumps({"job": index, **report}) + "\n")
             results.flush()
-            if device.type == "cuda" and not _context_alive():
-                return RESTART
+            if device.type == "cuda":
+                if not _context_alive():
+                    return RESTART
+                torch.cuda.empty_cache()  # it is the other lanes' memory too
     return 0
 
 
