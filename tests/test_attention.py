@@ -13,9 +13,9 @@ import fused_lm
 from fused_lm.reference.attention import visible as band_of
 from fused_lm.reference.philox import scaled_keep
 from tests import oracle
-from tests.simt.backend import BACKENDS as SIMT
+from tests.gpu import CUDA
 
-BACKENDS = ("reference", "pytorch", "triton", *SIMT)
+BACKENDS = ("reference", "pytorch", "triton", *CUDA)
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
@@ -134,7 +134,7 @@ def _rng(case: Case, device: torch.device) -> Tensor | None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
 def test_equals_fp64(case: Case, backend: str, device: torch.device) -> None:
-    if backend in SIMT:
+    if backend in CUDA:
         if case.D % 8 or case.Dv % 8 or case.D > 256:
             pytest.skip("no CUDA kernel has this head dim")
         if case.dtype == F32:  # they take 16 bits

@@ -16,10 +16,10 @@ import fused_lm
 from fused_lm.reference.philox import scaled_keep
 from fused_lm.tolerance import check_close
 from tests import oracle
-from tests.simt.backend import BACKENDS as SIMT
+from tests.gpu import CUDA
 
-BACKENDS = ("reference", "pytorch", "triton", *SIMT)
-KERNELS = ("reference", "triton", *SIMT)
+BACKENDS = ("reference", "pytorch", "triton", *CUDA)
+KERNELS = ("reference", "triton", *CUDA)
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 

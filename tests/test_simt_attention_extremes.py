@@ -4,6 +4,8 @@ and a backward from its own results.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ CALLS = [
 ]
 
 
-def _forward_and_backward(harness: runtime.Harness, call: Call) -> list[Tensor]:
+def _forward_and_backward(harness: Any, call: Call) -> list[Tensor]:
     data, dout = data_of(call), dout_of(call)
     out, lse = harness.call("attention_fwd", *data)
     gradients = harness.call("attention_bwd", dout, None, *data[:3], out, lse, *data[3:], False)
@@ -45,15 +47,19 @@ def _reference(call: Call, dtype: torch.dtype | None) -> list[Tensor]:
     return [out, lse, *gradients[:3]]
 
 
-@pytest.mark.parametrize("backend", simt.BACKENDS)
-@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.why)
-def test_large_scores(call: Call, backend: str) -> None:
-    harness = runtime.load(backend.removeprefix(simt.PREFIX))
+def check(harness: Any, call: Call) -> None:
+    """On the harness, or on a GPU (:mod:`tests.gpu`)."""
     torch.manual_seed(0)
     results = _forward_and_backward(harness, call)
     same, exact = _reference(call, None), _reference(call, torch.float64)
     for name, *tensors in zip(("out", "lse", "dq", "dk", "dv"), results, same, exact, strict=True):
         check_close(*tensors, name)
+
+
+@pytest.mark.parametrize("backend", simt.BACKENDS)
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.why)
+def test_large_scores(call: Call, backend: str) -> None:
+    check(runtime.load(backend.removeprefix(simt.PREFIX)), call)
 
 
 @pytest.mark.parametrize("backend", simt.BACKENDS)

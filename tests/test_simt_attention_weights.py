@@ -100,7 +100,7 @@ def _wide(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-def _data(c: Call) -> Data:
+def data_of(c: Call) -> Data:
     def heads(count: int, length: int) -> Tensor:
         if c.rows_first:
             return torch.randn(c.B, length, count, c.D).to(c.dtype).transpose(1, 2)
@@ -119,7 +119,7 @@ def _data(c: Call) -> Data:
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.why)
 def test_every_schedule_gives_the_right_bits(call: Call, harness: runtime.Harness) -> None:
-    data = _data(call)
+    data = data_of(call)
     results = []
     for seed in (0, 11) if runtime.sanitized() else range(SCHEDULES):
         harness.configure(runtime.Schedule.of_seed(seed))
@@ -136,7 +136,7 @@ def test_every_schedule_gives_the_right_bits(call: Call, harness: runtime.Harnes
 def test_moves_exactly_its_floor(call: Call) -> None:
     """The output once, and nothing else; products of visible tiles alone; no bank conflict."""
     harness = runtime.load("race")
-    data = _data(call)
+    data = data_of(call)
     with harness.counting() as counts:
         weights = harness.call("attention_weights_fwd", *data.arguments())
     planes = call.B if call.average else call.B * call.H
@@ -163,7 +163,7 @@ def _visible_tiles(call: Call) -> int:
 def test_whole_sectors(average: bool) -> None:
     """Rows of whole tiles: nothing is fetched or written beside what is asked for."""
     harness = runtime.load("race")
-    data = _data(Call("whole tiles", 128, 128, 128, average=average))
+    data = data_of(Call("whole tiles", 128, 128, 128, average=average))
     with harness.counting() as counts:
         harness.call("attention_weights_fwd", *data.arguments())
     assert counts["global_sectors"] == counts["global_ideal_sectors"]
@@ -174,7 +174,7 @@ def test_no_mutant_survives() -> None:
     """Every synchronisation of the kernel, dropped in turn from every call that passes it."""
     hunt = mutants.Hunt(runtime.load("race"), SCHEDULES)
     for call in CALLS:
-        run = partial(hunt.harness.call, "attention_weights_fwd", *_data(call).arguments())
+        run = partial(hunt.harness.call, "attention_weights_fwd", *data_of(call).arguments())
         hunt.drop_each(call.why, lambda run=run: [run()])  # type: ignore[misc]
     problems = hunt.problems(mutants.sources_of("attention_weights*") - OF_OTHERS)
     assert not problems, "\n".join(problems)

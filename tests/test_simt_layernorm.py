@@ -132,7 +132,7 @@ class Data:
         return (self.dy, self.dstream, *saved, self.rng, c.dropout_p, c.x, residual_dtype)
 
 
-def _data(call: Call) -> Data:
+def data_of(call: Call) -> Data:
     def rows(dtype: torch.dtype) -> Tensor:
         wide = torch.randn(call.N, call.C + call.shift).to(dtype)
         return wide[:, call.shift :]
@@ -149,8 +149,8 @@ def _data(call: Call) -> Data:
     )
 
 
-def _run(harness: runtime.Harness, data: Data) -> list[Tensor]:
-    """Outputs of the forward, then of the backward."""
+def run(harness: Any, data: Data) -> list[Tensor]:
+    """Outputs of the forward, then of the backward; ``harness`` may be a GPU, :mod:`tests.gpu`."""
     op = "rms_norm" if data.call.rms else "layer_norm"
     outputs = harness.call(f"{op}_fwd", *data.forward())
     return [*outputs, *harness.call(f"{op}_bwd", *data.backward(*outputs[1:]))]
@@ -175,22 +175,27 @@ def _exact(data: Data) -> list[Tensor]:
     return [*outputs, *backward(*given)]
 
 
-@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.why)
-def test_every_schedule_gives_the_right_bits(call: Call, harness: runtime.Harness) -> None:
-    data = _data(call)
-    results = []
-    for seed in _seeds(call):
-        harness.configure(runtime.Schedule.of_seed(seed))
-        results.append(_run(harness, data))
-    for i, other in enumerate(results[1:], 1):
-        for a, b in zip(results[0], other, strict=True):
-            assert torch.equal(a, b), f"schedules 0 and {i} of this test differ"
-    own = [*(_reference_in_own_dtypes(data))]
-    for ours, same, exact in zip(results[0], own, _exact(data), strict=True):
+def check(data: Data, results: Sequence[Tensor]) -> None:
+    """Holds what :func:`run` gives against fp64."""
+    own = _reference_in_own_dtypes(data)
+    for ours, same, exact in zip(results, own, _exact(data), strict=True):
         if ours.numel() == 0 or exact.numel() == 0:
             assert ours.numel() == same.numel() == 0 or exact.numel() == 0
             continue
         check_close(ours, same, exact)
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.why)
+def test_every_schedule_gives_the_right_bits(call: Call, harness: runtime.Harness) -> None:
+    data = data_of(call)
+    results = []
+    for seed in _seeds(call):
+        harness.configure(runtime.Schedule.of_seed(seed))
+        results.append(run(harness, data))
+    for i, other in enumerate(results[1:], 1):
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b), f"schedules 0 and {i} of this test differ"
+    check(data, results[0])
 
 
 def _seeds(call: Call) -> Sequence[int]:
@@ -212,7 +217,7 @@ def test_no_mutant_survives() -> None:
     """Every synchronisation of the kernels, dropped in turn from every call that passes it."""
     hunt = mutants.Hunt(runtime.load("race"), MUTANT_SCHEDULES)
     for call in CALLS:
-        data = _data(call)
+        data = data_of(call)
         forward, backward = _runs(hunt.harness, data)
         hunt.drop_each(f"forward, {call.why}", forward)
         hunt.drop_each(f"backward, {call.why}", backward)
@@ -278,7 +283,7 @@ def _backward_bytes(data: Data, tuning: dict[str, int], stream: Tensor) -> tuple
 def test_moves_exactly_its_floor(call: Call) -> None:
     """Every tensor once, whole sectors where rows fill them, no bank conflict."""
     harness = runtime.load("race")
-    data = _data(call)
+    data = data_of(call)
     op = "rms_norm" if call.rms else "layer_norm"
     with harness.counting() as forward:
         outputs = harness.call(f"{op}_fwd", *data.forward())
@@ -325,7 +330,7 @@ def _half_sectors(call: Call, tuning: dict[str, int]) -> int:
 def test_whole_sectors(C: int) -> None:
     """bf16 rows as a GPT has them: 2NC + parameters in, 2NC + 8N out, nothing fetched beside."""
     harness = runtime.load("race")
-    data = _data(Call("a GPT's rows", 16, C))
+    data = data_of(Call("a GPT's rows", 16, C))
     with harness.counting() as counts:
         harness.call("layer_norm_fwd", *data.forward())
     tuning = harness.module.norm_tuning(C, 8, True)
@@ -347,6 +352,6 @@ def test_every_instantiation_runs() -> None:
     harness = runtime.load(simt.BACKENDS[0].removeprefix(simt.PREFIX))
     harness.configure()
     for call in CALLS:
-        _run(harness, _data(call))
+        run(harness, data_of(call))
     ran = {short_name(name) for name in harness.module.kernels_run()}
     assert not compiled - ran, f"no call of CALLS reaches {sorted(compiled - ran)}"

@@ -1,0 +1,47 @@
+"""The project's CUDA operators on a GPU, with the face of the harness (:mod:`tests.simt.runtime`):
+the same tables of calls run on both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_lm.cuda import extension
+from tests.simt import backend as simt
+
+HAS_GPU = torch.cuda.is_available()
+PROBLEM = extension.refusal_on("cuda", 0) if HAS_GPU else "no GPU"
+"""Why no CUDA kernel runs on a GPU here, None if they do."""
+CUDA = simt.BACKENDS if not HAS_GPU else ("cuda",) if PROBLEM is None else ()
+"""The backends that run CUDA kernels in the ordinary tests: on a GPU, or else on the harness."""
+ALIGNMENT = 16
+
+
+def call(op: str, *arguments: Any) -> Any:
+    """``cuda_<op>`` on copies of the tensors, with their strides and alignment; waits, so that a
+    kernel's mistake is raised here. Results come back as CPU tensors with the strides they had.
+    """
+    with torch.no_grad():
+        results = extension.op(op)(*(_moved(a) for a in arguments))
+        torch.cuda.synchronize()
+    if isinstance(results, Tensor):
+        return _with_strides(results, "cpu")
+    return [_with_strides(result, "cpu") for result in results]
+
+
+def _moved(value: Any) -> Any:
+    return _with_strides(value, "cuda") if isinstance(value, Tensor) else value
+
+
+def _with_strides(t: Tensor, device: str) -> Tensor:
+    """A copy on a device: the memory from the first to the last element, as it lies."""
+    if t.numel() == 0:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    lead = t.data_ptr() % ALIGNMENT // t.element_size()
+    memory = torch.empty(lead + extent, dtype=t.dtype, device=device)
+    memory[lead:].copy_(t.as_strided((extent,), (1,), t.storage_offset()))
+    return memory.as_strided(t.shape, t.stride(), lead)

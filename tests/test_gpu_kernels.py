@@ -1,0 +1,75 @@
+"""The harness' tables of calls on a GPU: every instantiation and branch of the CUDA kernels against
+fp64, and the same bits from run to run.
+
+``compute-sanitizer --tool racecheck python -m pytest tests/test_gpu_kernels.py`` looks for races.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_lm.reference import attention as reference
+from fused_lm.tolerance import check_close
+from tests import attention_bwd_calls as backward_calls
+from tests import attention_calls, gpu
+from tests import test_simt_attention_extremes as extremes
+from tests import test_simt_attention_weights as weights
+from tests import test_simt_layernorm as norms
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(gpu.PROBLEM is not None, reason=str(gpu.PROBLEM))]
+REPEATS = 3
+
+
+def _repeated(run: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+    """The results of one run, if the others give the same bits."""
+    first = run()
+    for _ in range(1, REPEATS):
+        for a, b in zip(first, run(), strict=True):
+            assert torch.equal(a, b) or torch.equal(a.isnan(), b.isnan()), "two runs differ"
+    return first
+
+
+def _ids(call: Any) -> str:
+    return str(call.why)
+
+
+@pytest.mark.parametrize("call", attention_calls.CALLS, ids=_ids)
+def test_attention_forward(call: attention_calls.Call) -> None:
+    data = attention_calls.data_of(call)
+    results = _repeated(lambda: gpu.call("attention_fwd", *data))
+    same, exact = reference.attention_forward(*data), attention_calls.in_fp64(data)
+    for i, name in enumerate(("out", "lse")):
+        check_close(results[i], same[i], exact[i], name)
+
+
+@pytest.mark.parametrize("call", backward_calls.CALLS, ids=_ids)
+def test_attention_backward(call: backward_calls.Call) -> None:
+    data = backward_calls.Data.of(call)
+    results = _repeated(lambda: gpu.call("attention_bwd", *data.arguments))
+    for i, name in enumerate(("dq", "dk", "dv", "dbias")):
+        check_close(results[i], data.same[i], data.exact[i], name)
+        assert results[i].stride() == data.same[i].stride()
+
+
+@pytest.mark.parametrize("call", weights.CALLS, ids=_ids)
+def test_attention_weights(call: weights.Call) -> None:
+    data = weights.data_of(call)
+    results = _repeated(lambda: [gpu.call("attention_weights_fwd", *data.arguments())])
+    same = reference.attention_weights_forward(*data.arguments())
+    check_close(results[0], same, data.exact())
+
+
+@pytest.mark.parametrize("call", extremes.CALLS, ids=_ids)
+def test_large_scores(call: backward_calls.Call) -> None:
+    extremes.check(gpu, call)
+
+
+@pytest.mark.parametrize("call", norms.CALLS, ids=_ids)
+def test_norms(call: norms.Call) -> None:
+    data = norms.data_of(call)
+    norms.check(data, _repeated(lambda: norms.run(gpu, data)))
