@@ -187,15 +187,15 @@ def test_a_record_needs_parity_and_times(
     stored = records.load(records.user_file())
     good = [(r.op, r.family) for r in stored if r.parity and r.mode == "infer" and r.ratio == 2]
     bad = [(r.op, r.family) for r in stored if not r.parity and r.mode == "infer"]
-    assert sorted(good) == sorted(classes(0, 4)) and sorted(bad) == sorted(classes(1, 2))
+    assert sorted(good) == sorted(classes(0, 4)) and sorted(bad) == sorted(classes(1, 2, 3))
     raw = [json.loads(line) for line in (out / "results.jsonl").open()]
     assert [r["job"] for r in raw] == list(range(7)) and raw[4]["times"] and raw[4]["parity"]
 
-    assert cli.main(["verify", "--limit", "4", "--out", str(tmp_path / "next")]) == 1
+    assert cli.main(["verify", "--limit", "6", "--out", str(tmp_path / "next")]) == 1
     text = capsys.readouterr().out
-    assert text.count("known") == 3 + 1 and "0 passed, 1 failed, 0 timed, 3 known" in text
+    assert text.count("known") == 5 + 1 and "0 passed, 1 failed, 0 timed, 5 known" in text
     later = [json.loads(line)["job"] for line in (tmp_path / "next" / "results.jsonl").open()]
-    assert later == [3], "what passed but was not timed is next"
+    assert later == [5], "what passed but was not timed is next"
 
 
 def _job(index: int) -> worker.Job:

@@ -41,7 +41,8 @@ def supervise(
         on_result: Called with each result as it comes.
         stop: Once set, the worker is killed and its job is left out, as after a Ctrl-C.
     Returns:
-        Results in the order of ``jobs``; a lost job is {"job": index, "problem": sentence}.
+        Results in the order of ``jobs``; a lost job is {"job": index, "problem": sentence,
+        "lost": True}.
     """
     end = time.monotonic() + total_seconds
     stop = stop or threading.Event()
@@ -63,7 +64,8 @@ def supervise(
             break
         if worker.returncode == RESTART and len(found) > start:
             continue
-        lost = {"job": jobs[len(found)], "problem": f"{reason}; {_last_line(log)}"}
+        sentence = f"{reason}; {_last_line(log)}"
+        lost = {"job": jobs[len(found)], "problem": sentence, "lost": True}
         with results.open("a") as file:
             file.write(json.dumps(lost) + "\n")
         found.append(lost)
