@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.cuda._utils import _get_device_index
 
 from fused_lm import cli, records
 from fused_lm.commands import verify
@@ -253,3 +255,21 @@ def test_only(words: list[str], kept: list[int], tmp_path: Path) -> None:
     cli.main(["verify", "--out", str(tmp_path), "--parity-only", "--only", *words])
     raw = [json.loads(line)["job"] for line in (tmp_path / "results.jsonl").open()]
     assert raw == kept
+
+
+def test_a_worker_takes_a_gpu_without_an_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.cuda.set_device refuses a plain "cuda", which is what verify is called with."""
+    taken: list[int] = []
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: taken.append(_get_device_index(device))
+    )
+    monkeypatch.setattr(worker, "jobs_for", lambda device: [])
+    for device in ("cuda", "cuda:1"):
+        arguments = ["--device", device, "--phase", "parity", "--jobs", ""]
+        results = str(tmp_path / "results")
+        monkeypatch.setattr(sys, "argv", ["worker", *arguments, "--results", results])
+        with contextlib.suppress(ValueError):
+            worker.main()
+    assert taken == [0, 1]

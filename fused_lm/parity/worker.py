@@ -174,7 +174,7 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     if device.type == "cpu":
         use_interpreter_without_gpu()
         import fused_lm.triton_kernels.attention  # noqa: F401
