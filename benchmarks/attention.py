@@ -2,8 +2,8 @@
 
 Forward and backward apart, at 16k tokens in all as the field's tables have it. A backend whose
 output or gradient is off on one head gets no number. Calls take turns behind a flushed L2, so they
-share clocks and temperature; the time is a median of CUDA events, and the flush before each hides
-up to a quarter of a millisecond of the host's work.
+share clocks and temperature; the time is a median of CUDA events, and of the GPU alone: a spin
+before each call hides the host's work.
 
 FLOPs are those of the pairs that a mask lets through: 4 D a pair in the forward, 2.5 times that in
 the backward, whatever a kernel multiplies.
