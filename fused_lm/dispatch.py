@@ -1,13 +1,12 @@
 """Which backend runs an operator, and why: one table, one rule, one record of evidence.
 
-For each operator :data:`TABLE` lists implementations in order of preference. ``refuses(call)`` of
-an implementation is the only statement of what it can do; the sentence it returns is what the user
-reads.
+For each operator :data:`TABLE` lists implementations. ``refuses(call)`` of an implementation is the
+only statement of what it can do; the sentence it returns is what the user reads.
 
 ``auto`` takes a kernel only on evidence: a record (:mod:`fused_lm.records`) that says that this
 kernel, on this GPU, in this pass and shape class passed parity and was at least as fast as PyTorch.
-Without a record, and on every CPU, PyTorch's own operators run; what they can't express, the
-reference does.
+Of several such kernels it takes the one that its record calls the fastest. Without a record, and on
+every CPU, PyTorch's own operators run; what they can't express, the reference does.
 
 The choice of a user is a ``threading.local`` (a ContextVar breaks
 ``torch.compile(fullgraph=True)``) and, beside it, in torch's own thread-local state, which autograd
@@ -36,7 +35,7 @@ from torch.compiler import is_compiling
 from fused_lm import records
 
 BACKENDS = ("cuda", "triton", "pytorch", "reference")
-"""Names that can be forced, in order of preference; ``auto`` is the other choice."""
+"""Names that can be forced; ``auto`` is the other choice."""
 
 _LOGGER = logging.getLogger("fused_lm")
 _FORCED = os.environ.get("FUSED_LM_BACKEND", "auto")
@@ -88,7 +87,9 @@ class Explanation:
 
 
 TABLE: dict[str, tuple[Impl, ...]] = {}
-"""Operator -> implementations in order of preference; filled by the modules in ``ops/``."""
+"""Operator -> implementations, filled by the modules in ``ops/``: kernels of ours, whose order
+breaks ties between records, then the others in order of preference.
+"""
 
 
 _TLS_KEY = "fused_lm_backend"
@@ -153,25 +154,20 @@ def _set_backend(backend: str) -> None:
 
 
 def choose(op: str, call: Any) -> str:
-    """The name of the first implementation that takes ``call``.
+    """The name of the implementation that runs ``call``: the forced one, or under ``auto`` the
+    kernel that is fastest by the records, else the first other one that takes it.
 
     Raises:
-        RuntimeError: A forced backend refuses, with its reason and that of every other.
+        RuntimeError: None takes it, or the forced one refuses, with the reason of each.
     """
     forced = current_backend()
     if forced == "auto":
-        # Kernels of ours need a GPU record, so on a CPU nothing above PyTorch needs to be asked.
-        subject = None if call[0].is_cpu else _subject(op, call)
-        for impl in TABLE[op]:
-            if impl.needs_record and (subject is None or _no_record(op, impl, subject)):
-                continue
-            if impl.refuses(call) is None:
-                break
-        else:
+        taken = _auto(op, call)
+        if taken is None:
             raise RuntimeError(f"no backend runs this call of {op}\n{explain(op, call)}")
         if _LOGGING and not is_compiling():
-            _log_once(op, call, impl.name)
-        return impl.name
+            _log_once(op, call, taken)
+        return taken
     for impl in TABLE[op]:
         if impl.name == forced:
             if impl.refuses(call) is None:
@@ -180,13 +176,31 @@ def choose(op: str, call: Any) -> str:
     raise RuntimeError(f"backend {forced!r} can't run this call of {op}\n{explain(op, call)}")
 
 
+def _auto(op: str, call: Any) -> str | None:
+    # Kernels of ours need a GPU record, so on a CPU nothing above PyTorch needs to be asked.
+    subject = None if call[0].is_cpu else _subject(op, call)
+    taken: str | None = None
+    for impl in TABLE[op]:
+        if impl.needs_record:
+            if subject is None or _no_record(op, impl, subject):
+                continue
+            if taken is not None and not records.slower(op, taken, impl.name, *subject):
+                continue
+        elif taken is not None:
+            break
+        if impl.refuses(call) is None:
+            taken = impl.name
+    return taken
+
+
 def explain(op: str, call: Any) -> Explanation:
     """Every backend's verdict on ``call`` and the one that runs."""
-    forced, chosen, verdicts = current_backend(), None, []
+    forced, verdicts = current_backend(), []
+    chosen = _auto(op, call) if forced == "auto" else None
     for impl in TABLE[op]:
         reason = impl.refuses(call)
         if reason is None and impl.needs_record and forced == "auto":
-            reason = _no_record(op, impl, _subject(op, call))
+            reason = _passed_over(op, impl, chosen, _subject(op, call))
         if reason is None and forced not in ("auto", impl.name):
             reason, runs = f"can run it, but {forced!r} is forced", False
         else:
@@ -240,6 +254,15 @@ def _no_record(op: str, impl: Impl, subject: _Subject | None) -> str | None:
     if subject is None:
         return "auto takes kernels only on a GPU with a record; this is a CPU tensor"
     return records.missing(op, impl.name, *subject)
+
+
+def _passed_over(op: str, impl: Impl, chosen: str | None, subject: _Subject | None) -> str | None:
+    """Why ``auto`` doesn't take a kernel that could run a call, None for the one that it takes."""
+    reason = _no_record(op, impl, subject)
+    if reason is not None or subject is None or chosen is None or impl.name == chosen:
+        return reason
+    tie = f"{chosen} is as fast here by the records and comes first"
+    return records.slower(op, impl.name, chosen, *subject) or tie
 
 
 def _log_once(op: str, call: Any, backend: str) -> None:

@@ -93,11 +93,9 @@ def _missing(
     op: str, backend: str, device_index: int, dtype: str, family: str, size: int, mode: str
 ) -> str | None:
     """Eager users ask once a call, and hear the same until the files are read again."""
+    record = _record(op, backend, device_index, dtype, family, size, mode)
     gpu = torch.cuda.get_device_name(device_index)
-    kernel = kernel_id(op, backend, device_index)
-    sizes = _table().get((op, backend, kernel, gpu, mode, dtype, family), {})
-    measured = [s for s in sizes if s <= size]
-    if not measured:
+    if record is None:
         if not any(key[3] == gpu for key in _table()):
             _say_once(
                 f"{gpu} has no record yet, so PyTorch's operators run. Run `fused-lm verify` once."
@@ -105,7 +103,6 @@ def _missing(
         return (
             f"no record of {op} ({mode}, {dtype}, {family}/{size}) on {gpu}: run `fused-lm verify`"
         )
-    record = sizes[max(measured)]
     if not record.parity:
         return f"the record on {gpu} says that it failed parity ({family}/{record.size})"
     if record.ratio < 1.0:
@@ -114,9 +111,46 @@ def _missing(
     return None
 
 
-# torch.compile takes the answer as a constant instead of tracing into files and hashes. The
+def slower(
+    op: str,
+    backend: str,
+    than: str,
+    device_index: int,
+    dtype: str,
+    family: str,
+    size: int,
+    mode: str,
+) -> str | None:
+    """Of two kernels that :func:`missing` lets pass: None if ``backend`` has at least the ratio of
+    ``than``, else a sentence with both.
+    """
+    return _slower(op, backend, than, device_index, dtype, family, size, mode)
+
+
+@functools.lru_cache(maxsize=4096)
+def _slower(op: str, backend: str, than: str, *subject: Any) -> str | None:
+    one, other = _record(op, backend, *subject), _record(op, than, *subject)
+    if one is None or other is None or one.ratio >= other.ratio:
+        return None
+    ratios = f"{other.ratio:.2f} against {one.ratio:.2f} of PyTorch's speed"
+    return f"{than} is faster here by the records: {ratios}"
+
+
+# torch.compile takes the answers as constants instead of tracing into files and hashes. The
 # decorator torch.compiler.assume_constant_result does the same but imports all of torch._dynamo.
 missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+slower._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _record(
+    op: str, backend: str, device_index: int, dtype: str, family: str, size: int, mode: str
+) -> Record | None:
+    """That of the largest measured size up to ``size``."""
+    gpu = torch.cuda.get_device_name(device_index)
+    kernel = kernel_id(op, backend, device_index)
+    sizes = _table().get((op, backend, kernel, gpu, mode, dtype, family), {})
+    measured = [s for s in sizes if s <= size]
+    return sizes[max(measured)] if measured else None
 
 
 @functools.cache
@@ -171,6 +205,7 @@ def forget() -> None:
     """Drops what was read, so that the next question reads the files again."""
     _table.cache_clear()
     _missing.cache_clear()
+    _slower.cache_clear()
 
 
 EMPTY = f'{{"format": {FORMAT}, "records": []}}\n'

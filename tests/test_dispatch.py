@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import os
@@ -13,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_lm
 from fused_lm import dispatch, explain, records
+from fused_lm.cuda import extension
 from fused_lm.explain import call_of
 from fused_lm.ops import registration
 
@@ -81,6 +84,8 @@ def test_every_operator_is_in_the_table() -> None:
     assert set(dispatch.TABLE) == set(explain._OPERATORS) <= set(fused_lm.__all__)
     for op, impls in dispatch.TABLE.items():
         assert impls[-1].name == "reference", op
+        ours = [impl.needs_record for impl in impls]
+        assert ours == sorted(ours, reverse=True), f"{op}: kernels of ours come first"
         assert {impl.name for impl in impls} <= set(dispatch.BACKENDS)
         assert records.SHAPE_CLASSES[op] is not None
         for impl in impls:
@@ -114,13 +119,16 @@ def gpu_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: GPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+    monkeypatch.setattr(extension, "kernel_hashes", lambda files, capability=None: list(files))
+    records.kernel_id.cache_clear()
     records.forget()
     records._say_once.cache_clear()
 
-    def add(**changes: Any) -> None:
+    def add(backend: str = "triton", **changes: Any) -> None:
         record = {
-            "op": "attention", "backend": "triton",
-            "kernel": records.kernel_id("attention", "triton"),
+            "op": "attention", "backend": backend,
+            "kernel": records.kernel_id("attention", backend, 0),
             "gpu": GPU, "mode": "infer", "dtype": "bfloat16", "family": "d64-band", "size": 1,
             "parity": True, "ratio": 1.5, **changes,
         }  # fmt: skip
@@ -129,6 +137,7 @@ def gpu_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         records.save(path, [*old, records.Record(**record)])
 
     yield add
+    records.kernel_id.cache_clear()
     records.forget()
 
 
@@ -156,6 +165,98 @@ def test_slow_wrong_and_stale_kernels_are_not_taken(gpu_records: Any) -> None:
     assert "0.80 of PyTorch's speed" in str(_missing(size=2))
     assert "failed parity" in str(_missing(size=3))
     assert "no record" in str(_missing(family="d128-band"))
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that gives attention a table in which kernels come in an order and only those
+    named refuse.
+    """
+    impls = {impl.name: impl for impl in dispatch.TABLE["attention"]}
+
+    def install(order: tuple[str, ...] = ("cuda", "triton"), refusing: str | None = None) -> None:
+        def refuses(name: str) -> Any:
+            return lambda call: "not this call" if name == refusing else None
+
+        names = (*order, "pytorch", "reference")
+        changed = [dataclasses.replace(impls[name], refuses=refuses(name)) for name in names]
+        monkeypatch.setitem(dispatch.TABLE, "attention", tuple(changed))
+
+    install()
+    return install
+
+
+def _on_a_gpu(training: bool = False) -> tuple[str, dict[str, str]]:
+    """What auto takes for a bfloat16 call on a GPU, and every backend's reason."""
+    with FakeTensorMode():
+        x = torch.empty(1, 1, 8, 64, dtype=torch.bfloat16, device="cuda", requires_grad=training)
+        chosen = _chosen("attention", x, x, x)
+        explanation = fused_lm.why("attention", x, x, x)
+    assert explanation.backend == chosen
+    passed_over = {v.backend for v in explanation.verdicts if v.runs} - {chosen}
+    assert passed_over <= {"pytorch", "reference"}
+    return chosen, {verdict.backend: verdict.reason for verdict in explanation.verdicts}
+
+
+_CLASS = {"family": "d64-plain", "size": 0}
+
+
+@pytest.mark.parametrize("order", [("cuda", "triton"), ("triton", "cuda")])
+def test_the_faster_of_two_recorded_kernels_runs(
+    gpu_records: Any, table: Any, order: tuple[str, str]
+) -> None:
+    table(order)
+    gpu_records("cuda", ratio=1.12, **_CLASS)
+    gpu_records("triton", ratio=1.31, **_CLASS)
+    chosen, reasons = _on_a_gpu()
+    assert chosen == "triton"
+    assert reasons["cuda"] == (
+        "triton is faster here by the records: 1.31 against 1.12 of PyTorch's speed"
+    )
+    assert reasons["triton"] == "can run it"
+
+
+@pytest.mark.parametrize("order", [("cuda", "triton"), ("triton", "cuda")])
+def test_of_equals_the_first_runs(gpu_records: Any, table: Any, order: tuple[str, str]) -> None:
+    table(order)
+    for backend in order:
+        gpu_records(backend, ratio=1.2, **_CLASS)
+    chosen, reasons = _on_a_gpu()
+    assert chosen == order[0]
+    assert reasons[order[1]] == f"{chosen} is as fast here by the records and comes first"
+
+
+def test_a_kernel_recorded_alone_runs(gpu_records: Any, table: Any) -> None:
+    gpu_records("triton", ratio=1.01, **_CLASS)
+    gpu_records("cuda", ratio=0.99, **_CLASS)
+    chosen, reasons = _on_a_gpu()
+    assert chosen == "triton" and "0.99 of PyTorch's speed" in reasons["cuda"]
+    with pytest.warns(UserWarning, match="no record yet"):
+        records.user_file().unlink()
+        records.forget()
+        assert _on_a_gpu()[0] == "pytorch"
+
+
+@pytest.mark.parametrize("order", [("cuda", "triton"), ("triton", "cuda")])
+def test_a_faster_kernel_that_refuses_leaves_the_call_to_the_slower(
+    gpu_records: Any, table: Any, order: tuple[str, str]
+) -> None:
+    table(order, refusing="triton")
+    gpu_records("cuda", ratio=1.12, **_CLASS)
+    gpu_records("triton", ratio=1.31, **_CLASS)
+    chosen, reasons = _on_a_gpu()
+    assert (chosen, reasons["triton"]) == ("cuda", "not this call")
+
+
+def test_each_mode_has_its_fastest_kernel(gpu_records: Any, table: Any) -> None:
+    for backend, infer, train in (("cuda", 1.1, 1.4), ("triton", 1.3, 1.2)):
+        gpu_records(backend, mode="infer", ratio=infer, **_CLASS)
+        gpu_records(backend, mode="train", ratio=train, **_CLASS)
+    assert _on_a_gpu()[0] == "triton"
+    chosen, reasons = _on_a_gpu(training=True)
+    assert chosen == "cuda" and "1.40 against 1.20" in reasons["triton"]
+    gpu_records("triton", mode="train", ratio=1.5, **_CLASS)
+    assert _on_a_gpu(training=True)[0] == "triton", "what was read is forgotten"
 
 
 def test_a_broken_user_file_is_left_out(gpu_records: Any) -> None:
@@ -203,12 +304,37 @@ def test_every_kernel_file_is_part_of_a_kernel_id() -> None:
 def test_records_are_constants_for_compile(gpu_records: Any) -> None:
     """Dynamo must not trace into files and hashes."""
     gpu_records()
+    gpu_records("cuda", ratio=1.6)
 
     def step(x: torch.Tensor) -> torch.Tensor:
-        return x + 1 if _missing() is None else x - 1
+        x = x + 1 if _missing() is None else x - 1
+        slower = records.slower(
+            "attention", "triton", "cuda", 0, "bfloat16", "d64-band", 1, "infer"
+        )
+        return x if slower is None else x * 2
 
     compiled = torch.compile(step, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(torch.zeros(2)), torch.ones(2))
+    assert torch.equal(compiled(torch.zeros(2)), torch.full((2,), 2.0))
+
+
+def test_the_choice_between_two_kernels_compiles(
+    gpu_records: Any, table: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_records("cuda", ratio=1.12, **_CLASS)
+    gpu_records("triton", ratio=1.31, **_CLASS)
+    subject = (0, "bfloat16", "d64-plain", 0, "infer")
+    monkeypatch.setattr(dispatch, "_subject", lambda op, call: subject)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return x[0] if _chosen_plainly(x) == "triton" else x
+
+    x = torch.empty(1, 1, 8, 64, device="meta")
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    assert compiled(x).shape == (1, 8, 64)
+
+
+def _chosen_plainly(x: torch.Tensor) -> str:
+    return dispatch.choose("attention", (x, x, x))
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
