@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import fused_lm
 from fused_lm.reference.philox import dropout_scale, keep_mask
@@ -39,6 +43,40 @@ def test_a_constant_bias_changes_nothing(backend: str, device: torch.device) -> 
         plain, shifted = (fused_lm.attention(q, k, v, bias=b) for b in (None, shift))
     exact = oracle.attention(q.double(), k.double(), v.double())[0]
     check_close(shifted, plain, exact)
+
+
+MASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dense": lambda t: t,
+    "one for all": lambda t: t[..., :1, :1],
+    "one a row": lambda t: t[..., :1],
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+}
+
+
+@pytest.mark.parametrize("layout", MASKS)
+def test_pytorch_is_given_dense_rows(
+    layout: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernels on a GPU refuse masks whose neighbours in a row are apart, or all one number."""
+    given: list[Tensor] = []
+    sdpa = F.scaled_dot_product_attention
+
+    def seen(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *args: Any, **options: Any) -> Tensor:
+        given.append(mask)
+        return sdpa(q, k, v, mask, *args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
+    q, k, v = _qkv(device, S=48)
+    source = torch.randn(2, 1, 40, 48, device=device, requires_grad=True)
+    bias = MASKS[layout](source)
+    with fused_lm.use_backend("pytorch"):
+        out = fused_lm.attention(q, k, v, bias=bias)
+        fused_lm.attention(q, k, v, mask=bias > -1.0)
+    assert [t.expand(2, 2, 40, 48).stride(-1) for t in given] == [1, 1]
+    assert (given[0].data_ptr() == source.data_ptr()) == (layout == "dense"), "copied in vain"
+    expected = oracle.attention(q, k, v, bias=bias)[0]
+    got, wanted = (torch.autograd.grad(t.square().sum(), source)[0] for t in (out, expected))
+    torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

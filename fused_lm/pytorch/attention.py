@@ -38,9 +38,20 @@ def attention(
     if bias is not None:
         bias = bias.to(q.dtype)
         allowed = bias if allowed is None else bias.masked_fill(~allowed, float("-inf"))
+    if allowed is not None:
+        allowed = with_dense_rows(allowed, k.shape[2])
     return F.scaled_dot_product_attention(
         q, k, v, allowed, dropout_p, False, scale=scale, enable_gqa=grouped
     )
+
+
+def with_dense_rows(mask: Tensor, S: int) -> Tensor:
+    """``mask`` [..., S] or [..., 1] as [..., S] with neighbours in memory, which PyTorch's kernels
+    on a GPU ask for; copied only where they are apart.
+    """
+    if mask.shape[-1] == 1:
+        mask = mask.expand(*mask.shape[:-1], S)
+    return mask if mask.stride(-1) == 1 else mask.clone(memory_format=torch.contiguous_format)
 
 
 def merged_mask(
