@@ -41,7 +41,7 @@ def attention_forward(
     """q [B, H, T, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv] -> out [B, H, T, Dv], lse [B, H, T]."""
     score, _ = _scores(q, k, mask, key_mask, bias, lower, upper, scale, softcap)
     lse = _logsumexp(score)
-    attended = _dropped(_probabilities(score, lse), rng, dropout_p)
+    attended = _dropped(_softmax(score, lse), rng, dropout_p)
     out = attended @ _heads_of(v, q.shape[1]).to(score.dtype)
     return ordered_as(out.to(q.dtype), q), lse
 
@@ -162,6 +162,14 @@ def _logsumexp(score: Tensor) -> Tensor:
     if score.shape[-1] == 0:
         return score.new_full(score.shape[:-1], float("-inf"))
     return torch.logsumexp(score, dim=-1)
+
+
+def _softmax(score: Tensor, lse: Tensor) -> Tensor:
+    """:func:`_probabilities` whose rows add up to 1 whatever the scores: lse of 1e4 is rounded by
+    up to 5e-4, and so would be every weight.
+    """
+    finite = score.masked_fill(torch.isneginf(lse).unsqueeze(-1), 0.0)
+    return torch.softmax(finite, dim=-1).masked_fill(torch.isneginf(score), 0.0)
 
 
 def _probabilities(score: Tensor, lse: Tensor) -> Tensor:
