@@ -19,8 +19,9 @@ from tests import oracle
 KERNELS = ("reference", "triton")
 
 
-def _qkv(T: int = 12, S: int = 12, D: int = 8, H: int = 2, Hkv: int = 2) -> list[Tensor]:
-    return [torch.randn(2, H, T, D), torch.randn(2, Hkv, S, D), torch.randn(2, Hkv, S, D)]
+def _qkv(device: torch.device, T: int = 12, S: int = 12, H: int = 2) -> list[Tensor]:
+    shapes = ((2, H, T, 8), (2, 2, S, 8), (2, 2, S, 8))
+    return [torch.randn(shape, device=device) for shape in shapes]
 
 
 x = torch.zeros(2, 2, 12, 8)
@@ -61,10 +62,10 @@ def test_bad_calls(args: Any, options: Any, error: type[Exception], text: str) -
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_opcheck(backend: str) -> None:
-    q, k, v = (t.requires_grad_() for t in _qkv(H=4))
-    bias = torch.randn(1, 4, 12, 12, requires_grad=True)
-    rng = torch.tensor([1, 2, 0, 0])
+def test_opcheck(backend: str, device: torch.device) -> None:
+    q, k, v = (t.requires_grad_() for t in _qkv(device, H=4))
+    bias = torch.randn(1, 4, 12, 12, device=device, requires_grad=True)
+    rng = torch.tensor([1, 2, 0, 0], device=device)
     tail = (None, None, bias, rng, None, 0, 0.3, 2.0, 0.1)
     torch.library.opcheck(torch.ops.fused_lm.attention_fwd.default, (q, k, v, *tail, backend))
     with fused_lm.use_backend(backend):
@@ -84,13 +85,13 @@ def test_opcheck(backend: str) -> None:
 @pytest.mark.parametrize(
     "options", [{"causal": True}, {"softcap": 2.0, "return_lse": True}], ids=str
 )
-def test_compiles_fullgraph(backend: str, options: dict[str, Any]) -> None:
+def test_compiles_fullgraph(backend: str, options: dict[str, Any], device: torch.device) -> None:
     def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         result = fused_lm.attention(q, k, v, **options)
         return sum(t.square().sum() for t in (result if isinstance(result, tuple) else (result,)))
 
     torch._dynamo.reset()
-    inputs = [t.requires_grad_() for t in _qkv()]
+    inputs = [t.requires_grad_() for t in _qkv(device)]
     with fused_lm.use_backend(backend):
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
         got = compiled(*inputs)
@@ -103,7 +104,9 @@ def test_compiles_fullgraph(backend: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", *KERNELS])
 @pytest.mark.parametrize("options", [{}, {"causal": "bottom_right"}, {"window": (3, 0)}], ids=str)
-def test_compiles_with_dynamic_shapes(backend: str, options: dict[str, Any]) -> None:
+def test_compiles_with_dynamic_shapes(
+    backend: str, options: dict[str, Any], device: torch.device
+) -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     with fused_lm.use_backend(backend):
@@ -112,14 +115,14 @@ def test_compiles_with_dynamic_shapes(backend: str, options: dict[str, Any]) -> 
             fullgraph=True, dynamic=True, backend=counter,
         )  # fmt: skip
         for T, S in ((5, 9), (7, 7), (6, 12)):
-            q, k, v = _qkv(T=T, S=S)
+            q, k, v = _qkv(device, T=T, S=S)
             torch.testing.assert_close(compiled(q, k, v), fused_lm.attention(q, k, v, **options))
     assert counter.frame_count <= 3
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_a_checkpointed_forward_draws_the_same_mask(backend: str) -> None:
-    q, k, v = (t.requires_grad_() for t in _qkv())
+def test_a_checkpointed_forward_draws_the_same_mask(backend: str, device: torch.device) -> None:
+    q, k, v = (t.requires_grad_() for t in _qkv(device))
 
     def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return fused_lm.attention(q, k, v, dropout_p=0.5)
@@ -145,8 +148,8 @@ def _by_backward(total: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor | No
 
 
 @pytest.mark.parametrize("backend", ["auto", *KERNELS])
-def test_transforms(backend: str) -> None:
-    q, k, v = _qkv()
+def test_transforms(backend: str, device: torch.device) -> None:
+    q, k, v = _qkv(device)
 
     def total(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return fused_lm.attention(q, k, v, causal=True).sin().sum()
@@ -158,7 +161,7 @@ def test_transforms(backend: str) -> None:
         )
         _, tangent = torch.func.jvp(lambda a: fused_lm.attention(a, k, v, softcap=2.0), (q,), (k,))
     leaf = q.clone().requires_grad_()
-    visible = torch.ones(12, 12, dtype=torch.bool).tril().expand(2, 2, 12, 12)
+    visible = torch.ones(12, 12, dtype=torch.bool, device=device).tril().expand(2, 2, 12, 12)
     expected = torch.autograd.grad(
         oracle.attention(leaf, k, v, visible=visible)[0].sin().sum(), leaf
     )
@@ -169,9 +172,9 @@ def test_transforms(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["auto", *KERNELS])
-def test_autocast_casts_as_torch_does(backend: str) -> None:
-    q, k, v = _qkv()
-    with fused_lm.use_backend(backend), torch.autocast("cpu", dtype=torch.bfloat16):
+def test_autocast_casts_as_torch_does(backend: str, device: torch.device) -> None:
+    q, k, v = _qkv(device)
+    with fused_lm.use_backend(backend), torch.autocast(device.type, dtype=torch.bfloat16):
         out = fused_lm.attention(q, k.bfloat16(), v)
         assert out.dtype == F.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
 
@@ -194,9 +197,14 @@ SDPA_CALLS = [
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("name, shapes, options", SDPA_CALLS, ids=[c[0] for c in SDPA_CALLS])
 def test_sdpa_means_what_torch_means(
-    name: str, shapes: list[tuple[int, ...]], options: dict[str, Any], backend: str
+    name: str,
+    shapes: list[tuple[int, ...]],
+    options: dict[str, Any],
+    backend: str,
+    device: torch.device,
 ) -> None:
-    q, k, v = (torch.randn(shape) for shape in shapes)
+    q, k, v = (torch.randn(shape, device=device) for shape in shapes)
+    options = {n: o.to(device) if isinstance(o, Tensor) else o for n, o in options.items()}
     with fused_lm.use_backend(backend):
         got = fused_lm.scaled_dot_product_attention(q, k, v, **options)
     expected = F.scaled_dot_product_attention(q, k, v, **options)
@@ -211,10 +219,12 @@ def test_sdpa_errors() -> None:
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_varlen_is_attention_per_sequence(backend: str) -> None:
+def test_varlen_is_attention_per_sequence(backend: str, device: torch.device) -> None:
     lengths_q, lengths_k = [3, 0, 7, 1], [5, 2, 7, 4]
-    q, k, v = torch.randn(11, 4, 8), torch.randn(18, 2, 8), torch.randn(18, 2, 6)
-    bounds = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (lengths_q, lengths_k)]
+    q, k, v = (torch.randn(shape, device=device) for shape in ((11, 4, 8), (18, 2, 8), (18, 2, 6)))
+    bounds = [
+        torch.tensor([0, *lengths], device=device).cumsum(0) for lengths in (lengths_q, lengths_k)
+    ]
     with fused_lm.use_backend(backend):
         out, lse = fused_lm.attention_varlen(
             q, k, v, *bounds, causal="bottom_right", return_lse=True
@@ -223,7 +233,7 @@ def test_varlen_is_attention_per_sequence(backend: str) -> None:
     for i in range(4):
         rows, keys = slice(bounds[0][i], bounds[0][i + 1]), slice(bounds[1][i], bounds[1][i + 1])
         T, S = lengths_q[i], lengths_k[i]
-        visible = torch.ones(T, S, dtype=torch.bool).tril(S - T).expand(1, 4, T, S)
+        visible = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T).expand(1, 4, T, S)
         one = [t.transpose(0, 1)[None] for t in (q[rows], k[keys], v[keys])]
         expected = oracle.attention(*one, visible=visible)
         torch.testing.assert_close(out[rows], expected[0][0].transpose(0, 1))
@@ -234,15 +244,16 @@ def test_varlen_is_attention_per_sequence(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("paged", [False, True])
-def test_decode_reads_the_cache(backend: str, paged: bool) -> None:
+def test_decode_reads_the_cache(backend: str, paged: bool, device: torch.device) -> None:
     B, T, S, block = 3, 2, 12, 4
-    q, k, v = torch.randn(B, 4, T, 8), torch.randn(B, 2, S, 8), torch.randn(B, 2, S, 8)
-    lens = torch.tensor([12, 5, 2])
-    visible = torch.arange(S) <= (lens[:, None] - T + torch.arange(T))[..., None]
+    q, k, v = (torch.randn(B, *shape, device=device) for shape in ((4, T, 8), (2, S, 8), (2, S, 8)))
+    lens = torch.tensor([12, 5, 2], device=device)
+    rows = lens[:, None] - T + torch.arange(T, device=device)
+    visible = torch.arange(S, device=device) <= rows[..., None]
     expected = oracle.attention(q, k, v, visible=visible[:, None].expand(B, 4, T, S))[0]
     table, caches = None, (k, v)
     if paged:
-        order = torch.randperm(B * S // block)
+        order = torch.randperm(B * S // block, device=device)
         table = order.argsort().view(B, -1)
         caches = tuple(
             t.unflatten(2, (-1, block)).transpose(1, 2).flatten(0, 1)[order] for t in (k, v)

@@ -37,7 +37,9 @@ def test_heads_of_a_packed_projection(
     views = [t.detach().requires_grad_() for t in packed_heads(device, D, dtype)]
     dense = [t.detach().contiguous().requires_grad_() for t in views]
     out, expected = attend(*views, backend), attend(*dense, backend)
-    assert out.transpose(1, 2).is_contiguous()
+    # PyTorch's operator promises no order: on a GPU it pads heads of 5 and returns a slice.
+    if backend != "pytorch" or not out.is_cuda:
+        assert out.transpose(1, 2).is_contiguous()
     dout = torch.randn_like(expected)
     got = torch.autograd.grad(out, views, dout)
     wanted = torch.autograd.grad(expected, dense, dout)
@@ -72,10 +74,10 @@ def test_results_may_be_changed_in_place(backend: str, device: torch.device) -> 
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_opcheck_of_both_orders(backend: str) -> None:
+def test_opcheck_of_both_orders(backend: str, device: torch.device) -> None:
     """The fake kernels promise the strides that the real ones give."""
     op = torch.ops.fused_lm.attention_fwd.default
-    views = packed_heads(torch.device("cpu"), 8)
+    views = packed_heads(device, 8)
     for q, k, v in (views, (views[0].contiguous(), views[1], views[2].contiguous())):
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         rest = (None, None, None, None, None, 0, 0.3, 0.0, 0.0, backend)

@@ -86,8 +86,11 @@ def test_one_key_is_copied(backend: str, device: torch.device) -> None:
         out = fused_lm.attention(q, k, v)
     dout = torch.randn_like(out)
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
-    assert torch.equal(out, v)
-    assert torch.equal(dv, dout)
+    for got, copied in ((out, v), (dv, dout)):
+        if backend == "pytorch" and got.is_cuda:  # in three products of TF32, 1 * v is no copy
+            check_close(got, copied, copied.double())
+        else:
+            assert torch.equal(got, copied)
     # dP - delta is zero in exact arithmetic: what is left is the rounding of its two equal terms.
     terms = (dout.abs() * v.abs()).sum(-1).max() * torch.cat([q, k]).abs().max()
     for gradient in (dq, dk):

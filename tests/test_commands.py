@@ -105,7 +105,7 @@ def test_parity_says_ok(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     assert len(lines) == len(SMALL) and all(line["problem"] is None for line in lines)
 
 
-def test_parity_sees_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parity_sees_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     from fused_lm.triton_kernels import layernorm
 
     right = layernorm.rms_norm_backward
@@ -115,7 +115,6 @@ def test_parity_sees_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         return dx, dresidual, dweight * 1.001
 
     case = NormCase("rms_norm")
-    device = torch.device("cpu")
     assert parity_run.run_case(case, "triton", "float32", device).ok
     monkeypatch.setitem(registration.FUNCTIONS["rms_norm_bwd"], "triton", wrong)
     result = parity_run.run_case(case, "triton", "float32", device)
@@ -123,9 +122,9 @@ def test_parity_sees_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_parity_of_the_triton_kernels(dtype: str) -> None:
+def test_parity_of_the_triton_kernels(dtype: str, device: torch.device) -> None:
     for case in SMALL[::3]:
-        result = parity_run.run_case(case, "triton", dtype, torch.device("cpu"))
+        result = parity_run.run_case(case, "triton", dtype, device)
         assert result.ok, result.problem
 
 

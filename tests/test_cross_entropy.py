@@ -154,24 +154,25 @@ def test_strides_and_repeated_backwards(
     plain = torch.randn(4, 3, 20, device=device).to(dtype)
     expanded = plain[:, :1].expand(4, 3, 20)
     padded = torch.zeros(4, 3, 32, device=device, dtype=dtype)[..., :20].copy_(plain)
+    one = torch.ones((), device=device).expand(4, 3)
+    cotangents = (one, torch.randn(3, 4, device=device).t(), one)
+
+    def gradients(x: Tensor, function: Any) -> list[Tensor]:
+        leaf = x.detach().requires_grad_()
+        loss = function(leaf, target, reduction="none")
+        return [torch.autograd.grad(loss, leaf, c, retain_graph=True)[0] for c in cotangents]
+
     for layout in (plain, plain.transpose(0, 2).contiguous().transpose(0, 2), padded, expanded):
-        results = []
-        for t in (layout, layout.contiguous()):
-            leaf = t.detach().requires_grad_()
-            with fused_lm.use_backend(backend):
-                loss = fused_lm.cross_entropy(leaf, target, reduction="none")
-            cotangent = torch.randn(3, 4, device=device, generator=_seeded(device)).t()
-            one = torch.ones((), device=device).expand(4, 3)
-            for dloss in (one, cotangent, one):
-                results += torch.autograd.grad(loss, leaf, dloss, retain_graph=True)
-        for a, b in zip(results[:3], results[3:], strict=True):
-            assert torch.equal(a, b)
-        torch.testing.assert_close(results[0], results[2])
-        assert not torch.equal(results[0], results[1])
-
-
-def _seeded(device: torch.device) -> torch.Generator:
-    return torch.Generator(device).manual_seed(0)
+        with fused_lm.use_backend(backend):
+            strided, dense = (
+                gradients(x, fused_lm.cross_entropy) for x in (layout, layout.contiguous())
+            )
+        for got, same, exact in zip(
+            strided, dense, gradients(layout.double(), formula), strict=True
+        ):
+            oracle.check_strided(got, same, exact, backend)
+        torch.testing.assert_close(strided[0], strided[2])
+        assert not torch.equal(strided[0], strided[1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -275,9 +276,11 @@ def test_second_derivatives(reduction: str, backend: str, device: torch.device) 
 @pytest.mark.parametrize("backend", ["auto", *KERNELS])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_compile_and_transforms(in_place: bool, reduction: str, backend: str) -> None:
-    x = torch.randn(2, 3, 16, requires_grad=True)
-    target = torch.randint(16, (2, 3))
+def test_compile_and_transforms(
+    in_place: bool, reduction: str, backend: str, device: torch.device
+) -> None:
+    x = torch.randn(2, 3, 16, device=device, requires_grad=True)
+    target = torch.randint(16, (2, 3), device=device)
 
     def step(x: Tensor) -> Tensor:
         loss = fused_lm.cross_entropy(
@@ -302,15 +305,15 @@ def test_compile_and_transforms(in_place: bool, reduction: str, backend: str) ->
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_opcheck(reduction: str, backend: str) -> None:
-    logits = torch.randn(5, 12, requires_grad=True)
-    target = torch.tensor([1, -100, 3, 11, 0])
+def test_opcheck(reduction: str, backend: str, device: torch.device) -> None:
+    logits = torch.randn(5, 12, device=device, requires_grad=True)
+    target = torch.tensor([1, -100, 3, 11, 0], device=device)
     options = (-100, 0.1, 0.01, 5.0, reduction)
     ops = torch.ops.fused_lm
     for gradient in ("never", "with the loss", "in the backward"):
         arguments = (logits, target, *options, gradient, backend)
         torch.library.opcheck(ops.cross_entropy_fwd.default, arguments)
-    dloss = torch.randn(() if reduction == "mean" else 5, requires_grad=True)
+    dloss = torch.randn(() if reduction == "mean" else 5, device=device, requires_grad=True)
     torch.library.opcheck(ops.cross_entropy_bwd.default, (dloss, logits, target, *options, backend))
 
 

@@ -135,25 +135,37 @@ def test_dtypes_are_independent(
         for d, s in zip(dtypes, shapes, strict=True)
     ]
 
-    def run(given: list[Tensor | None], backend: str, **types: Any) -> list[Tensor]:
-        leaves = [None if t is None else t.detach().clone().requires_grad_() for t in given]
+    def ours(*given: Tensor | None) -> tuple[Tensor, ...]:
+        x, residual, weight, bias = given
         with fused_lm.use_backend(backend):
-            results = _run(
-                rms, leaves[0], leaves[2], leaves[3], eps=1e-5, residual=leaves[1],
-                return_residual=True, **types,
+            return _run(
+                rms, x, weight, bias, eps=1e-5, residual=residual, return_residual=True,
+                out_dtype=out, residual_dtype=stream,
             )  # fmt: skip
+
+    def formula(*given: Tensor | None) -> tuple[Tensor, ...]:
+        x, residual, weight, bias = given
+        return oracle.layer_norm(x, weight, bias, 1e-5, residual=residual, rms=rms)
+
+    def rounded(*given: Tensor | None) -> tuple[Tensor, ...]:
+        """The formula in plain operators: all after the stream carries the stream's rounding."""
+        x, residual, *parameters = given
+        total = (x if residual is None else x + residual).to(stream)
+        wide = [None if t is None else t.float() for t in (total, None, *parameters)]
+        return formula(*wide)[0].to(out), total
+
+    def run(function: Any, given: list[Tensor | None]) -> list[Tensor]:
+        leaves = [None if t is None else t.detach().clone().requires_grad_() for t in given]
+        results = function(*leaves)
         total = sum((t.double() * torch.arange(48, device=device) / 64).sum() for t in results)
         present = [t for t in leaves if t is not None]
         return [*results, *torch.autograd.grad(total, present)]
 
-    wide = [None if t is None else t.double() for t in inputs]
-    got = run(inputs, backend, out_dtype=out, residual_dtype=stream)
-    exact = run(wide, "reference")
+    got, same = run(ours, inputs), run(rounded, inputs)
+    exact = run(formula, [None if t is None else t.double() for t in inputs])
     assert [t.dtype for t in got] == [out, stream, *(t.dtype for t in inputs if t is not None)]
-    narrow = min((stream, out, x), key=lambda d: -torch.finfo(d).eps)
-    for ours, truth in zip(got, exact, strict=True):
-        # The stream is rounded before it is normalised: everything after carries that rounding.
-        check_close(ours, truth.to(narrow).to(ours.dtype), truth)
+    for mine, near, truth in zip(got, same, exact, strict=True):
+        check_close(mine, near, truth)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -235,9 +247,9 @@ def test_second_derivatives(rms: bool, backend: str, device: torch.device) -> No
 
 @pytest.mark.parametrize("backend", ["auto", *KERNELS])
 @pytest.mark.parametrize("rms", [False, True], ids=["layer_norm", "rms_norm"])
-def test_compile_and_transforms(rms: bool, backend: str) -> None:
-    x, residual = (torch.randn(4, 3, 16, requires_grad=True) for _ in range(2))
-    weight = torch.randn(16, requires_grad=True)
+def test_compile_and_transforms(rms: bool, backend: str, device: torch.device) -> None:
+    x, residual = (torch.randn(4, 3, 16, device=device, requires_grad=True) for _ in range(2))
+    weight = torch.randn(16, device=device, requires_grad=True)
 
     def step(x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
         y, stream = _run(rms, x, weight, None, residual=residual, return_residual=True)
@@ -260,19 +272,20 @@ def test_compile_and_transforms(rms: bool, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("fused", [False, True])
-def test_opcheck(fused: bool, backend: str) -> None:
-    x, residual = (torch.randn(5, 12, requires_grad=True) for _ in range(2))
-    weight, bias = (torch.randn(12, requires_grad=True) for _ in range(2))
-    residual, rng, p = (residual, torch.tensor([1, 2, 0, 0]), 0.2) if fused else (None, None, 0.0)
+def test_opcheck(fused: bool, backend: str, device: torch.device) -> None:
+    x, residual = (torch.randn(5, 12, device=device, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.randn(12, device=device, requires_grad=True) for _ in range(2))
+    rng = torch.tensor([1, 2, 0, 0], device=device)
+    residual, rng, p = (residual, rng, 0.2) if fused else (None, None, 0.0)
     tail = (rng, 1e-5, p, F32, F32, backend)
     ops = torch.ops.fused_lm
     torch.library.opcheck(ops.layer_norm_fwd.default, (x, residual, weight, bias, *tail))
     torch.library.opcheck(ops.rms_norm_fwd.default, (x, residual, weight, *tail))
-    dstream = torch.randn(5, 12) if fused else None
+    dstream = torch.randn(5, 12, device=device) if fused else None
     dtype = F32 if fused else None
     with torch.no_grad():
         _, _, mean, rstd = ops.layer_norm_fwd(x, residual, weight, bias, *tail)
-    saved = (torch.randn(5, 12), dstream, x.detach(), weight.detach())
+    saved = (torch.randn(5, 12, device=device), dstream, x.detach(), weight.detach())
     end = (rng, p, F32, dtype, backend)
     torch.library.opcheck(ops.layer_norm_bwd.default, (*saved, bias.detach(), mean, rstd, *end))
     torch.library.opcheck(ops.rms_norm_bwd.default, (*saved, rstd, *end))

@@ -128,14 +128,17 @@ def test_weight_gradient_is_added_into_a_given_one(
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_many_small_steps_lose_nothing_in_an_fp32_gradient(backend: str) -> None:
+def test_many_small_steps_lose_nothing_in_an_fp32_gradient(
+    backend: str, device: torch.device
+) -> None:
     """512 + 512 x 1: bf16 would stay at 512, because 513 is not a bf16 number."""
-    x, weight = torch.ones(1, 1, dtype=BF16), torch.ones(1, 1, dtype=BF16, requires_grad=True)
-    total = torch.full((1, 1), 512.0)
+    x = torch.ones(1, 1, device=device, dtype=BF16)
+    weight = x.clone().requires_grad_()
+    total = torch.full((1, 1), 512.0, device=device)
     with fused_lm.use_backend(backend):
         for _ in range(512):
             y = fused_lm.linear_act(x, weight, activation="none", weight_grad=total)
-            y.backward(torch.ones(1, 1, dtype=BF16))
+            y.backward(x)
     assert total.item() == 1024.0
 
 
@@ -289,8 +292,10 @@ def test_results_can_be_changed_in_place(backend: str, device: torch.device) -> 
 
 def test_no_inputs_at_all(device: torch.device) -> None:
     """A sum over nothing is the bias, as torch's linear has it."""
-    x, bias = torch.randn(2, 3, 0, requires_grad=True), torch.randn(5)
-    weight = torch.randn(5, 0, requires_grad=True)
+    x, weight = (
+        torch.randn(shape, device=device, requires_grad=True) for shape in ((2, 3, 0), (5, 0))
+    )
+    bias = torch.randn(5, device=device)
     for backend in BACKENDS:
         with fused_lm.use_backend(backend):
             y = fused_lm.linear_act(x, weight, bias, activation="none")

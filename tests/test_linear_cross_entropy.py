@@ -287,9 +287,11 @@ def test_second_derivatives(reduction: str, backend: str, device: torch.device) 
 
 @pytest.mark.parametrize("backend", ["auto", *KERNELS])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compile_and_transforms(reduction: str, backend: str) -> None:
-    x, weight = torch.randn(2, 5, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
-    target = torch.randint(11, (2, 5))
+def test_compile_and_transforms(reduction: str, backend: str, device: torch.device) -> None:
+    x, weight = (
+        torch.randn(shape, device=device, requires_grad=True) for shape in ((2, 5, 8), (11, 8))
+    )
+    target = torch.randint(11, (2, 5), device=device)
 
     def step(x: Tensor, weight: Tensor) -> Tensor:
         loss = fused_lm.linear_cross_entropy(
@@ -333,15 +335,17 @@ def test_two_graphs_for_any_number_of_rows() -> None:
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_opcheck(reduction: str, backend: str) -> None:
-    x, weight = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
-    bias = torch.randn(7, requires_grad=True) if reduction == "mean" else None
-    target = torch.tensor([1, -100, 3, 6, 0])
+def test_opcheck(reduction: str, backend: str, device: torch.device) -> None:
+    x, weight, bias = (
+        torch.randn(shape, device=device, requires_grad=True) for shape in ((5, 4), (7, 4), (7,))
+    )
+    bias = bias if reduction == "mean" else None
+    target = torch.tensor([1, -100, 3, 6, 0], device=device)
     options = (-100, 0.1, 0.01, 5.0, reduction, 2, True, True, bias is not None, backend)
     arguments = (x, weight, bias, target, *options)
     ops = torch.ops.fused_lm
     torch.library.opcheck(ops.linear_cross_entropy_fwd.default, arguments)
-    dloss = torch.randn(() if reduction == "mean" else 5, requires_grad=True)
+    dloss = torch.randn(() if reduction == "mean" else 5, device=device, requires_grad=True)
     torch.library.opcheck(ops.linear_cross_entropy_bwd.default, (dloss, *arguments))
 
 

