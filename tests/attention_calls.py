@@ -119,7 +119,7 @@ CALLS = [
     Call("window without a left end, q staged", 260, 300, 192, H=1, lower=-30),
     Call("window in one loop", 200, 200, 128, H=1, lower=-150, upper=20),
     Call("bounds beyond 32 bits hide nothing", 30, 40, lower=-(2**40), upper=2**40),
-    Call("a bound beyond 32 bits hides everything", 30, 64, 32, lower=2**40),
+    Call("a bound beyond 32 bits hides everything", 30, 128, 32, lower=2**40),
     Call("grouped heads", 37, 45, H=6, group=3, B=2, upper=8),
     Call("one key head", 37, 45, 96, H=4, group=4, key_mask=True),
     Call("wider v", 37, 45, 40, 72, F16),

@@ -30,10 +30,10 @@ needs_race = pytest.mark.skipif("simt_race" not in simt.BACKENDS, reason="needs 
 SCHEDULES = (0, 11)
 """Who runs in turn, copies as soon as they can be; and both at random."""
 MUTANT_SCHEDULES = 4
+LANES_OF_ROW = 4
+"""Lanes that hold a row of the bias gradient's product, and read its lse and delta."""
 DBIAS_BLOCK, DBIAS_SLICE, DBIAS_THREADS = 64, 64, 128
 """Of csrc/kernels/attention_tuning.h: tiles of the bias gradient, square."""
-LANES_OF_ROW = 4
-"""Lanes that hold a row of a product, and read its lse and delta."""
 
 
 def _run(harness: runtime.Harness, data: Data) -> Sequence[Tensor]:
@@ -110,13 +110,11 @@ def _dkdv(call: Call, makes_dk: bool, makes_dv: bool) -> Counter[str]:
 
 
 def _dq(call: Call) -> Counter[str]:
-    """A query tile reads q and dout, two numbers per row for each lane that holds it, and k and v
-    of the keys that it sees.
-    """
+    """A query tile reads q and dout, two numbers per row, and k and v of the keys that it sees."""
     block_t, block_s, threads = _tuning(call, False)
     reads = flops = 0
     for queries, tiles in _walks(call, 0, block_t, block_s):
-        reads += queries * (2 * (call.D + call.values) * bool(tiles) + 8 * LANES_OF_ROW)
+        reads += queries * (2 * (call.D + call.values) * bool(tiles) + 8)
         for keys in tiles:
             reads += 2 * keys * (call.D + call.values)
             reads += _score_reads(call, queries, keys, block_t, threads)

@@ -40,6 +40,7 @@
 #include "kernels/attention_products.h"
 #include "kernels/attention_score.h"
 #include "kernels/attention_tuning.h"
+#include "ptx/lane.h"
 
 namespace fused_lm {
 namespace attention_dkdv {
@@ -99,8 +100,8 @@ __device__ __forceinline__ void copy_queries(typename C::Queries& queries,
 
 // Scores become P = exp(score - lse).
 template <class C>
-__device__ __forceinline__ void probabilities(Scores<C>& score, const float* sLse, int column,
-                                              float scale) {
+__device__ __forceinline__ void probabilities(Scores<C>& score, const float* sLse, float scale) {
+  const int column = fragment_lane(ptx::lane_index()).column;
 #pragma unroll
   for (int n = 0; n < C::kScores; ++n) {
     const float2 lse = *reinterpret_cast<const float2*>(sLse + kMmaColumns * n + column);
@@ -118,7 +119,8 @@ __device__ __forceinline__ void probabilities(Scores<C>& score, const float* sLs
 // ds = P (factor dp - delta), into dp.
 template <class C>
 __device__ __forceinline__ void score_gradients(Scores<C>& dp, const Scores<C>& p,
-                                                const float* sDelta, int column, float factor) {
+                                                const float* sDelta, float factor) {
+  const int column = fragment_lane(ptx::lane_index()).column;
 #pragma unroll
   for (int n = 0; n < C::kScores; ++n) {
     const float2 delta = *reinterpret_cast<const float2*>(sDelta + kMmaColumns * n + column);
@@ -133,24 +135,24 @@ __device__ __forceinline__ void score_gradients(Scores<C>& dp, const Scores<C>& 
   }
 }
 
-// One query tile: adds to the sums. kHidden: the band may end in it.
-template <class Element, bool kHidden, class C>
+// One query tile: adds to the sums. edge: the band may end in it. The lane is read anew where what
+// is kept from above would cost spills.
+template <class Element, class C>
 __device__ __forceinline__ void add_tile(Sums<C>& dk, Sums<C>& dv, typename C::SharedStorage& smem,
                                          typename C::Queries& queries,
                                          const AttentionBackwardParams& p,
                                          const ScoreTile<true>& tile, int row, bool edge) {
   const int lane = own_lane();
-  const int column = fragment_lane(lane).column;
   Scores<C> score;
   [[maybe_unused]] Scores<C> slope;
   [[maybe_unused]] uint32_t keep[C::kM];
   multiply_transposed<Element>(score, shared_operands(smem.k, lane, row), queries.q, lane);
   if constexpr (C::kGeneral) {
     finish_scores(score, slope, tile, p.score, edge);
-  } else if constexpr (kHidden) {
-    if (edge) hide_outside_band(score, tile, p.score.lower, p.score.upper);
+  } else if (edge) {
+    hide_outside_band(score, tile, p.score.lower, p.score.upper);
   }
-  probabilities<C>(score, queries.row_lse, column, p.score.scale);
+  probabilities<C>(score, queries.row_lse, p.score.scale);
   const bool drops = C::kGeneral && p.dropout.rng != nullptr;
   if constexpr (C::kGeneral) {
     if (drops) {
@@ -171,7 +173,8 @@ __device__ __forceinline__ void add_tile(Sums<C>& dk, Sums<C>& dv, typename C::S
   }
   if constexpr (C::kKeys) {
     Scores<C> dp;
-    multiply_transposed<Element>(dp, shared_operands(smem.v, lane, row), queries.dout, lane);
+    multiply_transposed<Element>(dp, shared_operands(smem.v, ptx::lane_index(), row), queries.dout,
+                                 lane);
     float factor = 1.0f;
     if constexpr (C::kGeneral) {
       if (drops) {
@@ -179,7 +182,7 @@ __device__ __forceinline__ void add_tile(Sums<C>& dk, Sums<C>& dv, typename C::S
         factor = p.dropout.scale;
       }
     }
-    score_gradients<C>(dp, score, queries.delta, column, factor);
+    score_gradients<C>(dp, score, queries.delta, factor);
     if constexpr (C::kGeneral) {
       if (p.score.softcap > 0.0f) {
         for_each_value<C::kM, C::kScores>(
@@ -206,8 +209,7 @@ __global__ void __launch_bounds__((Config<kHeadDim, kGeneral, kPart>::kThreads),
   const int first_head = block.head * shape.group;
   const int end_head = first_head + shape.group;
   const auto copy = [&](int half, int head, int i) {
-    copy_queries<C>(smem.queries[half], p, block.batch, head,
-                    tile_start<C::kBlockT, C::kTuning.one_loop>(band, i));
+    copy_queries<C>(smem.queries[half], p, block.batch, head, band.start<C::kBlockT>(i));
   };
   if (band.count > 0) {
     copy_rows_async<C::kThreads>(smem.k, p.k + head_offset(p.k_strides, block.batch, block.head),
@@ -227,21 +229,21 @@ __global__ void __launch_bounds__((Config<kHeadDim, kGeneral, kPart>::kThreads),
   if constexpr (C::kValues) fill_zero(dv);
   int half = 0;
   for (int head = first_head; head < end_head; ++head) {
-    for_each_tile<C::kBlockT, C::kTuning.one_loop>(
-        band, [&](int i, int start, bool edge, auto hidden) {
-          ptx::cp_async_wait<0>();
-          __syncthreads();
-          if (i + 1 < band.count) {
-            copy(half ^ 1, head, i + 1);
-          } else if (head + 1 < end_head) {
-            copy(half ^ 1, head + 1, 0);
-          }
-          tile.head = head;
-          tile.t_first = start + at.column;
-          add_tile<Element, decltype(hidden)::value, C>(dk, dv, smem, smem.queries[half], p, tile,
-                                                        row, edge);
-          half ^= 1;
-        });
+    for (int i = 0; i < band.count; ++i) {
+      const int start = band.start<C::kBlockT>(i);
+      const bool edge = band.edge(start);
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+      if (i + 1 < band.count) {
+        copy(half ^ 1, head, i + 1);
+      } else if (head + 1 < end_head) {
+        copy(half ^ 1, head + 1, 0);
+      }
+      tile.head = head;
+      tile.t_first = start + at.column;
+      add_tile<Element, C>(dk, dv, smem, smem.queries[half], p, tile, row, edge);
+      half ^= 1;
+    }
   }
 
   const int s_own = s_first + row;

@@ -7,12 +7,12 @@
 // Grid: one block per (query tile, head, batch). A warp owns 32 or 16 rows; P and ds stay in the
 // registers of its products, and ds goes as it is into the next one as the left operand.
 //
-// Shared memory: q and dout [block_t, D], which stay; k and v [2, block_s, D]: the next tile is on
-// its way while one is worked on, with one barrier per tile, as in the forward.
+// Shared memory: q and dout [block_t, D], lse and delta [block_t], which stay; k and v
+// [2, block_s, D]: the next tile is on its way while one is worked on, with one barrier per tile,
+// as in the forward.
 //
-// Bytes: reads q and dout once, and per query tile the D + Dv columns of the keys that it sees, lse
-// and delta in each of the four lanes of a row; writes B H T D. FLOPs: 6 block_t block_s kD per
-// pair of tiles.
+// Bytes: reads q, dout, lse and delta once, and per query tile the D + Dv columns of the keys that
+// it sees; writes B H T D. FLOPs: 6 block_t block_s kD per pair of tiles.
 //
 // Source: Dao 2023 (arXiv:2307.08691) alg. 2.
 #pragma once
@@ -23,6 +23,7 @@
 #include "kernels/attention_products.h"
 #include "kernels/attention_score.h"
 #include "kernels/attention_tuning.h"
+#include "ptx/lane.h"
 
 namespace fused_lm {
 namespace attention_dq {
@@ -47,45 +48,41 @@ struct Config {
     SharedTile<kBlockT, kD> q;  // at the end: dq; a warp reads and writes its own rows only
     SharedTile<kBlockT, kD> dout;
     Keys keys[2];
+    float2 rows[kBlockT];  // lse and delta; +inf and 0 behind the last query
   };
 };
 
-// lse and delta of a thread's rows; +inf and 0 behind the last one.
+// The numbers of the block's queries: in registers, eight for 32 rows, they spill.
 template <class C>
-struct RowNumbers {
-  float row_lse[C::kM][2];
-  float delta[C::kM][2];
+__device__ __forceinline__ void load_rows(typename C::SharedStorage& smem,
+                                          const AttentionBackwardParams& p, int batch, int head,
+                                          int t_first) {
+  const int thread = static_cast<int>(threadIdx.x);
+  static_assert(C::kBlockT <= C::kThreads, "a thread loads one row's");
+  if (thread >= C::kBlockT) return;
+  const int t = t_first + thread;
+  const int64_t index = (static_cast<int64_t>(batch) * p.shape.H + head) * p.shape.T + t;
+  const bool inside = t < p.shape.T;
+  const float lse = inside ? p.row_lse[index] : INFINITY;
+  const float delta = inside ? p.delta[index] : 0.0f;
+  const uint2 both = {__float_as_uint(lse), __float_as_uint(delta)};
+  *reinterpret_cast<uint2*>(&smem.rows[thread]) = both;
+}
 
-  __device__ __forceinline__ void load(const AttentionBackwardParams& p,
-                                       const ScoreTile<false>& tile) {
-    const int64_t head = static_cast<int64_t>(tile.batch) * p.shape.H + tile.head;
-#pragma unroll
-    for (int m = 0; m < C::kM; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int t = tile.t(m, 0, 2 * half);
-        const bool inside = t < tile.T;
-        row_lse[m][half] = inside ? p.row_lse[head * tile.T + t] : INFINITY;
-        delta[m][half] = inside ? p.delta[head * tile.T + t] : 0.0f;
-      }
-    }
-  }
-};
-
-// One key tile: adds to the sums. kHidden: the band may end in it.
-template <class Element, bool kHidden, class C>
-__device__ __forceinline__ void add_tile(Sums<C>& dq, const RowNumbers<C>& rows,
-                                         typename C::SharedStorage& smem, typename C::Keys& keys,
-                                         const AttentionBackwardParams& p,
+// One key tile: adds to the sums. edge: the band may end in it.
+template <class Element, class C>
+__device__ __forceinline__ void add_tile(Sums<C>& dq, typename C::SharedStorage& smem,
+                                         typename C::Keys& keys, const AttentionBackwardParams& p,
                                          const ScoreTile<false>& tile, int row, bool edge) {
-  const int lane = own_lane();
+  // Read anew where addresses that are kept cost spills.
+  const int lane = C::kD <= 64 ? ptx::lane_index() : own_lane();
   Scores<C> score;
   [[maybe_unused]] Scores<C> slope;
   multiply_transposed<Element>(score, shared_operands(smem.q, lane, row), keys.k, lane);
   if constexpr (C::kGeneral) {
     finish_scores(score, slope, tile, p.score, edge);
-  } else if constexpr (kHidden) {
-    if (edge) hide_outside_band(score, tile, p.score.lower, p.score.upper);
+  } else if (edge) {
+    hide_outside_band(score, tile, p.score.lower, p.score.upper);
   }
   Scores<C> dp;
   multiply_transposed<Element>(dp, shared_operands(smem.dout, lane, row), keys.v, lane);
@@ -97,11 +94,21 @@ __device__ __forceinline__ void add_tile(Sums<C>& dq, const RowNumbers<C>& rows,
       factor = p.dropout.scale;
     }
   }
-  for_each_value<C::kM, C::kScores>([&](int m, int n, int e) {
-    const float own =
-        probability<C::kGeneral>(score[m][n][e], rows.row_lse[m][e / 2], p.score.scale);
-    dp[m][n][e] = own * fmaf(dp[m][n][e], factor, -rows.delta[m][e / 2]);
-  });
+#pragma unroll
+  for (int m = 0; m < C::kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float2 own = smem.rows[row + m * kMmaRows + half * 8 + lane / 4];
+#pragma unroll
+      for (int n = 0; n < C::kScores; ++n) {
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e) {
+          const float prob = probability<C::kGeneral>(score[m][n][e], own.x, p.score.scale);
+          dp[m][n][e] = prob * fmaf(dp[m][n][e], factor, -own.y);
+        }
+      }
+    }
+  }
   if constexpr (C::kGeneral) {
     if (p.score.softcap > 0.0f) {
       for_each_value<C::kM, C::kScores>(
@@ -128,7 +135,7 @@ __global__ void __launch_bounds__((Config<kHeadDim, kGeneral>::kThreads),
   const uint16_t* gV = p.v + head_offset(p.v_strides, block.batch, kv_head);
   const auto copy_keys = [&](int i) {
     typename C::Keys& keys = smem.keys[i % 2];
-    const int s_first = tile_start<C::kBlockS, C::kTuning.one_loop>(band, i);
+    const int s_first = band.start<C::kBlockS>(i);
     copy_rows_async<C::kThreads>(keys.k, gK, p.k_strides.row, s_first, shape.S, shape.D);
     copy_rows_async<C::kThreads>(keys.v, gV, p.v_strides.row, s_first, shape.S, shape.Dv);
     ptx::cp_async_commit();
@@ -145,19 +152,18 @@ __global__ void __launch_bounds__((Config<kHeadDim, kGeneral>::kThreads),
   const FragmentLane at = fragment_lane(own_lane());
   const int row = static_cast<int>(threadIdx.x / kWarpSize) * C::kTuning.rows_per_warp;
   ScoreTile<false> tile{t_first + row + at.row, 0, shape.T, shape.S, block.batch, block.head};
-  RowNumbers<C> rows;
-  rows.load(p, tile);
+  load_rows<C>(smem, p, block.batch, block.head, t_first);
   Sums<C> dq;
   fill_zero(dq);
-  for_each_tile<C::kBlockS, C::kTuning.one_loop>(
-      band, [&](int i, int start, bool edge, auto hidden) {
-        ptx::cp_async_wait<0>();
-        __syncthreads();
-        if (i + 1 < band.count) copy_keys(i + 1);
-        tile.s_first = start + at.column;
-        add_tile<Element, decltype(hidden)::value, C>(dq, rows, smem, smem.keys[i % 2], p, tile,
-                                                      row, edge);
-      });
+  for (int i = 0; i < band.count; ++i) {
+    const int start = band.start<C::kBlockS>(i);
+    const bool edge = band.edge(start);
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    if (i + 1 < band.count) copy_keys(i + 1);
+    tile.s_first = start + at.column;
+    add_tile<Element, C>(dq, smem, smem.keys[i % 2], p, tile, row, edge);
+  }
 
   const float scale = p.score.scale;
   store_sums<Element>(

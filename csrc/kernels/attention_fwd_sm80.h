@@ -78,27 +78,61 @@ struct Rows {
   float sum[C::kM][2];  // of this lane's columns
 };
 
-// Scores become p = 2^(unit_log2 (score - max)); sums so far shrink with the new maximum. The
-// maximum is subtracted before it is scaled: one fused multiply-add per score less an add would
-// leave every p with the rounding error of the scaled maximum in its exponent, which is 64 for
-// scores of 1e9. kHidden: scores may be -inf, and a row may have seen no key yet, where -inf - -inf
-// would be NaN.
-template <bool kHidden, class C>
-__device__ __forceinline__ void online_softmax(Scores<C>& score, Rows<C>& rows, float unit_log2) {
+// How far above the maximum that was subtracted a score may come, in powers of 2, before the sums
+// are scaled down for it: p <= 2^8 is exact enough in 16 bits, and sums of p in fp32.
+constexpr float kGrowthLog2 = 8.0f;
+
+// The maxima of rows whose scores outgrew theirs, and their sums so far, which shrink. -inf stands
+// for a row that has seen no key; 0 is subtracted in its place, since -inf - -inf is NaN.
+template <class C>
+__device__ __forceinline__ void raise_maxima(Rows<C>& rows, const float (&largest)[C::kM][2],
+                                             float unit_log2) {
 #pragma unroll
   for (int m = 0; m < C::kM; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float largest = rows.max[m][half];
+      const float base = largest[m][half] == kNoScore ? 0.0f : largest[m][half];
+      const float decay = ptx::exp2_approx((rows.max[m][half] - base) * unit_log2);
+      rows.max[m][half] = largest[m][half];
+      rows.sum[m][half] *= decay;
+#pragma unroll
+      for (int n = 0; n < C::kSums; ++n) {
+        rows.acc[m][n][2 * half] *= decay;
+        rows.acc[m][n][2 * half + 1] *= decay;
+      }
+    }
+  }
+}
+
+// Scores become p = 2^(unit_log2 (score - max)), where max is the row's maximum or up to
+// 2^kGrowthLog2 below it. It is subtracted before the change of base: one fused multiply-add per
+// score less an add would leave every p with the rounding error of the scaled maximum in its
+// exponent, which is 64 for scores of 1e9.
+template <class C>
+__device__ __forceinline__ void online_softmax(Scores<C>& score, Rows<C>& rows, float unit_log2) {
+  float largest[C::kM][2];
+  bool grown = false;
+#pragma unroll
+  for (int m = 0; m < C::kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float found = rows.max[m][half];
 #pragma unroll
       for (int n = 0; n < C::kScores; ++n) {
-        largest = fmaxf(largest, fmaxf(score[m][n][2 * half], score[m][n][2 * half + 1]));
+        found = fmaxf(found, fmaxf(score[m][n][2 * half], score[m][n][2 * half + 1]));
       }
-      largest = quad_max(largest);
-      const float base = kHidden && largest == kNoScore ? 0.0f : largest;
-      const float decay = ptx::exp2_approx((rows.max[m][half] - base) * unit_log2);
-      rows.max[m][half] = largest;
-
+      found = quad_max(found);
+      grown |= (found - rows.max[m][half]) * unit_log2 > kGrowthLog2;
+      largest[m][half] = found;
+    }
+  }
+  // One branch for the warp: the first tile takes it, and few of the others.
+  if (__any_sync(kAllLanes, grown)) raise_maxima<C>(rows, largest, unit_log2);
+#pragma unroll
+  for (int m = 0; m < C::kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float base = rows.max[m][half] == kNoScore ? 0.0f : rows.max[m][half];
       float sum = 0.0f;
 #pragma unroll
       for (int n = 0; n < C::kScores; ++n) {
@@ -108,12 +142,7 @@ __device__ __forceinline__ void online_softmax(Scores<C>& score, Rows<C>& rows, 
           sum += score[m][n][e];
         }
       }
-      rows.sum[m][half] = fmaf(rows.sum[m][half], decay, sum);
-#pragma unroll
-      for (int n = 0; n < C::kSums; ++n) {
-        rows.acc[m][n][2 * half] *= decay;
-        rows.acc[m][n][2 * half + 1] *= decay;
-      }
+      rows.sum[m][half] += sum;
     }
   }
 }
@@ -164,7 +193,7 @@ __global__ void __launch_bounds__((Config<kD, kGeneral>::kThreads),
   const uint16_t* gV = p.v + head_offset(p.v_strides, block.batch, kv_head);
   const auto copy_keys = [&](int i) {
     typename C::Keys& keys = smem.keys[i % 2];
-    const int s_first = tile_start<C::kBlockS, C::kTuning.one_loop>(band, i);
+    const int s_first = band.start<C::kBlockS>(i);
     copy_rows_async<C::kThreads>(keys.k, gK, p.k_strides.row, s_first, shape.S, shape.D);
     copy_rows_async<C::kThreads>(keys.v, gV, p.v_strides.row, s_first, shape.S, shape.Dv);
     ptx::cp_async_commit();
@@ -202,15 +231,15 @@ __global__ void __launch_bounds__((Config<kD, kGeneral>::kThreads),
     }
   }
 
-  const auto attend = [&](int i, int start, bool edge, auto hidden) {
-    constexpr bool kHidden = decltype(hidden)::value;
+  for (int i = 0; i < band.count; ++i) {
+    const int start = band.start<C::kBlockS>(i);
+    const bool edge = band.edge(start);
     ptx::cp_async_wait<0>();
     __syncthreads();
     if (i + 1 < band.count) copy_keys(i + 1);
 
     typename C::Keys& keys = smem.keys[i % 2];
-    // Read anew where addresses that are kept for a second loop, or at all, cost spills.
-    const int lane = C::kTuning.one_loop || C::kD == 64 && kHidden ? ptx::lane_index() : own_lane();
+    const int lane = ptx::lane_index();  // read anew: addresses that are kept cost spills
     tile.s_first = start + at.column;
     Scores<C> score;
     if constexpr (C::kHeld) {
@@ -220,10 +249,10 @@ __global__ void __launch_bounds__((Config<kD, kGeneral>::kThreads),
     }
     if constexpr (kGeneral) {
       finish_scores(score, tile, p.score, edge);
-    } else if constexpr (kHidden) {
-      if (edge) hide_outside_band(score, tile, p.score.lower, p.score.upper);
+    } else if (edge) {
+      hide_outside_band(score, tile, p.score.lower, p.score.upper);
     }
-    online_softmax<kHidden>(score, rows, kGeneral ? kLog2E : p.score.scale_log2);
+    online_softmax<C>(score, rows, kGeneral ? kLog2E : p.score.scale_log2);
     if constexpr (kGeneral) {
       if (p.dropout.rng != nullptr) {
         // Drawn up anew: five registers less in a loop that mostly needs none.
@@ -231,9 +260,8 @@ __global__ void __launch_bounds__((Config<kD, kGeneral>::kThreads),
         drop(score, tile, key, p.dropout.threshold);
       }
     }
-    add_product<Element>(rows.acc, score, keys.v, lane);
-  };
-  for_each_tile<C::kBlockS, C::kTuning.one_loop>(band, attend);
+    add_product<Element>(rows.acc, score, keys.v, ptx::lane_index());
+  }
 
   const float dropout_scale = kGeneral && p.dropout.rng != nullptr ? p.dropout.scale : 1.0f;
   store_rows<Element>(p, rows, smem, block, row, unit, dropout_scale);

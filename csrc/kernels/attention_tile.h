@@ -60,26 +60,13 @@ struct BandTiles {
   int full_end;
   int count;  // tiles in all
 
-  // In order: where tile i begins, and whether the band may end in it.
+  // Where tile i begins, and whether the band may end in it.
   template <int kBlock>
   __device__ __forceinline__ int start(int i) const {
     return begin + i * kBlock;
   }
   __device__ __forceinline__ bool edge(int start) const {
     return start < full_begin || start >= full_end;
-  }
-
-  // Sorted, for loops with and without masks: those that need none come first.
-  template <int kBlock>
-  __device__ __forceinline__ int full_count() const {
-    return (full_end - full_begin) / kBlock;
-  }
-  template <int kBlock>
-  __device__ __forceinline__ int sorted_start(int i) const {
-    const int full = full_count<kBlock>();
-    if (i < full) return full_begin + i * kBlock;
-    const int position = begin + (i - full) * kBlock;
-    return position < full_begin ? position : position + full_end - full_begin;
   }
 };
 
@@ -218,28 +205,6 @@ Status with_head_dim(const AttentionShape& shape, const Body& body) {
     return with_head_dim<kIndex + 1>(shape, body);
   } else {
     return "an attention has head dims above 256";
-  }
-}
-
-// Where tile i of a walk begins.
-template <int kBlock, bool kOneLoop>
-__device__ __forceinline__ int tile_start(const BandTiles& band, int i) {
-  return kOneLoop ? band.start<kBlock>(i) : band.sorted_start<kBlock>(i);
-}
-
-// Calls body(i, start, edge, hidden) for every tile: hidden is a constant that says whether the
-// band may end in the tile, edge whether it does.
-template <int kBlock, bool kOneLoop, class Body>
-__device__ __forceinline__ void for_each_tile(const BandTiles& band, const Body& body) {
-  int i = 0;
-  if constexpr (!kOneLoop) {
-    for (; i < band.full_count<kBlock>(); ++i) {
-      body(i, band.sorted_start<kBlock>(i), false, std::false_type{});
-    }
-  }
-  for (; i < band.count; ++i) {
-    const int start = tile_start<kBlock, kOneLoop>(band, i);
-    body(i, start, !kOneLoop || band.edge(start), std::true_type{});
   }
 }
 

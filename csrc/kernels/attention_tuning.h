@@ -29,7 +29,6 @@ struct AttentionTuning {
   int block_s;        // keys per tile; two tiles of k and of v are in shared memory
   int blocks_per_sm;  // that registers have to leave room for
   QueryPlace queries;
-  bool one_loop;  // tiles with and without a mask in one, behind a branch
   const char* reason;
 
   constexpr int threads() const { return warps * kWarpSize; }
@@ -41,45 +40,29 @@ constexpr int kHeadDims[] = {32, 64, 96, 128, 192, 256};
 
 // Without mask, key mask, bias, softcap and dropout.
 constexpr AttentionTuning attention_forward_plain_tuning(int head_dim) {
-  if (head_dim <= 32) {
-    constexpr auto kWhy = "24 KB: exponentials bind, and many warps hide what surrounds them";
-    return {32, 4, 32, 3, QueryPlace::kRegisters, false, kWhy};
-  }
-  if (head_dim <= 64) {
-    constexpr auto kWhy = "48 KB, q in 32 registers; 32 keys would take 24 % more instructions";
-    return {32, 4, 64, 2, QueryPlace::kRegisters, false, kWhy};
-  }
-  if (head_dim <= 96) {
-    constexpr auto kWhy = "48 KB: two blocks also where there are 99";
-    return {32, 4, 32, 2, QueryPlace::kShared, false, kWhy};
-  }
-  if (head_dim <= 128) {
-    constexpr auto kWhy = "64 KB; sums 128 registers, scores 32: a second loop's addresses spill";
-    return {32, 4, 32, 2, QueryPlace::kShared, true, kWhy};
-  }
-  if (head_dim <= 192) {
-    constexpr auto kWhy = "48 KB, q in 48 registers; the sums of 32 rows would need 192";
-    return {16, 8, 32, 1, QueryPlace::kStaged, false, kWhy};
-  }
-  constexpr auto kWhy = "96 KB, which every GPU has; q in 64 registers would spill";
-  return {16, 8, 16, 1, QueryPlace::kShared, false, kWhy};
+  if (head_dim <= 32) return {32, 4, 128, 2, QueryPlace::kRegisters, "40 KB, q in 16 registers"};
+  if (head_dim <= 64) return {32, 4, 64, 2, QueryPlace::kRegisters, "48 KB, q in 32 registers"};
+  if (head_dim <= 96) return {32, 4, 64, 2, QueryPlace::kShared, "72 KB; q in registers spills"};
+  if (head_dim <= 128) return {32, 4, 48, 2, QueryPlace::kShared, "80 KB; 64 keys spill"};
+  if (head_dim <= 192) return {16, 8, 64, 1, QueryPlace::kStaged, "96 KB, q in 48 registers"};
+  return {16, 8, 32, 1, QueryPlace::kStaged, "64 KB, q in 64 registers"};
 }
 
 // With any of them: every feature is behind a branch, so the band is too. Their arithmetic takes
 // registers from q.
 constexpr AttentionTuning attention_forward_general_tuning(int head_dim) {
   if (head_dim <= 32) {
-    return {32, 4, 32, 2, QueryPlace::kRegisters, true, "24 KB, q in 16 registers"};
+    return {32, 4, 32, 2, QueryPlace::kRegisters, "24 KB, q in 16 registers"};
   }
-  if (head_dim <= 64) return {32, 4, 32, 2, QueryPlace::kShared, true, "32 KB"};
+  if (head_dim <= 64) return {32, 4, 32, 2, QueryPlace::kShared, "32 KB"};
   if (head_dim <= 96) {
-    return {16, 8, 64, 1, QueryPlace::kShared, true, "72 KB; the sums of 32 rows leave too little"};
+    return {16, 8, 64, 1, QueryPlace::kShared, "72 KB; the sums of 32 rows leave too little"};
   }
-  if (head_dim <= 128) return {16, 8, 32, 1, QueryPlace::kShared, true, "64 KB; the same"};
+  if (head_dim <= 128) return {16, 8, 32, 1, QueryPlace::kShared, "64 KB; the same"};
   if (head_dim <= 192) {
-    return {16, 8, 32, 1, QueryPlace::kStaged, true, "48 KB, q in 48 registers"};
+    return {16, 8, 32, 1, QueryPlace::kStaged, "48 KB, q in 48 registers"};
   }
-  return {16, 4, 32, 1, QueryPlace::kShared, true, "96 KB, q beside k and v"};
+  return {16, 4, 32, 1, QueryPlace::kShared, "96 KB, q beside k and v"};
 }
 
 // The backward: rows of the axis that a warp owns, keys for dk and dv or queries for dq, and how
@@ -92,7 +75,6 @@ struct AttentionBackwardTuning {
   int warps;
   int block_other;
   int blocks_per_sm;
-  bool one_loop;  // tiles with and without a mask in one, behind a branch
   const char* reason;
 
   constexpr int threads() const { return warps * kWarpSize; }
@@ -104,32 +86,44 @@ constexpr int kMaxJointHeadDim = 128;
 
 constexpr AttentionBackwardTuning attention_dkdv_tuning(int head_dim, bool general) {
   if (head_dim <= 32) {
-    if (general) return {16, 4, 32, 3, true, "16 KB; 32 keys leave features too little"};
-    return {32, 4, 32, 2, false, "24 KB; sums 64 registers, scores and dp 64"};
+    if (general) return {16, 4, 32, 3, "16 KB; 32 keys leave features too little"};
+    return {32, 4, 64, 2, "40 KB; sums 64 registers, scores and dp 128"};
   }
   if (head_dim <= 64) {
-    if (general) return {16, 8, 32, 1, true, "48 KB; 32 keys leave features too little"};
-    return {32, 4, 32, 2, true, "48 KB; sums 128 registers, scores and dp 64: no second loop"};
+    if (general) return {16, 8, 32, 1, "48 KB; 32 keys leave features too little"};
+    return {32, 4, 32, 2, "48 KB; sums 128 registers, scores and dp 64"};
   }
-  if (head_dim <= 96) return {16, 4, 32, 2, general, "48 KB; sums 96 registers, scores and dp 32"};
+  if (head_dim <= 96) {
+    if (general) return {16, 4, 32, 2, "48 KB; sums 96 registers, scores and dp 32"};
+    return {16, 4, 64, 2, "73 KB; sums 96 registers, scores and dp 64"};
+  }
   if (head_dim <= 128) {
-    if (general) return {16, 8, 16, 1, true, "80 KB; sums 128 registers, scores and dp 16"};
-    return {16, 8, 32, 1, true, "97 KB; sums 128 registers, scores and dp 32"};
+    if (general) return {16, 8, 16, 1, "80 KB; sums 128 registers, scores and dp 16"};
+    return {16, 4, 64, 2, "97 KB; sums 128 registers, scores and dp 64"};
   }
-  if (head_dim <= 192) return {16, 4, 32, 1, true, "97 KB; sums 96 registers"};
-  return {16, 4, 16, 1, true, "97 KB; sums 128 registers"};
+  if (head_dim <= 192) return {16, 4, 32, 1, "97 KB; sums 96 registers"};
+  return {16, 4, 16, 1, "97 KB; sums 128 registers"};
 }
 
 constexpr AttentionBackwardTuning attention_dq_tuning(int head_dim, bool general) {
-  if (head_dim <= 32) return {32, 4, 32, 2, general, "24 KB; sums 32 registers"};
-  if (head_dim <= 64) {
-    if (general) return {16, 8, 32, 1, true, "48 KB; 32 queries leave features too little"};
-    return {32, 4, 32, 2, false, "48 KB; sums 64 registers, scores and dp 64"};
+  if (head_dim <= 32) {
+    if (general) return {32, 4, 32, 2, "24 KB; sums 32 registers"};
+    return {32, 4, 64, 2, "32 KB; sums 32 registers, scores and dp 128"};
   }
-  if (head_dim <= 96) return {16, 8, 64, 1, general, "96 KB; sums 48 registers, scores and dp 64"};
-  if (head_dim <= 128) return {16, 8, 32, 1, general, "96 KB; sums 64 registers"};
-  if (head_dim <= 192) return {16, 4, 32, 1, true, "96 KB; sums 96 registers"};
-  return {16, 4, 16, 1, true, "96 KB; sums 128 registers"};
+  if (head_dim <= 64) {
+    if (general) return {16, 8, 32, 1, "48 KB; 32 queries leave features too little"};
+    return {32, 4, 64, 2, "64 KB; sums 64 registers, scores and dp 128"};
+  }
+  if (head_dim <= 96) {
+    if (general) return {16, 8, 64, 1, "96 KB; sums 48 registers, scores and dp 64"};
+    return {32, 4, 32, 2, "72 KB; sums 96 registers, scores and dp 64"};
+  }
+  if (head_dim <= 128) {
+    if (general) return {16, 8, 32, 1, "96 KB; sums 64 registers"};
+    return {32, 4, 32, 2, "96 KB; sums 128 registers, scores and dp 64"};
+  }
+  if (head_dim <= 192) return {16, 4, 32, 1, "96 KB; sums 96 registers"};
+  return {16, 4, 16, 1, "96 KB; sums 128 registers"};
 }
 
 // Passes that work on one [block_t, block_s] tile of [T, S] at a time, and walk over the columns of

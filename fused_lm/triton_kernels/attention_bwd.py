@@ -79,7 +79,7 @@ def accumulate_dkdv(
         q_head, dout_head = q + head * q_strides.head, dout + head * dout_strides.head
         q_tile = load_rows(q_head, t_start, q_strides, T, D, D_PADDED, BLOCK_T, MASKED)
         qk = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-        row_lse = load_lse(lse + head * T, rows, T, PRECISION)
+        row_lse = load_lse(lse + head * T, masks, rows, T, PRECISION)
         p, tanh_tile = probability_tile(
             qk, row_lse[None, :], masks, batch, head, rows[None, :], cols, T, S, lower, upper,
             scale, softcap, SOFTCAP, PRECISION, MASKED,
@@ -200,7 +200,7 @@ def attention_bwd_dq(
     rows = t_start + tl.arange(0, BLOCK_T)
     q_tile = load_rows(q, t_start, q_strides, T, D, D_PADDED, BLOCK_T, True)
     dout_tile = load_rows(dout, t_start, dout_strides, T, DV, DV_PADDED, BLOCK_T, True)
-    row_lse = load_lse(lse + offset, rows, T, PRECISION)
+    row_lse = load_lse(lse + offset, masks, rows, T, PRECISION)
     row_delta = tl.load(delta + offset + rows, mask=rows < T, other=0.0)
     acc = tl.zeros([BLOCK_T, D_PADDED], tl.float32)
 

@@ -197,10 +197,10 @@ def score_unit(masks, scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def load_lse(lse, rows, T, PRECISION: tl.constexpr):
+def load_lse(lse, masks, rows, T, PRECISION: tl.constexpr):
     """lse of ``rows`` as P needs it: +inf for rows outside or without a key, whose P is 0."""
     value = tl.load(lse + rows, mask=rows < T, other=float("-inf"))
-    if PRECISION != "ieee":
+    if PRECISION != "ieee" and masks.bias is None:
         value *= LOG2_E
     return tl.where(value == float("-inf"), float("inf"), value)
 
@@ -212,12 +212,12 @@ def probability_tile(
 ):  # fmt: skip
     """P = exp(score - lse) and the tanh tile; lse broadcasts like ``rows``.
 
-    For exact fp32 the difference is taken before the change of base: rounded factors would be
-    multiplied by the size of the scores.
+    For exact fp32, and under a bias, which may be -1e9, the difference is taken before the change
+    of base: rounded factors would be multiplied by the size of the scores.
     """
     score, tanh_tile = score_tile(qk, masks, batch, head, rows, cols, T, S, scale, softcap, SOFTCAP)
     unit = score_unit(masks, scale, SOFTCAP)
-    if PRECISION == "ieee":
+    if PRECISION == "ieee" or masks.bias is not None:
         p = tl.exp2((score * unit - lse) * LOG2_E)
     else:
         p = tl.exp2(score * (unit * LOG2_E) - lse)

@@ -62,12 +62,18 @@ def attend_to_tiles(
             score = tl.where(visible, score, float("-inf"))
 
         new_max = tl.maximum(row_max, tl.max(score, 1))
-        base = new_max * unit_log2
+        base = new_max
         if MASKED or masks.bias is not None:
             # -inf - -inf would be NaN in rows that have seen no key yet, or only biases of -inf.
-            base = tl.where(new_max == float("-inf"), 0.0, base)
-        p = tl.exp2(score * unit_log2 - base[:, None])
-        decay = tl.exp2(row_max * unit_log2 - base)
+            base = tl.where(new_max == float("-inf"), 0.0, new_max)
+        if masks.bias is not None or PRECISION == "ieee":
+            # A bias of -1e9 would leave its rounding, 64, in the exponent of one FMA.
+            p = tl.exp2((score - base[:, None]) * unit_log2)
+        else:
+            p = tl.exp2(score * unit_log2 - (base * unit_log2)[:, None])
+        # The difference first: as an FMA of two products it would not be 0 where the maximum stays,
+        # and the sum would drift by that with every tile.
+        decay = tl.exp2((row_max - base) * unit_log2)
         row_sum = row_sum * decay + tl.sum(p, 1)
         row_max = new_max
 

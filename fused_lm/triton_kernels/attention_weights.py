@@ -53,7 +53,7 @@ def attention_weights(
         q_tile = load_rows(head_q, t_start, q_strides, T, D, D_PADDED, BLOCK_T, True)
         k_tile = load_rows(head_k, s_start, k_strides, S, D, D_PADDED, BLOCK_S, True)
         qk = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        row_lse = load_lse(lse + (batch * H + head) * T, rows, T, PRECISION)
+        row_lse = load_lse(lse + (batch * H + head) * T, masks, rows, T, PRECISION)
         p, _tanh = probability_tile(
             qk, row_lse[:, None], masks, batch, head, rows[:, None], cols[None, :], T, S,
             lower, upper, scale, softcap, SOFTCAP, PRECISION, True,

@@ -114,8 +114,7 @@ py::dict attention_tuning(int head_dim, bool general) {
   using namespace py::literals;
   return py::dict("block_t"_a = tuning.block_t(), "block_s"_a = tuning.block_s,
                   "threads"_a = tuning.threads(), "rows_per_warp"_a = tuning.rows_per_warp,
-                  "blocks_per_sm"_a = tuning.blocks_per_sm, "one_loop"_a = tuning.one_loop,
-                  "reason"_a = tuning.reason);
+                  "blocks_per_sm"_a = tuning.blocks_per_sm, "reason"_a = tuning.reason);
 }
 
 // Of its backward: the pass over keys, or the one over queries.
@@ -125,8 +124,7 @@ py::dict attention_backward_tuning(int head_dim, bool general, bool over_keys) {
                 : fused_lm::attention_dq_tuning(head_dim, general);
   using namespace py::literals;
   return py::dict("block_own"_a = tuning.block_own(), "block_other"_a = tuning.block_other,
-                  "threads"_a = tuning.threads(), "one_loop"_a = tuning.one_loop,
-                  "reason"_a = tuning.reason);
+                  "threads"_a = tuning.threads(), "reason"_a = tuning.reason);
 }
 
 }  // namespace
