@@ -26,6 +26,7 @@ from tests.simt import mutants, runtime
 pytestmark = pytest.mark.skipif(not simt.BACKENDS, reason=str(simt.PROBLEM))
 needs_race = pytest.mark.skipif("simt_race" not in simt.BACKENDS, reason="needs the race build")
 MUTANT_SCHEDULES = 4
+WARP = 32
 MAX_GRID_BATCHES = 65535
 LARGE = 500_000
 """B H T S times head dim, from which on a call runs in fewer schedules."""
@@ -106,7 +107,7 @@ def _counts(call: Call) -> dict[str, int]:
         seen = sum(keys)
         reads += 2 * rows * call.D * (seen > 0) + 2 * seen * (call.D + call.values)
         reads += rows * seen * (bool(call.mask) + call.bias_dtype.itemsize * bool(call.bias))
-        reads += block_t * seen * call.key_mask
+        reads += tuning["threads"] // WARP * seen * call.key_mask
         reads += RNG.nbytes * tuning["threads"] * len(keys) * (call.dropout_p > 0)
         flops += 4 * block_t * block_s * call.head_dim * len(keys)
     heads = call.B * call.H

@@ -30,6 +30,7 @@ needs_race = pytest.mark.skipif("simt_race" not in simt.BACKENDS, reason="needs 
 SCHEDULES = (0, 11)
 """Who runs in turn, copies as soon as they can be; and both at random."""
 MUTANT_SCHEDULES = 4
+WARP = 32
 LANES_OF_ROW = 4
 """Lanes that hold a row of the bias gradient's product, and read its lse and delta."""
 DBIAS_BLOCK, DBIAS_SLICE, DBIAS_THREADS = 64, 64, 128
@@ -72,10 +73,10 @@ def _walks(call: Call, own: int, block_own: int, block_other: int) -> list[tuple
     ]
 
 
-def _score_reads(call: Call, queries: int, keys: int, block_t: int, threads: int) -> int:
-    """Of one tile: mask and bias where a query and a key are, a key's mask for all rows."""
+def _score_reads(call: Call, queries: int, keys: int, warps: int, threads: int) -> int:
+    """Of one tile: mask and bias where a query and a key are, a key's mask in each of its warps."""
     bias = call.bias_dtype.itemsize if call.bias else 0
-    reads = queries * keys * (bool(call.mask) + bias) + block_t * keys * call.key_mask
+    reads = queries * keys * (bool(call.mask) + bias) + warps * keys * call.key_mask
     return reads + RNG.nbytes * threads * (call.dropout_p > 0)
 
 
@@ -101,7 +102,7 @@ def _dkdv(call: Call, makes_dk: bool, makes_dv: bool) -> Counter[str]:
         reads += 2 * keys * (call.D + call.values * makes_dk) * bool(tiles)
         for queries in tiles:
             once = queries * (2 * call.D + 2 * call.values + 8)
-            once += _score_reads(call, queries, keys, block_t, threads)
+            once += _score_reads(call, queries, keys, 1, threads)
             reads += call.group * once
         products = 1 + 2 * makes_dk + makes_dv
         flops += call.group * len(tiles) * 2 * products * block_t * block_s * call.head_dim
@@ -117,7 +118,7 @@ def _dq(call: Call) -> Counter[str]:
         reads += queries * (2 * (call.D + call.values) * bool(tiles) + 8)
         for keys in tiles:
             reads += 2 * keys * (call.D + call.values)
-            reads += _score_reads(call, queries, keys, block_t, threads)
+            reads += _score_reads(call, queries, keys, threads // WARP, threads)
         flops += len(tiles) * 6 * block_t * block_s * call.head_dim
     return _times(call.B * call.H, reads, 2 * call.T * call.D, flops)
 
@@ -128,7 +129,7 @@ def _dbias(call: Call) -> Counter[str]:
     for queries, tiles in _walks(call, 0, DBIAS_BLOCK, DBIAS_BLOCK):
         for keys in tiles:
             reads += 2 * (queries + keys) * (call.D + call.values) + 8 * LANES_OF_ROW * queries
-            reads += _score_reads(call, queries, keys, DBIAS_BLOCK, DBIAS_THREADS)
+            reads += _score_reads(call, queries, keys, DBIAS_THREADS // WARP, DBIAS_THREADS)
             for columns in (call.D, call.values):
                 flops += 2 * DBIAS_BLOCK**2 * (-(-columns // DBIAS_SLICE) * DBIAS_SLICE)
     sizes = {"B": call.B, "H": call.H, "T": call.T, "S": call.S, "1": 1}

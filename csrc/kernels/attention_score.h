@@ -10,6 +10,7 @@
 #include "common/vec.h"
 #include "kernels/attention.h"
 #include "kernels/attention_tile.h"
+#include "ptx/lane.h"
 #include "ptx/math.h"
 
 namespace fused_lm {
@@ -151,17 +152,29 @@ __device__ __forceinline__ void hide_masked(float (&score)[kM][kN][kFragment],
   });
 }
 
+// The warp reads each key's byte once, and hands out 32 of them as bits. Keys behind the last are
+// hidden too.
 template <bool kKeyRows, int kM, int kN>
 __device__ __forceinline__ void hide_masked_keys(float (&score)[kM][kN][kFragment],
                                                  const ScoreTile<kKeyRows>& tile,
                                                  const ScoreParams& p) {
+  constexpr int kKeys = kKeyRows ? kM * kMmaRows : kN * kMmaColumns;
+  const int lane = ptx::lane_index();
+  const FragmentLane at = fragment_lane(lane);
+  const int own = kKeyRows ? at.row : at.column;
   const uint8_t* gBatch = p.key_mask + tile.batch * p.key_mask_strides.batch;
-  for_each_value<kM, kN>([&](int m, int n, int e) {
-    const int s = tile.s(m, n, e);
-    if (s >= tile.S) return;
-    const bool visible = gBatch[s * p.key_mask_strides.col] != 0;
-    score[m][n][e] = visible ? score[m][n][e] : kNoScore;
-  });
+#pragma unroll
+  for (int first = 0; first < kKeys; first += kWarpSize) {
+    const int s = tile.s_first - own + first + lane;
+    const bool inside = first + lane < kKeys && s < tile.S;
+    const bool visible = inside && gBatch[s * p.key_mask_strides.col] != 0;
+    const uint32_t keys = __ballot_sync(kAllLanes, visible) >> own;
+    for_each_value<kM, kN>([&](int m, int n, int e) {
+      const int step = tile.s_step(m, n, e) - first;
+      if (step < 0 || step >= kWarpSize) return;
+      score[m][n][e] = (keys >> step & 1u) != 0 ? score[m][n][e] : kNoScore;
+    });
+  }
 }
 
 // q.k to scores in natural units, rounded there, -inf where a key is hidden. `edge`: the band may

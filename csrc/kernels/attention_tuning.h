@@ -49,19 +49,17 @@ constexpr AttentionTuning attention_forward_plain_tuning(int head_dim) {
 }
 
 // With any of them: every feature is behind a branch, so the band is too. Their arithmetic takes
-// registers from q.
+// registers from q; what they load is waited for once per tile, so tiles are long.
 constexpr AttentionTuning attention_forward_general_tuning(int head_dim) {
   if (head_dim <= 32) {
     return {32, 4, 32, 2, QueryPlace::kRegisters, "24 KB, q in 16 registers"};
   }
-  if (head_dim <= 64) return {32, 4, 32, 2, QueryPlace::kShared, "32 KB"};
+  if (head_dim <= 64) return {16, 4, 48, 3, QueryPlace::kShared, "32 KB; 64 keys spill"};
   if (head_dim <= 96) {
     return {16, 8, 64, 1, QueryPlace::kShared, "72 KB; the sums of 32 rows leave too little"};
   }
-  if (head_dim <= 128) return {16, 8, 32, 1, QueryPlace::kShared, "64 KB; the same"};
-  if (head_dim <= 192) {
-    return {16, 8, 32, 1, QueryPlace::kStaged, "48 KB, q in 48 registers"};
-  }
+  if (head_dim <= 128) return {16, 8, 64, 1, QueryPlace::kShared, "96 KB; the same"};
+  if (head_dim <= 192) return {16, 8, 32, 1, QueryPlace::kStaged, "48 KB, q in 48 registers"};
   return {16, 4, 32, 1, QueryPlace::kShared, "96 KB, q beside k and v"};
 }
 
