@@ -186,22 +186,26 @@ def records_of(results: list[dict[str, Any]]) -> list[records.Record]:
     return made
 
 
+def by_class(proven: list[records.Record]) -> dict[tuple[Any, ...], records.Record]:
+    """One record per kernel, GPU and class: of several the worst."""
+    worst: dict[tuple[Any, ...], records.Record] = {}
+    for record in proven:
+        key = (*records.key_of(record), record.size)
+        other = worst.get(key)
+        if other is None or (record.parity, record.ratio) < (other.parity, other.ratio):
+            worst[key] = record
+    return worst
+
+
 def _merge(new: list[records.Record]) -> int:
-    """New records replace old ones of the same kernel, GPU and class; of two sizes, the worse
-    stays.
-    """
+    """New records replace old ones of the same kernel, GPU and class."""
     path = records.user_file()
     try:
         old = records.load(path) if path.is_file() else []
     except ValueError as error:
         print(f"replaced: {error}", file=sys.stderr)
         old = []
-    fresh: dict[tuple[Any, ...], records.Record] = {}
-    for record in new:
-        key = (*records.key_of(record), record.size)
-        other = fresh.get(key)
-        if other is None or (record.parity, record.ratio) < (other.parity, other.ratio):
-            fresh[key] = record
+    fresh = by_class(new)
     merged = {(*records.key_of(record), record.size): record for record in old}
     merged.update(fresh)
     try:
