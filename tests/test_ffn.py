@@ -45,6 +45,7 @@ CASES = [
     Case("several tiles and steps, all ragged", (150, 70), 90, 130),
     Case("several tiles, ragged, gated, bf16", (150, 70), 90, 130, "swiglu", BF16, recompute=True),
     Case("sizes that fill tiles", (128, 64), 64, 64, dtype=BF16),
+    Case("longer sums than one accumulator has, gated", (5, 600), 6, 530, "swiglu"),
     Case("one row, odd widths", (1, 7), 5, 3),
     Case("one dim", (7,), 5, 3),
     Case("three dims", (2, 3, 16), 8, 16, "silu", recompute=True),

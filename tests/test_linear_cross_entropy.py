@@ -20,6 +20,7 @@ from fused_lm.reference.linear_cross_entropy import (
     CHUNK_BYTES,
     LEAST_ROWS,
     PREFERRED_ROWS,
+    SUM_TERMS,
     rows_per_chunk,
 )
 from fused_lm.tolerance import check_close
@@ -205,6 +206,32 @@ class _Largest(TorchDispatchMode):
             if isinstance(t, Tensor):
                 self.nbytes = max(self.nbytes, t.untyped_storage().nbytes())
         return result
+
+
+class _Longest(TorchDispatchMode):
+    """Terms of the longest sum of a matrix product."""
+
+    terms = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "mm" in func.overloadpacket.__name__:
+            self.terms = max(self.terms, args[-1].shape[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+def test_fp32_sums_over_the_vocabulary_are_made_in_parts(
+    dtype: torch.dtype, backend: str, device: torch.device
+) -> None:
+    """cuBLAS errs by the length of a sum; sums that are rounded to 16 bits must not be cut."""
+    V = 2 * SUM_TERMS + 8
+    inputs, target = _inputs(Case("", (3,), 2, V, dtype), device)
+    module = backend_module(backend, "linear_cross_entropy")
+    options = (-100, 0.0, 0.0, 0.0, "sum", None, True, True, False)
+    with torch.no_grad(), _Longest() as seen:
+        module.linear_cross_entropy_forward(*inputs, None, target, *options)
+    assert seen.terms == (SUM_TERMS if dtype == F32 else V)
 
 
 @pytest.mark.parametrize("backend", KERNELS)

@@ -94,6 +94,7 @@ def instantiations() -> dict[str, Callable[[], object]]:
         "ffn-bf16-c1024-gelu": lambda: _instantiate(bf16, 1024, 4096, "gelu", 4096),
         "ffn-fp16-c2048-geglu-tanh": lambda: _instantiate(fp16, 2048, 5632, "geglu_tanh", 11264),
         "ffn-fp32-c256-silu": lambda: _instantiate(fp32, 256, 1024, "silu", 1024),
+        "ffn-fp32-c1024-swiglu": lambda: _instantiate(fp32, 1024, 2752, "swiglu", 5504),
     }
 
 

@@ -25,6 +25,7 @@ from fused_lm.triton_kernels.linear_act_tuning import (
     Tuning,
     act_bwd_tuning,
     gemm_tuning,
+    run_length,
     wgrad_tuning,
 )
 
@@ -220,9 +221,9 @@ def addressable(t: Tensor) -> Tensor:
     return t if max(t.stride()) <= MAX_STRIDE else t.contiguous()
 
 
-def product_options(like: Tensor, K: int, tile: Tuning) -> tuple[str, bool]:
-    """(PRECISION, EVEN_K) of a product over K."""
-    return precision(like), K % tile.block_k == 0
+def product_options(like: Tensor, K: int, tile: Tuning) -> tuple[str, bool, int]:
+    """(PRECISION, EVEN_K, RUN_K) of a product over K."""
+    return precision(like), K % tile.block_k == 0, run_length(K, like.element_size())
 
 
 def precision(like: Tensor) -> str:
@@ -241,6 +242,7 @@ def instantiations() -> dict[str, Callable[[], object]]:
             fp16, 768, 3072, "gelu_tanh", transposed=True
         ),
         "linear-act-fp32-c100-relu-squared": lambda: _instantiate(fp32, 100, 200, "relu_squared"),
+        "linear-act-fp32-c1001-swiglu": lambda: _instantiate(fp32, 1001, 5504, "swiglu"),
     }
 
 

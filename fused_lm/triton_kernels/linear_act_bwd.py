@@ -41,14 +41,15 @@ def dgrad_act_kernel(
     partial_ptr,  # fp32 [row tiles, N] (gated: [row tiles, 2N]) or None
     M, N, K, dy_row, dy_k, w_k, w_n,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    RUN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     row_tile, col_tile = tile_index(M, N, BLOCK_M, BLOCK_N, GROUP)
     dy, dy_rows, row_ok = operand(dy_ptr, row_tile, dy_row, M, BLOCK_M)
     weight, w_cols, col_ok = operand(weight_ptr, col_tile, w_n, N, BLOCK_N)
     dhidden = product(
         dy, dy_rows, row_ok, dy_k, weight, w_cols, col_ok, w_k, K,
-        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION, EVEN_K, BLOCK_K,
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION, EVEN_K, RUN_K, BLOCK_K,
     )  # fmt: skip
 
     width = N
@@ -126,7 +127,7 @@ def wgrad_kernel(
     b_ptr,  # [K, N], elements b_k and b_n apart
     out_ptr,  # [splits, M, N] contiguous; [M, N] with out_row and out_col where there is one split
     M, N, K, per_split, a_k, a_m, b_k, b_n, out_row, out_col,
-    ADD: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
+    ADD: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr, RUN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """A^T B over the ``per_split`` rows of this split; ADD keeps what ``out`` holds."""
@@ -138,7 +139,7 @@ def wgrad_kernel(
     count = tl.minimum(K - first, per_split).to(tl.int32)
     acc = product(
         a, a_rows, row_ok, a_k, b, b_cols, col_ok, b_k, count,
-        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION, EVEN_K, BLOCK_K,
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION, EVEN_K, RUN_K, BLOCK_K,
     )  # fmt: skip
 
     ok = row_ok[:, None] & col_ok[None, :]

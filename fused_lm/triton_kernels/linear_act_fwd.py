@@ -8,7 +8,7 @@ the same time share rows and columns in the L2 (GROUP row tiles at a time, colum
 A program walks K in BLOCK_K steps; cp.async brings the next stages while tensor cores multiply.
 Operands are read through their strides, so W may lie [out, in] or [in, out]. A tile's corner is a
 64-bit address, offsets inside it are 32 bits: half the registers, and the host copies an operand
-whose strides would not fit.
+whose strides would not fit. Sums of fp32 operands have two levels, see :func:`product`.
 
 FLOPs 2 M N K (gated: twice that); bytes of HBM about (M K + K N + M N) * b, and M N * b more for
 pre, where an activation of its own would move 2 M N * b.
@@ -43,9 +43,59 @@ def operand(ptr, tile, stride, limit, BLOCK: tl.constexpr):
 @triton.jit
 def product(
     a_ptr, a_rows, a_ok, a_k, b_ptr, b_cols, b_ok, b_k, K, acc, PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr, RUN_K: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc + A B, fp32 [BLOCK_M, BLOCK_N]: operands from :func:`operand`, and their steps in K.
+
+    Every RUN_K terms are a sum of their own, added to the whole; RUN_K = 0: one sum of all terms.
+    """
+    if RUN_K == 0:
+        acc = product_run(
+            a_ptr, a_rows, a_ok, a_k, b_ptr, b_cols, b_ok, b_k, K, acc, PRECISION, EVEN_K, BLOCK_K
+        )
+    else:
+        for start in range(0, K, RUN_K):
+            acc += product_run(
+                a_ptr, a_rows, a_ok, a_k, b_ptr, b_cols, b_ok, b_k, tl.minimum(K - start, RUN_K),
+                tl.zeros_like(acc), PRECISION, EVEN_K, BLOCK_K,
+            )  # fmt: skip
+            a_ptr += RUN_K * tl.cast(a_k, tl.int64)
+            b_ptr += RUN_K * tl.cast(b_k, tl.int64)
+    return acc
+
+
+@triton.jit
+def product_pair(
+    a_ptr, a_rows, a_ok, a_k, b_ptr, c_ptr, b_cols, b_ok, b_k, K, acc_b, acc_c,
+    PRECISION: tl.constexpr, EVEN_K: tl.constexpr, RUN_K: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """(acc_b + A B, acc_c + A C): :func:`product` with two right sides, A loaded once."""
+    if RUN_K == 0:
+        acc_b, acc_c = product_pair_run(
+            a_ptr, a_rows, a_ok, a_k, b_ptr, c_ptr, b_cols, b_ok, b_k, K, acc_b, acc_c, PRECISION,
+            EVEN_K, BLOCK_K,
+        )  # fmt: skip
+    else:
+        for start in range(0, K, RUN_K):
+            zero = tl.zeros_like(acc_b)
+            part_b, part_c = product_pair_run(
+                a_ptr, a_rows, a_ok, a_k, b_ptr, c_ptr, b_cols, b_ok, b_k,
+                tl.minimum(K - start, RUN_K), zero, zero, PRECISION, EVEN_K, BLOCK_K,
+            )  # fmt: skip
+            acc_b += part_b
+            acc_c += part_c
+            a_ptr += RUN_K * tl.cast(a_k, tl.int64)
+            b_ptr += RUN_K * tl.cast(b_k, tl.int64)
+            c_ptr += RUN_K * tl.cast(b_k, tl.int64)
+    return acc_b, acc_c
+
+
+@triton.jit
+def product_run(
+    a_ptr, a_rows, a_ok, a_k, b_ptr, b_cols, b_ok, b_k, K, acc, PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc + A B, fp32 [BLOCK_M, BLOCK_N]: operands from :func:`operand`, and their steps in K."""
+    """acc + A B, one term after the other."""
     ks = tl.arange(0, BLOCK_K)
     a = a_ptr + (a_rows[:, None] + ks[None, :] * a_k)
     b = b_ptr + (ks[:, None] * b_k + b_cols[None, :])
@@ -59,11 +109,11 @@ def product(
 
 
 @triton.jit
-def product_pair(
+def product_pair_run(
     a_ptr, a_rows, a_ok, a_k, b_ptr, c_ptr, b_cols, b_ok, b_k, K, acc_b, acc_c,
     PRECISION: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """(acc_b + A B, acc_c + A C): :func:`product` with two right sides, A loaded once."""
+    """(acc_b + A B, acc_c + A C), one term after the other."""
     ks = tl.arange(0, BLOCK_K)
     a = a_ptr + (a_rows[:, None] + ks[None, :] * a_k)
     b = b_ptr + (ks[:, None] * b_k + b_cols[None, :])
@@ -112,7 +162,8 @@ def linear_act_fwd_kernel(
     pre_ptr,  # [M, N] (gated: [M, 2N]) contiguous, or None
     M, N, K, x_row, x_k, w_out, w_in,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr, EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    RUN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     row_tile, col_tile = tile_index(M, N, BLOCK_M, BLOCK_N, GROUP)
     x, x_rows, row_ok = operand(x_ptr, row_tile, x_row, M, BLOCK_M)
@@ -124,7 +175,7 @@ def linear_act_fwd_kernel(
         values = weight + tl.cast(N, tl.int64) * w_out  # N = 1 is a constant
         acc, acc_value = product_pair(
             x, x_rows, row_ok, x_k, weight, values, w_cols, col_ok, w_in, K, acc, acc, PRECISION,
-            EVEN_K, BLOCK_K,
+            EVEN_K, RUN_K, BLOCK_K,
         )  # fmt: skip
         gate = rounded(acc, bias_ptr, cols, col_ok, y_ptr)
         value = rounded(acc_value, bias_ptr, cols + N, col_ok, y_ptr)
@@ -135,8 +186,9 @@ def linear_act_fwd_kernel(
         y = activation_tile(gate.to(tl.float32), ACTIVATION) * value.to(tl.float32)
     else:
         acc = product(
-            x, x_rows, row_ok, x_k, weight, w_cols, col_ok, w_in, K, acc, PRECISION, EVEN_K, BLOCK_K
-        )
+            x, x_rows, row_ok, x_k, weight, w_cols, col_ok, w_in, K, acc, PRECISION, EVEN_K, RUN_K,
+            BLOCK_K,
+        )  # fmt: skip
         pre = rounded(acc, bias_ptr, cols, col_ok, y_ptr)
         if pre_ptr is not None:
             tl.store(output(pre_ptr, row_tile, col_tile, N, BLOCK_M, BLOCK_N), pre, mask=ok)
