@@ -186,11 +186,16 @@ def build(tools: Toolchain, target: Path, folder: Path, schema: str) -> dict[str
 
 def host_code_of(unit: str) -> str:
     """Hash of what chooses and launches a unit's kernels: its tuning is no part of a cubin, but of
-    what a record speaks for. Comments and layout don't count.
+    what a record speaks for. Comments, pages and layout don't count.
     """
     op = unit.split("_")[0]
     csrc = ROOT / "csrc"
-    own = [*csrc.glob(f"kernels/{op}*"), *csrc.glob(f"{op}*.h"), *csrc.glob(f"{op}*.cpp")]
+    own = [
+        path
+        for pattern in (f"kernels/{op}*", f"{op}*")
+        for path in csrc.glob(pattern)
+        if path.suffix in (".h", ".cu", ".cpp")
+    ]
     shared = [*csrc.glob("common/*.h"), csrc / "tensors.h", csrc / "heads.h", csrc / "ptx/launch.h"]
     digest = hashlib.sha256()
     for path in sorted([*own, *shared]):

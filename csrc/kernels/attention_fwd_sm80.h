@@ -1,7 +1,8 @@
 // Forward of softmax attention for every GPU since Ampere: one pass over the keys.
 //
-//   for each key tile:  s = scores;  m' = max(m, rowmax s);  p = e^(s - m')
-//                       l = l e^(m - m') + rowsum p;  acc = acc e^(m - m') + dropout(p) v
+//   for each key tile:  s = scores;  where rowmax s > m + 8 ln 2:  m' = rowmax s,
+//                                      l = l e^(m - m'),  acc = acc e^(m - m')
+//                       p = e^(s - m');  l = l + rowsum p;  acc = acc + dropout(p) v
 //   out = acc / l;  lse = m + ln l
 //
 // Grid: one block per (query tile, head, batch), query tiles fastest. A warp owns 32 or 16 whole
@@ -13,10 +14,12 @@
 // from the registers of one product into the next as its left operand. q is read again for every
 // tile, or once: see attention_tuning.h.
 //
-// Two kernels per head dim. The plain one has q.k alone, a band (causal, window) and any T and S:
-// tiles that all rows see completely run in a loop without mask code, the others after them in a
-// second (where registers are short, in one behind a branch: one_loop). The general one has mask,
-// key mask, bias, softcap, dropout and any scale, each behind a branch that the grid takes alike.
+// m need not be the maximum, only near it: sums and p stay finite as long as p <= 2^8. So the sums,
+// D numbers per thread, are scaled for the first tile and rarely again, and not for every tile.
+//
+// Two kernels per head dim. The plain one has q.k alone, a band (causal, window) and any T and S;
+// tiles at the band's ends get a mask, behind a branch. The general one has mask, key mask, bias,
+// softcap, dropout and any scale, each behind a branch that the grid takes alike.
 //
 // Bytes: reads B H T D of q once, and per query tile the D + Dv columns of the keys that it sees;
 // writes B H T (2 Dv + 4). FLOPs: 4 block_t block_s kD per key tile, whatever D and Dv are.

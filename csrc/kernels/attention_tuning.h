@@ -1,15 +1,18 @@
 // Tiles of the attention kernels: pure functions of the head dim, a reason per row.
 //
-// None of these rows has been measured on a GPU: they come from the arithmetic below and from
-// ptxas.
+// The plain rows were chosen on an H200 among 130 variants, bf16, 4096 queries and keys: raw times
+// in benchmarks/results, what they decided in benchmarks/LOG.md. The others come from the
+// arithmetic below and from ptxas: no spill on any architecture.
 //
 // The arithmetic of the forward, per multiprocessor and clock of an A100: 2048 FLOP of the tensor
 // cores, 128 bytes of shared memory, 16 exponentials, 64 fp32 operations. A warp with R rows reads
 // k and v once for them: 4 R S D FLOP, 4 S D bytes, so R FLOP per byte. R = 16 needs all 128 bytes
 // per clock, R = 32 half of them: 32 rows per warp wherever the registers hold their sums, which
-// are D fp32 per thread, beside scores, which are keys per tile: D + keys <= 160 of 255.
-// Fewer keys per tile cost: every tile multiplies all sums by what the maximum grew, D fp32
-// operations for keys exponentials.
+// are D fp32 per thread, beside scores, which are keys per tile. On the H200 that is worth more
+// than twice the warps.
+//
+// Two warps per scheduler don't hide what stands between two products: keys per tile are as many as
+// the registers hold, because barrier, maxima and branches come once per tile.
 #pragma once
 
 #include "common/types.h"
@@ -67,7 +70,8 @@ constexpr AttentionTuning attention_forward_general_tuning(int head_dim) {
 // many of the other axis come at once, twice in shared memory. With R rows and N of the other axis
 // a warp multiplies 8 R N D (6 for dq) and reads 2 D (2 R + 4 N) bytes (3 N for dq): its own
 // operands again for every tile. On an A100, in % of the tensor cores' time: 75 at R = N = 32, 125
-// at 16 and 32 (dq: 83, 133), so shared memory binds where the sums leave no room for 32 rows.
+// at 16 and 32, 113 at 16 and 64 (dq: 83, 133), so shared memory binds where the sums leave no room
+// for 32 rows, and more of the other axis helps a little.
 struct AttentionBackwardTuning {
   int rows_per_warp;
   int warps;
