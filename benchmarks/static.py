@@ -14,13 +14,16 @@ slower. Not modelled:
 - latency, and whether the resident warps hide it ("in flight" is what their loads could have
   outstanding: hardware needs bandwidth times latency, about 26 KB per multiprocessor on an H200);
 - caches: stores and loads that the code keeps out of the L1 count as DRAM traffic, also where the
-  L2 serves them; loads that it lets into the L1 count only in a kernel without any of the former;
+  L2 serves them, but for the tiles that a kernel of the tensor cores copies into shared memory:
+  other blocks read the same, so they count as the L2's; loads that the code lets into the L1
+  count only in a kernel without any of the former;
 - predication: a predicated instruction counts fully, also where no lane executes it;
 - bank conflicts, and lanes of one vector that fall into different sectors or past an edge;
 - how often a loop inside the region runs (it counts once), prologue and epilogue around it, the
   tail of the grid;
 - bytes that TMA moves and the work of tcgen05.mma, whose sizes are not in the instruction;
-- mma.sync counts at the full tensor rate, of which Hopper and Blackwell give it a part.
+- mma.sync counts at the full tensor rate on Blackwell, which gives it a part; on Hopper at what was
+  measured.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ from build_tools import compiled, toolchain
 from build_tools.compiled import Kernel
 
 LEAN_SHARES = (1.0, 0.5, 0.25, 0.125, 0.0)
-UNITS = ("issue", "FP32", "ALU", "MUFU", "shared", "tensor", "DRAM")
+UNITS = ("issue", "FP32", "ALU", "MUFU", "shared", "tensor", "L2", "DRAM")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Bound:
 
     Attributes:
         cycles: Of the multiprocessor, by unit.
-        loaded: Bytes that a thread loads from DRAM.
+        loaded: Bytes that a thread loads past the L1, from DRAM or the L2.
         cached: Bytes that it loads through the L1, taken as served there.
         stored: Bytes that it stores to global memory.
         rate_bytes: Of DRAM per second, on the whole GPU; rate_flops: of the tensor cores.
@@ -86,14 +89,21 @@ class Row:
 
 
 class Traffic:
-    """What a kernel moves to and from DRAM, per instruction and thread."""
+    """What a kernel moves through the L2 and to and from DRAM, per instruction and thread."""
 
     def __init__(self, kernel: Iterable[Instruction]) -> None:
-        self._marked = any(instruction.is_streaming for instruction in kernel)
+        code = list(kernel)
+        self._marked = any(instruction.is_streaming for instruction in code)
+        self._tiled = any(instruction.flops for instruction in code)
 
-    def dram_bytes(self, instruction: Instruction) -> int:
+    def l2_bytes(self, instruction: Instruction) -> int:
+        """What passes the L2, all of DRAM's among it."""
         cached = instruction.kind != "STG" and self._marked and not instruction.is_streaming
         return 0 if cached else instruction.global_bytes
+
+    def dram_bytes(self, instruction: Instruction) -> int:
+        served = self._tiled and instruction.kind == "LDGSTS"
+        return 0 if served else self.l2_bytes(instruction)
 
 
 def cycles_of(code: Iterable[Instruction], gpu: Gpu, traffic: Traffic) -> dict[str, float]:
@@ -109,7 +119,9 @@ def cycles_of(code: Iterable[Instruction], gpu: Gpu, traffic: Traffic) -> dict[s
         elif kind in ("MUFU", "convert"):
             cycles["MUFU"] += WARP / gpus.MUFU_RATE
         cycles["shared"] += WARP * instruction.shared_bytes / gpus.SHARED_BYTES
-        cycles["tensor"] += instruction.flops / gpu.tensor_flops
+        share = gpu.mma_sync_share if instruction.base == "HMMA" else 1.0
+        cycles["tensor"] += instruction.flops / (gpu.tensor_flops * share)
+        cycles["L2"] += WARP * traffic.l2_bytes(instruction) / gpus.L2_BYTES
         cycles["DRAM"] += WARP * traffic.dram_bytes(instruction) / gpu.dram_bytes_per_clock
     return cycles
 
@@ -119,7 +131,7 @@ def bound_of(path: str, code: list[Instruction], gpu: Gpu, traffic: Traffic) -> 
     cycles = cycles_of(code, gpu, traffic)
     unit = max(cycles, key=lambda name: cycles[name])
     per_second = gpu.multiprocessors * gpu.clock_hz / cycles[unit]
-    loaded = sum(traffic.dram_bytes(i) for i in code if i.kind != "STG")
+    loaded = sum(traffic.l2_bytes(i) for i in code if i.kind != "STG")
     stored = sum(i.global_bytes for i in code if i.kind == "STG")
     cached = sum(i.global_bytes for i in code) - loaded - stored
     return Bound(
@@ -131,13 +143,13 @@ def bound_of(path: str, code: list[Instruction], gpu: Gpu, traffic: Traffic) -> 
         stored,
         {name: round(value, 2) for name, value in cycles.items()},
         unit,
-        WARP * (loaded + stored) * per_second,
+        WARP * sum(map(traffic.dram_bytes, code)) * per_second,
         sum(i.flops for i in code) * per_second,
     )
 
 
 def lean_path(graph: Graph, region: Loop, gpu: Gpu, traffic: Traffic) -> list[Instruction]:
-    """The path on which DRAM time exceeds issue time most.
+    """The path on which the memory's time exceeds issue time most.
 
     A path that leaves at once has neither: issue time is discounted until half of the bytes that
     could be moved are.
@@ -145,11 +157,11 @@ def lean_path(graph: Graph, region: Loop, gpu: Gpu, traffic: Traffic) -> list[In
     dram = WARP / gpu.dram_bytes_per_clock
 
     def bytes_of(code: list[Instruction]) -> int:
-        return sum(map(traffic.dram_bytes, code))
+        return sum(map(traffic.l2_bytes, code))
 
     def along(share: float) -> list[Instruction]:
         issue = share / gpus.ISSUE_RATE
-        return graph.path(region, lambda i: dram * traffic.dram_bytes(i) - issue)
+        return graph.path(region, lambda i: dram * traffic.l2_bytes(i) - issue)
 
     most = bytes_of(along(0.0))
     return next(way for share in LEAN_SHARES if 2 * bytes_of(way := along(share)) >= most)
@@ -242,7 +254,7 @@ def heading_of(gpu: Gpu) -> str:
         f"{gpu.name} ({gpu.source}): {gpu.multiprocessors} multiprocessors, "
         f"{gpu.clock_hz / 1e9:.2f} GHz, {gpu.dram_bytes / 1e12:.2f} TB/s\n"
         f"Bounds from instruction counts, not measurements. Per pass and thread: instructions, "
-        f"bytes loaded\nfrom DRAM, loaded through the L1, stored; per multiprocessor: KB in flight;"
+        f"bytes loaded\npast the L1, loaded through it, stored; per multiprocessor: KB in flight;"
         f" units busy in % of the bound.\n"
         f"  path   instr  load cached store  flight {units}  bound"
     )

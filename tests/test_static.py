@@ -217,6 +217,19 @@ def test_the_tensor_bound_is_the_data_sheets() -> None:
     assert bound.rate_bytes == 0
 
 
+def test_mma_sync_has_its_share_and_its_tiles_come_from_the_l2() -> None:
+    text = ["0000 LDGSTS.E.BYPASS.128 [R4], [R2]", "0010 HMMA.16816.F32.BF16 R4, R8, R2, R4"]
+    code = parse(text)
+    for name, share in (("H200", 0.65), ("A100", 1.0)):
+        gpu = GPUS[name]
+        bound = static.bound_of("only", code, gpu, static.Traffic(code))
+        assert bound.cycles["tensor"] == pytest.approx(4096 / gpu.tensor_flops / share, abs=0.01)
+        assert bound.cycles["L2"] == 16 * 32 / 64 and bound.cycles["DRAM"] == 0
+        assert bound.loaded == 16 and bound.rate_bytes == 0
+    copied = static.bound_of("only", code[:1], GPUS["H200"], static.Traffic(code[:1]))
+    assert copied.unit == "DRAM", "nobody says that another block reads the same"
+
+
 def test_loads_through_the_l1_are_no_dram_traffic_beside_streaming_ones() -> None:
     code = parse(["0000 LDG.E.NA.128.CONSTANT R4, [R2]", "0010 LDG.E.128 R8, [R3]"])
     bound = static.bound_of("only", code, GPUS["H200"], static.Traffic(code))

@@ -61,7 +61,7 @@ constexpr AttentionTuning attention_forward_general_tuning(int head_dim) {
   if (head_dim <= 96) {
     return {16, 8, 64, 1, QueryPlace::kShared, "72 KB; the sums of 32 rows leave too little"};
   }
-  if (head_dim <= 128) return {16, 8, 64, 1, QueryPlace::kShared, "96 KB; the same"};
+  if (head_dim <= 128) return {16, 4, 64, 2, QueryPlace::kShared, "80 KB; the same"};
   if (head_dim <= 192) return {16, 8, 32, 1, QueryPlace::kStaged, "48 KB, q in 48 registers"};
   return {16, 4, 32, 1, QueryPlace::kShared, "96 KB, q beside k and v"};
 }
@@ -92,7 +92,7 @@ constexpr AttentionBackwardTuning attention_dkdv_tuning(int head_dim, bool gener
     return {32, 4, 64, 2, "40 KB; sums 64 registers, scores and dp 128"};
   }
   if (head_dim <= 64) {
-    if (general) return {16, 8, 32, 1, "48 KB; 32 keys leave features too little"};
+    if (general) return {16, 4, 32, 3, "32 KB; 32 keys leave features too little"};
     return {32, 4, 32, 2, "48 KB; sums 128 registers, scores and dp 64"};
   }
   if (head_dim <= 96) {
@@ -100,7 +100,7 @@ constexpr AttentionBackwardTuning attention_dkdv_tuning(int head_dim, bool gener
     return {16, 4, 64, 2, "73 KB; sums 96 registers, scores and dp 64"};
   }
   if (head_dim <= 128) {
-    if (general) return {16, 8, 16, 1, "80 KB; sums 128 registers, scores and dp 16"};
+    if (general) return {16, 8, 32, 1, "97 KB; sums 128 registers, scores and dp 32"};
     return {16, 4, 64, 2, "97 KB; sums 128 registers, scores and dp 64"};
   }
   if (head_dim <= 192) return {16, 4, 32, 1, "97 KB; sums 96 registers"};
@@ -113,7 +113,7 @@ constexpr AttentionBackwardTuning attention_dq_tuning(int head_dim, bool general
     return {32, 4, 64, 2, "32 KB; sums 32 registers, scores and dp 128"};
   }
   if (head_dim <= 64) {
-    if (general) return {16, 8, 32, 1, "48 KB; 32 queries leave features too little"};
+    if (general) return {32, 4, 32, 2, "48 KB; sums 64 registers, scores and dp 64"};
     return {32, 4, 64, 2, "64 KB; sums 64 registers, scores and dp 128"};
   }
   if (head_dim <= 96) {
@@ -121,7 +121,7 @@ constexpr AttentionBackwardTuning attention_dq_tuning(int head_dim, bool general
     return {32, 4, 32, 2, "72 KB; sums 96 registers, scores and dp 64"};
   }
   if (head_dim <= 128) {
-    if (general) return {16, 8, 32, 1, "96 KB; sums 64 registers"};
+    if (general) return {16, 4, 64, 2, "96 KB; sums 64 registers"};
     return {32, 4, 32, 2, "96 KB; sums 128 registers, scores and dp 64"};
   }
   if (head_dim <= 192) return {16, 4, 32, 1, "96 KB; sums 96 registers"};
