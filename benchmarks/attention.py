@@ -1,12 +1,13 @@
 """Attention against PyTorch's backends on a GPU: ``python -m benchmarks.attention --out DIR``.
 
 Forward and backward apart, at 16k tokens in all as the field's tables have it. A backend whose
-output or gradient is off on one head gets no number. Calls take turns behind a flushed L2, so they
-share clocks and temperature; the time is a median of CUDA events, and of the GPU alone: a spin
-before each call hides the host's work.
+output or gradient of q, k or v is off on one head gets no number; under dropout, where each draws
+its own, none is held. Calls take turns behind a flushed L2, so they share clocks and temperature;
+the time is a median of CUDA events, and of the GPU alone: a spin before each call hides the host's
+work.
 
-FLOPs are those of the pairs that a mask lets through: 4 D a pair in the forward, 2.5 times that in
-the backward, whatever a kernel multiplies.
+FLOPs are those of the pairs that causality lets through, whatever a key mask hides and a kernel
+multiplies: 4 D a pair in the forward, 2.5 times that in the backward.
 """
 
 from __future__ import annotations
@@ -129,7 +130,9 @@ def theirs(case: Case, given: Inputs) -> Tensor:
         mask = given.key_mask[:, None, None, :]
     if causal and mask is not None:
         hidden = torch.ones(case.T, case.T, dtype=torch.bool, device="cuda").triu(1)
-        mask, causal = mask.masked_fill(hidden, float("-inf")), False
+        hides = mask.dtype == torch.bool
+        mask = mask & ~hidden if hides else mask.masked_fill(hidden, float("-inf"))
+        causal = False
     return F.scaled_dot_product_attention(
         *(given.q, given.k, given.v),
         attn_mask=mask,
@@ -162,7 +165,7 @@ BACKENDS = [
 
 
 def one_head(case: Case, given: Inputs, dout: Tensor) -> list[Tensor]:
-    """fp64's output and gradients of q, k, v, bias, of the first batch and key head."""
+    """fp64's output and gradients of q, k and v, of the first batch and key head."""
     group, bias = case.group, given.bias
     parts = [given.q[:1, :group], given.k[:1, :1], given.v[:1, :1]]
     leaves = [t.detach().double().requires_grad_() for t in parts]

@@ -60,7 +60,8 @@ class Gpu:
         code: The architecture of the cubin that a release has for it.
         tensor_flops: Per clock and multiprocessor: bf16, dense, fp32 sums.
         mma_sync_share: Of it, what mma.sync reaches: on an H200 ncu called the tensor pipe 46.8 %
-            busy at 296 TFLOP/s (2026-11-26); 1 where nobody has measured.
+            busy at 296 TFLOP/s (2026-11-26), and an H100 has the same multiprocessors; 1 where
+            nobody has measured.
         dram_bytes: Per second.
     """
 

@@ -273,3 +273,36 @@ def test_a_worker_takes_a_gpu_without_an_index(
         with contextlib.suppress(ValueError):
             worker.main()
     assert taken == [0, 1]
+
+
+def test_a_class_has_a_record_when_all_of_its_cases_were_timed() -> None:
+    label = {
+        "op": "attention", "backend": "cuda", "dtype": "bfloat16", "family": "d64-band", "size": 1,
+        "kernel": "k", "gpu": "G", "problem": None, "parity": True,
+    }  # fmt: skip
+    timed = {**label, "times": {way: {"ratio": 2.0} for way in ("infer", "train")}}
+    other = {**timed, "family": "d64-plain"}
+    wrong = {**label, "parity": False, "problem": "wrong"}
+
+    def made(*results: dict[str, Any], missed: tuple[dict[str, Any], ...] = ()) -> list[Any]:
+        return [(r.family, r.parity) for r in verify.records_of([*results], missed)][::2]
+
+    assert made(timed, timed, other) == [("d64-band", True)] * 2 + [("d64-plain", True)]
+    assert made(timed, label, other) == [("d64-plain", True)]
+    assert made(timed, other, missed=(label,)) == [("d64-plain", True)]
+    assert made(timed, label, wrong) == [("d64-band", False)], "what is wrong is wrong at once"
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        {"worst": "not measured", "problem": "not measured, CUDA out of memory"},
+        {"problem": "RuntimeError: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"},
+        {"problem": "no answer in 90 s; nothing printed", "lost": True},
+    ],
+    ids=lambda problem: str(problem["problem"])[:20],
+)
+def test_what_the_other_lanes_may_have_caused_runs_again_alone(problem: dict[str, Any]) -> None:
+    assert lanes._may_be_the_others_fault(problem)
+    assert not lanes._may_be_the_others_fault({"problem": "dx: error 1 > allowed 0.5"})
+    assert not lanes._may_be_the_others_fault({"problem": None})

@@ -1,7 +1,7 @@
 // Forward of softmax attention for every GPU since Ampere: one pass over the keys.
 //
-//   for each key tile:  s = scores;  where rowmax s > m + 8 ln 2:  m' = rowmax s,
-//                                      l = l e^(m - m'),  acc = acc e^(m - m')
+//   for each key tile:  s = scores;  where rowmax s > m + 8 ln 2 in any row of the warp:
+//                         m' = max(m, rowmax s),  l = l e^(m - m'),  acc = acc e^(m - m')
 //                       p = e^(s - m');  l = l + rowsum p;  acc = acc + dropout(p) v
 //   out = acc / l;  lse = m + ln l
 //
@@ -85,7 +85,8 @@ struct Rows {
 // are scaled down for it: p <= 2^8 is exact enough in 16 bits, and sums of p in fp32.
 constexpr float kGrowthLog2 = 8.0f;
 
-// The maxima of rows whose scores outgrew theirs, and their sums so far, which shrink. -inf stands
+// The maxima of the warp's rows, of which one has outgrown its own, and their sums so far, which
+// shrink: rounding in a row depends on when its neighbours' maxima grow. -inf stands
 // for a row that has seen no key; 0 is subtracted in its place, since -inf - -inf is NaN.
 template <class C>
 __device__ __forceinline__ void raise_maxima(Rows<C>& rows, const float (&largest)[C::kM][2],

@@ -1,7 +1,8 @@
 // Tiles of the attention kernels: pure functions of the head dim, a reason per row.
 //
-// The plain rows were chosen on an H200 among 130 variants, bf16, 4096 queries and keys: raw times
-// in benchmarks/results, what they decided in benchmarks/LOG.md. The others come from the
+// The plain rows, and the general ones of 64 and 128, were chosen on an H200 among 157 variants,
+// bf16, 4096 queries and keys: raw times in benchmarks/results, what they decided in
+// benchmarks/LOG.md. The others come from the
 // arithmetic below and from ptxas: no spill on any architecture.
 //
 // The arithmetic of the forward, per multiprocessor and clock of an A100: 2048 FLOP of the tensor

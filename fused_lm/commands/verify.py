@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Exit code 0 if every finished job passed parity and could be timed, else 1."""
     from rich.console import Console
 
-    from fused_lm.parity.worker import has_record, jobs_for
+    from fused_lm.parity.worker import has_record, jobs_for, labels_of
 
     device = chosen_device(args.device)
     console = Console(highlight=False)
@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
         _prove_and_time(jobs, unknown, device, args, out, found, console)
     finally:  # what was proven and timed before a Ctrl-C is
         if device.type == "cuda":
-            written = _merge(records_of(list(found.values())))
+            missed = [labels_of(jobs[i], device) for i in unknown if i not in found]
+            written = _merge(records_of(list(found.values()), missed))
             console.print(f"{written} records in {records.user_file()}; auto uses them from now on")
         with (out / "results.jsonl").open("a") as file:
             file.writelines(json.dumps(found[i]) + "\n" for i in sorted(found))
@@ -156,16 +157,21 @@ def _labels(jobs: list[Any], result: dict[str, Any], device: torch.device) -> di
     return {**labels_of(jobs[result["job"]], device), "parity": False}
 
 
-def records_of(results: list[dict[str, Any]]) -> list[records.Record]:
+def records_of(
+    results: list[dict[str, Any]], missed: Sequence[dict[str, Any]] = ()
+) -> list[records.Record]:
     """The records that raw results of a GPU prove: parity failures, and what passed and was timed.
 
-    What passed but has no times makes none, so that the next run goes on there.
+    What passed but has no times makes none, and no other case of its class either, so that the next
+    run goes on there. ``missed`` are labels of cases without a result.
     """
+    untimed = [r for r in results if r.get("parity") and "times" not in r]
+    unfinished = {_class_of(labels) for labels in (*untimed, *missed)}
     made = []
     for result in results:
         if "gpu" not in result or result.get("worst") == NOT_MEASURED:
             continue
-        if result["parity"] and "times" not in result:
+        if result["parity"] and _class_of(result) in unfinished:
             continue
         for mode in ("infer", "train"):
             ratio = result.get("times", {}).get(mode, {}).get("ratio", 0.0)
@@ -184,6 +190,11 @@ def records_of(results: list[dict[str, Any]]) -> list[records.Record]:
                 )
             )
     return made
+
+
+def _class_of(labels: dict[str, Any]) -> tuple[Any, ...]:
+    names = ("op", "backend", "kernel", "gpu", "dtype", "family", "size")
+    return tuple(labels.get(name) for name in names)
 
 
 def by_class(proven: list[records.Record]) -> dict[tuple[Any, ...], records.Record]:

@@ -69,13 +69,14 @@ def prove(
 ) -> None:
     """Jobs in lanes, dealt round robin so that all lanes keep to the order of worth.
 
-    What found no memory beside the other lanes runs again, alone; only that result counts.
+    What found no memory beside the other lanes, or was lost, runs again, alone; only that result
+    counts.
     """
     end = time.monotonic() + seconds
     short: list[int] = []
 
     def keep(result: dict[str, Any]) -> None:
-        if lanes > 1 and result.get("worst") == NOT_MEASURED:
+        if lanes > 1 and _may_be_the_others_fault(result):
             short.append(result["job"])
         else:
             on_result(result)
@@ -83,5 +84,13 @@ def prove(
     beside = [*command, "--threads", "1"] if lanes > 1 else command
     shares = {f"parity.{lane}": jobs[lane::lanes] for lane in range(lanes)}
     run_lanes(beside, shares, folder, job_seconds, seconds, keep)
-    rest = {"parity.alone": sorted(short)} if short else {}
-    run_lanes(command, rest, folder, job_seconds, end - time.monotonic(), on_result)
+    if short:
+        alone = {"parity.alone": sorted(short)}
+        run_lanes(command, alone, folder, job_seconds, end - time.monotonic(), on_result)
+
+
+def _may_be_the_others_fault(result: dict[str, Any]) -> bool:
+    """No memory, in whatever words; a worker that crashed, or had too little of the CPU."""
+    problem = str(result.get("problem")).lower()
+    told = any(word in problem for word in ("out of memory", "alloc_failed"))
+    return result.get("worst") == NOT_MEASURED or result.get("lost", False) or told

@@ -107,7 +107,7 @@ def labels_of(job: Job, device: torch.device) -> dict[str, Any]:
 
 
 def has_record(job: Job, device: torch.device) -> bool:
-    """Whether the user's own file already knows this kernel, class and GPU."""
+    """Whether a record, shipped or the user's own, speaks of this kernel, class and GPU."""
     labels = labels_of(job, device)
     return any(all(getattr(r, k) == v for k, v in labels.items()) for r in records.known())
 
