@@ -168,8 +168,8 @@ def _softmax(score: Tensor, lse: Tensor) -> Tensor:
     """:func:`_probabilities` whose rows add up to 1 whatever the scores: lse of 1e4 is rounded by
     up to 5e-4, and so would be every weight.
     """
-    finite = score.masked_fill(torch.isneginf(lse).unsqueeze(-1), 0.0)
-    return torch.softmax(finite, dim=-1).masked_fill(torch.isneginf(score), 0.0)
+    P = _probabilities(score, lse)
+    return P / P.sum(-1, keepdim=True).clamp_min(torch.finfo(P.dtype).tiny)
 
 
 def _probabilities(score: Tensor, lse: Tensor) -> Tensor:
