@@ -186,21 +186,23 @@ def build(tools: Toolchain, target: Path, folder: Path, schema: str) -> dict[str
 
 def host_code_of(unit: str) -> str:
     """Hash of what chooses and launches a unit's kernels: its tuning is no part of a cubin, but of
-    what a record speaks for. Comments, pages and layout don't count.
+    what a record speaks for. Of its own source, its operator's torch side and what they include;
+    of ``ptx/``, which is machine code, the launch alone. Comments and layout don't count.
     """
-    op = unit.split("_")[0]
     csrc = ROOT / "csrc"
-    own = [
-        path
-        for pattern in (f"kernels/{op}*", f"{op}*")
-        for path in csrc.glob(pattern)
-        if path.suffix in (".h", ".cu", ".cpp")
-    ]
-    shared = [*csrc.glob("common/*.h"), csrc / "tensors.h", csrc / "heads.h", csrc / "ptx/launch.h"]
-    digest = hashlib.sha256()
-    for path in sorted([*own, *shared]):
+    waiting = [csrc / f"kernels/{unit}.cu", *csrc.glob(f"{unit.split('_')[0]}*.cpp")]
+    seen: dict[Path, str] = {}
+    while waiting:
+        path = waiting.pop()
+        if path in seen or (path.parent.name == "ptx" and path.name != "launch.h"):
+            continue
         code = re.sub(r"//[^\n]*", "", path.read_text())
-        digest.update(" ".join(code.split()).encode())
+        seen[path] = " ".join(code.split())
+        named = (csrc / name for name in re.findall(r'#include "([^"]+)"', code))
+        waiting += [header for header in named if header.is_file()]
+    digest = hashlib.sha256()
+    for path in sorted(seen):
+        digest.update(seen[path].encode())
     return digest.hexdigest()[:16]
 
 

@@ -102,6 +102,45 @@ def test_kernels_for_hopper_are_compiled_for_it_alone(tmp_path: Path) -> None:
     assert [unit.name for unit in cuda_build.units_of(tmp_path, ["80"])] == ["norm"]
 
 
+@pytest.mark.parametrize(
+    ("changed", "counts"),
+    [
+        ("kernels/norm_fwd.cu", True),
+        ("kernels/norm_tuning.h", True),  # by way of kernels/norm.h
+        ("norm.cpp", True),
+        ("ptx/launch.h", True),
+        ("ptx/lane.h", False),  # machine code
+        ("common/tiles.h", False),  # of another operator
+        ("kernels/norm_bwd.cu", False),
+    ],
+)
+def test_host_code_is_what_a_unit_includes(
+    changed: str, counts: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = {
+        "kernels/norm_fwd.cu": '#include "kernels/norm.h"\n#include "ptx/lane.h"\n#include <cmath>',
+        "kernels/norm_bwd.cu": '#include "kernels/norm.h"',
+        "kernels/norm.h": '#include "kernels/norm_tuning.h"\n#include "ptx/launch.h"',
+        "kernels/norm_tuning.h": "int tile = 1;",
+        "kernels/other.h": '#include "common/tiles.h"',
+        "common/tiles.h": "int tile = 3;",
+        "norm.cpp": '#include "kernels/norm.h"',
+        "ptx/launch.h": "int launch = 1;",
+        "ptx/lane.h": "int lane = 1;",
+    }
+    monkeypatch.setattr(cuda_build, "ROOT", tmp_path)
+    for name, text in files.items():
+        path = tmp_path / "csrc" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    before = cuda_build.host_code_of("norm_fwd")
+    path = tmp_path / "csrc" / changed
+    path.write_text("// A comment,   and a line.\n\n" + path.read_text())
+    assert cuda_build.host_code_of("norm_fwd") == before
+    path.write_text(path.read_text() + "int more;\n")
+    assert (cuda_build.host_code_of("norm_fwd") != before) == counts
+
+
 def test_jobs_follow_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     cores = len(os.sched_getaffinity(0))
     for free, expected in ((1.0, 1), (6.5, min(2, cores)), (3000.0, cores)):
