@@ -169,6 +169,13 @@ def test_right_kernels_pass_and_repeat_bitwise(name: str) -> None:
     assert not unwritten
 
 
+def test_a_vote_is_its_own_team_s() -> None:
+    """In every order: two teams vote twice, and each time another one has the only yes."""
+    for results in _right_results("plain"):
+        thousands = [round(value / 1000) for value in results["votes_of_two_teams"]]
+        assert thousands == [2] * 64 + [1] * 64
+
+
 # Counters, by hand.
 
 WARP_ROW = 128 // 32

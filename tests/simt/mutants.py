@@ -19,7 +19,7 @@ from tests.simt.survivors import SURVIVORS
 
 CSRC = build.ROOT / "csrc"
 SYNCHRONISES = re.compile(
-    r"\b(__syncthreads\w*|__syncwarp|named_barrier_\w+|mbarrier_\w+|cp_async_(?:commit|wait))"
+    r"\b(__syncthreads\w*|__syncwarp|named_barrier_(?:sync|arrive)|mbarrier_\w+|cp_async_(?:commit|wait))"
     r"\s*[(<]"
 )
 """Calls that ask ``takes_part``: the words of tests/simt/ptx."""

@@ -65,7 +65,7 @@ void complete(NamedBarrier& b, int barrier, Location here) {
     wake(thread);
     if (thread / kWarpSize != met) flush_transactions(met = thread / kWarpSize);
   }
-  if (&b == &all.barriers[0]) all.reduced = b.total;
+  b.reduced = b.total;
   b.waiters.clear();
   b.of_warp.clear();
   b.clock.clear();
@@ -112,7 +112,12 @@ int barrier_reduce(int predicate, Location here) {
   // Without its result a kernel can't go on: a mutant loses the order alone.
   const bool orders = takes_part("barrier reduce", here);
   come(0, kAllThreads, {.orders = orders, .addend = predicate != 0}, here);
-  return block().reduced;
+  return block().barriers[0].reduced;
+}
+
+int barrier_vote(int barrier, int threads, int predicate, Location here) {
+  come(barrier, threads, {.orders = false, .addend = predicate != 0}, here);
+  return block().barriers[barrier].reduced;
 }
 
 }  // namespace simt

@@ -110,6 +110,8 @@ constexpr int kAllThreads = -1;
 void barrier_sync(int barrier, int threads, Location here);
 void barrier_arrive(int barrier, int threads, Location here);
 int barrier_reduce(int predicate, Location here);  // __syncthreads_count
+// How many of them have the predicate: a vote, which orders nothing, and is nothing to drop.
+int barrier_vote(int barrier, int threads, int predicate, Location here);
 
 void mbarrier_init(uint64_t* barrier, uint32_t arrivals, Location here);
 void mbarrier_invalidate(uint64_t* barrier, Location here);

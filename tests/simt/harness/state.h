@@ -75,7 +75,9 @@ struct Arrivals {
   Location here{nullptr, 0};
 };
 struct NamedBarrier {
-  int expected = 0, arrived = 0, total = 0;  // threads; whole warps, as PTX counts
+  int expected = 0, arrived = 0;  // threads; whole warps, as PTX counts
+  int total = 0;                  // of what they add
+  int reduced = 0;                // the last phase's total
   Location here{nullptr, 0};
   std::vector<int> waiters;
   std::map<int, Arrivals> of_warp;
@@ -109,7 +111,6 @@ struct Block : BlockView {
   std::map<uint32_t, MBarrier> mbarriers;  // by shared address
   std::mt19937_64 random;
   std::string failure;
-  int reduced = 0;  // by the last __syncthreads_count
   const std::function<void()>* body = nullptr;
   std::unique_ptr<RaceDetector> race;  // race build only
 };

@@ -7,4 +7,6 @@ namespace fused_lm::ptx {
 
 inline int lane_index() { return ::simt::current_thread->lane; }
 
+inline unsigned thread_index() { return threadIdx.x; }
+
 }  // namespace fused_lm::ptx
