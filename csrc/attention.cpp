@@ -7,6 +7,7 @@
 #include "attention_ops.h"
 #include "attention_params.h"
 #include "common/device.h"
+#include "shared_memory.h"
 
 namespace fused_lm {
 
@@ -44,8 +45,9 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& given_q, const Tensor& gi
   const auto device_index = given_q.get_device_index();
   const DeviceScope scope(device_index);
   const Stream stream = current_stream(device_index);
-  raise_if_failed(is_bf16(given_q) ? attention_forward_bf16(params, stream)
-                                   : attention_forward_fp16(params, stream));
+  const size_t shared_bytes = shared_bytes_per_block(device_index);
+  raise_if_failed(is_bf16(given_q) ? attention_forward_bf16(params, shared_bytes, stream)
+                                   : attention_forward_fp16(params, shared_bytes, stream));
   return {out, lse};
 }
 

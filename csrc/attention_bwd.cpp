@@ -2,6 +2,7 @@
 #include "attention_ops.h"
 #include "attention_params.h"
 #include "common/device.h"
+#include "shared_memory.h"
 
 namespace fused_lm {
 namespace {
@@ -14,14 +15,16 @@ void check_like_out(const Tensor& t, const Tensor& q, int64_t Dv, const char* na
                   name, " must be [B, H, T, Dv]");
 }
 
-Status backward(const AttentionBackwardParams& params, bool bf16, Stream stream) {
+Status backward(const AttentionBackwardParams& params, bool bf16, size_t shared_bytes,
+                Stream stream) {
   const Status delta =
       bf16 ? attention_delta_bf16(params, stream) : attention_delta_fp16(params, stream);
   if (delta != kOk) return delta;
-  const Status dkdv =
-      bf16 ? attention_dkdv_bf16(params, stream) : attention_dkdv_fp16(params, stream);
+  const Status dkdv = bf16 ? attention_dkdv_bf16(params, shared_bytes, stream)
+                           : attention_dkdv_fp16(params, shared_bytes, stream);
   if (dkdv != kOk) return dkdv;
-  return bf16 ? attention_dq_bf16(params, stream) : attention_dq_fp16(params, stream);
+  return bf16 ? attention_dq_bf16(params, shared_bytes, stream)
+              : attention_dq_fp16(params, shared_bytes, stream);
 }
 
 // What the backward's parameters say to the kernel of the bias gradient.
@@ -96,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
   const DeviceScope scope(device_index);
   const Stream stream = current_stream(device_index);
   const bool bf16 = is_bf16(given_q);
-  raise_if_failed(backward(params, bf16, stream));
+  raise_if_failed(backward(params, bf16, shared_bytes_per_block(device_index), stream));
   if (needs_dbias && bias) {
     const AttentionDbiasParams p = dbias_params(params, *bias, dbias);
     raise_if_failed(bf16 ? attention_dbias_bf16(p, stream) : attention_dbias_fp16(p, stream));

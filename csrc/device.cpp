@@ -2,6 +2,7 @@
 // does no harm: both stand on the driver's one primary context per GPU, and streams are the
 // driver's.
 #include "common/device.h"
+#include "shared_memory.h"
 
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -46,6 +47,12 @@ int multiprocessors(int device_index) {
   int count = 0;
   check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_index));
   return count;
+}
+
+size_t shared_bytes_per_block(int device_index) {
+  int bytes = 0;
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_index));
+  return static_cast<size_t>(bytes);
 }
 
 }  // namespace fused_lm

@@ -15,10 +15,16 @@ from torch import Tensor
 
 from fused_lm.reference import attention as reference
 from tests import attention_calls
-from tests.attention_calls import BF16, F16, F32, HEAD_DIMS, Layout, data_of
+from tests.attention_calls import ALONE, BF16, F16, F32, HEAD_DIMS, Layout, data_of
+from tests.simt.runtime import MEDIUM_SHARED, SMALL_SHARED
 
 JOINT_HEAD_DIM = 128
 """Up to which one launch makes dk and dv, of csrc/kernels/attention_tuning.h."""
+TEAM_HEAD_DIMS = (96, 128, 192, 256)
+"""Whose plain gradients are made by teams of warps where shared memory is large, likewise: up to
+JOINT_HEAD_DIM dk and dv alone."""
+SMALL_BLOCK_HEAD_DIM = 256
+"""Whose teams are fewer on an A100."""
 
 
 class Dout(Enum):
@@ -42,7 +48,12 @@ class Call(attention_calls.Call):
 
     @property
     def general(self) -> bool:
-        return super().general or self.head_dim > JOINT_HEAD_DIM
+        return super().general or (self.head_dim > JOINT_HEAD_DIM and not self.in_teams)
+
+    @property
+    def in_teams(self) -> bool:
+        large = self.shared_bytes > SMALL_SHARED
+        return large and not super().general and self.head_dim in TEAM_HEAD_DIMS
 
 
 FEATURES: dict[str, Any] = {
@@ -53,12 +64,33 @@ FEATURES: dict[str, Any] = {
     "softcap": 2.0,
     "dropout_p": 0.3,
 }
-KERNELS = [
-    Call(f"{name}, {type_name} {D}", 40, 70, D, dtype=dtype, H=1, upper=50, **features)
-    for D in HEAD_DIMS
-    for type_name, dtype in attention_calls.DTYPES.items()
-    for name, features in (("plain", {}), ("general", FEATURES))
-]
+MEDIUM: dict[str, Any] = {"shared_bytes": MEDIUM_SHARED}
+KERNELS = (
+    [
+        Call(f"{name}, {type_name} {D}", 40, 70, D, dtype=dtype, H=1, upper=50, **features)
+        for D in HEAD_DIMS
+        for type_name, dtype in attention_calls.DTYPES.items()
+        for name, features in (("plain", {}), ("general", FEATURES))
+    ]
+    + [
+        Call(
+            f"without teams, {name} {D}",
+            40,
+            70,
+            D,
+            dtype=dtype,
+            H=1,
+            upper=50,
+            **ALONE,
+        )
+        for D in TEAM_HEAD_DIMS
+        for name, dtype in attention_calls.DTYPES.items()
+    ]
+    + [
+        Call(f"few teams, {name}", 40, 70, 256, dtype=dtype, H=1, upper=50, **MEDIUM)
+        for name, dtype in attention_calls.DTYPES.items()
+    ]
+)
 """Every instantiation."""
 BIASES = [
     Call(
@@ -97,6 +129,12 @@ CALLS = [
     Call("a bound that hides everything", 30, 64, 32, lower=2**40, bias="11TS"),
     Call("grouped heads", 70, 45, 32, H=6, group=3, B=2, upper=8, dout=Dout.ONE_HEAD),
     Call("one key head, in parts", 37, 45, 192, H=4, group=4, dout=Dout.ONE_ROW),
+    Call("one key head, in parts without teams", 37, 45, 192, H=4, group=4, **ALONE),
+    Call("grouped heads, wide teams", 150, 200, 200, H=4, group=2, lower=-40, upper=70),
+    Call("grouped heads, few wide teams", 100, 150, 256, H=2, group=2, upper=0, **MEDIUM),
+    Call("wide teams, tiles that nobody sees", 100, 400, 192, H=1, upper=0),
+    Call("wide teams, queries without a key", 300, 100, 192, H=1, upper=-150),
+    Call("wide teams, no key that is seen", 64, 128, 192, H=1, lower=2**40),
     Call("wider v", 37, 45, 40, 72, F16, bias="1HTS"),
     Call("narrower v, in parts", 37, 45, 200, 8, H=1),
     Call("columns of a slice and some", 37, 45, 72, 136, bias="1HTS", bias_dtype=F32),
@@ -150,6 +188,7 @@ class Data:
     arguments: tuple[Any, ...]
     same: Sequence[Tensor]
     exact: Sequence[Tensor]
+    shared_bytes: int
 
     @classmethod
     def of(cls, call: Call) -> Data:
@@ -165,7 +204,8 @@ class Data:
 
         own = (dout, dlse, *arguments(forward))
         exact = (*_wide((dout, dlse)), *arguments(_wide(forward)))
-        return cls(own, *(reference.attention_backward(*each) for each in (own, exact)))
+        same, right = (reference.attention_backward(*each) for each in (own, exact))
+        return cls(own, same, right, call.shared_bytes)
 
 
 def _wide(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

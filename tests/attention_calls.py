@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from fused_lm.reference import attention as reference
+from tests.simt.runtime import LARGE_SHARED, SMALL_SHARED
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 """Of csrc/kernels/attention_tuning.h."""
+TEAM_HEAD_DIMS = (192, 256)
+"""Whose plain forward runs in teams of warps where shared memory is large, likewise."""
 RNG = torch.tensor([2**61 + 12345, 77, 3, 5])
 
 
@@ -56,6 +59,7 @@ class Call:
     dropout_p: float = 0.0
     layout: Layout = Layout.DENSE
     size: float = 1.0  # of the numbers in q and k
+    shared_bytes: int = LARGE_SHARED  # of a block on the GPU of the harness; a real one has its own
 
     @property
     def values(self) -> int:
@@ -71,8 +75,14 @@ class Call:
         features = self.mask, self.bias, self.key_mask, self.softcap, self.dropout_p
         return any(features) or (self.scale is not None and self.scale < torch.finfo(F32).tiny)
 
+    @property
+    def in_teams(self) -> bool:
+        large = self.shared_bytes > SMALL_SHARED
+        return large and not self.general and self.head_dim in TEAM_HEAD_DIMS
+
 
 DTYPES = {"bf16": BF16, "fp16": F16}
+ALONE: dict[str, Any] = {"shared_bytes": SMALL_SHARED}
 KERNELS = [
     *(
         Call(f"plain, {name} {D}", 40, 150, D, dtype=dtype, H=1, upper=110)
@@ -96,6 +106,11 @@ KERNELS = [
         for D in HEAD_DIMS
         for name, dtype in DTYPES.items()
     ),
+    *(
+        Call(f"without teams, {name} {D}", 40, 150, D, dtype=dtype, H=1, upper=110, **ALONE)
+        for D in TEAM_HEAD_DIMS
+        for name, dtype in DTYPES.items()
+    ),
 ]
 """Every instantiation, with all that it can, three tiles of keys or more each."""
 CALLS = [
@@ -112,11 +127,16 @@ CALLS = [
     Call("causal, more keys than queries, from the first on", 40, 200, upper=0),
     Call("causal, more keys than queries, to the last", 40, 200, 256, upper=160),
     Call("causal, query tiles without a key", 300, 20, 64, upper=-280),
-    Call("causal, query tiles without a key, staged", 300, 20, 192, H=1, upper=-280),
+    Call("causal, query tiles without a key, teams", 300, 20, 192, H=1, upper=-280),
+    Call("causal, query tiles without a key, staged", 300, 20, 192, H=1, upper=-280, **ALONE),
     Call("causal, query tiles without a key, general", 300, 20, 96, H=1, upper=-280, softcap=9.0),
     Call("narrow window", 200, 200, 96, lower=-20, upper=5),
     Call("whole tiles between those of both edges", 300, 300, 32, H=1, lower=-200, upper=64),
-    Call("window without a left end, q staged", 260, 300, 192, H=1, lower=-30),
+    Call("window without a left end, q staged", 260, 300, 192, H=1, lower=-30, **ALONE),
+    Call(
+        "teams: whole tiles between those of both edges", 300, 300, 192, H=1, lower=-200, upper=64
+    ),
+    Call("teams: maxima that grow, in one warp or both", 150, 300, 256, H=1, size=3.0),
     Call("window in one loop", 200, 200, 128, H=1, lower=-150, upper=20),
     Call("bounds beyond 32 bits hide nothing", 30, 40, lower=-(2**40), upper=2**40),
     Call("a bound beyond 32 bits hides everything", 30, 128, 32, lower=2**40),

@@ -62,6 +62,11 @@ def _planted(folder: Path, code: str, *flags: str) -> compiled.Compiled:
     return compiled.compiled(_toolkit(), source, "90", folder / "cache", flags)
 
 
+def _has_another(kernel: str) -> bool:
+    """Whether another kernel runs where a GPU has too little shared memory for this one."""
+    return "_teams_" in kernel or ("attention_bwd_dkdv" in kernel and kernel.endswith(", true>"))
+
+
 LATER = ("90", "100", "120")
 """Of kernels by the dozen, targets that wait for `make test-all`: a minute each."""
 
@@ -82,7 +87,8 @@ def test_compiles_without_spills_and_with_the_golden_resources(source: Path, arc
     assert not problems, "\n".join(problems)
     for kernel in result.kernels:
         shared = kernel.static_shared + (kernel.dynamic_shared or 0)
-        assert shared <= SHARED_LIMIT[arch.rstrip("a")], kernel.name
+        limit = SHARED_LIMIT["90"] if _has_another(kernel.name) else SHARED_LIMIT[arch.rstrip("a")]
+        assert shared <= limit, kernel.name
     got = compiled.golden_of(result)
     assert len(got) == len(result.kernels), "two kernels have one name"
     path = GOLDEN / f"cuda-{toolkit.release}.json"

@@ -19,7 +19,18 @@ from build_tools.cubin import short_name
 from fused_lm.reference import attention as reference
 from fused_lm.reference.layout import empty_heads
 from fused_lm.tolerance import check_close
-from tests.attention_calls import BF16, CALLS, F32, HEAD_DIMS, KERNELS, RNG, Call, data_of, in_fp64
+from tests.attention_calls import (
+    BF16,
+    CALLS,
+    F32,
+    HEAD_DIMS,
+    KERNELS,
+    RNG,
+    TEAM_HEAD_DIMS,
+    Call,
+    data_of,
+    in_fp64,
+)
 from tests.simt import backend as simt
 from tests.simt import mutants, runtime
 
@@ -32,8 +43,11 @@ LARGE = 500_000
 """B H T S times head dim, from which on a call runs in fewer schedules."""
 
 
-def _run(harness: runtime.Harness, data: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    out, lse = harness.call("attention_fwd", *data)
+def _run(
+    harness: runtime.Harness, data: tuple[Any, ...], shared_bytes: int = runtime.LARGE_SHARED
+) -> tuple[Tensor, Tensor]:
+    with harness.choosing(max_smem_bytes=shared_bytes):
+        out, lse = harness.call("attention_fwd", *data)
     return out, lse
 
 
@@ -43,7 +57,7 @@ def test_every_schedule_gives_the_right_bits(call: Call, harness: runtime.Harnes
     results = {}
     for seed in _seeds(call):
         harness.configure(runtime.Schedule.of_seed(seed))
-        results[seed] = _run(harness, data)
+        results[seed] = _run(harness, data, call.shared_bytes)
     first = results[0]
     same, exact = reference.attention_forward(*data), in_fp64(data)
     for i, name in enumerate(("out", "lse")):
@@ -64,7 +78,7 @@ def _seeds(call: Call) -> Sequence[int]:
 
 def _tuning(call: Call) -> dict[str, Any]:
     found: dict[str, Any] = runtime.load("race").module.attention_tuning(
-        call.head_dim, call.general
+        call.head_dim, call.general, call.in_teams
     )
     return found
 
@@ -90,7 +104,8 @@ def test_no_mutant_survives() -> None:
     hunt = mutants.Hunt(runtime.load("race"), MUTANT_SCHEDULES)
     for call in CALLS:
         if call.dtype == BF16 and any(len(keys) > 1 for _, keys in _tiles(call)):
-            hunt.drop_each(call.why, partial(_run, hunt.harness, data_of(call)))
+            run = partial(_run, hunt.harness, data_of(call), call.shared_bytes)
+            hunt.drop_each(call.why, run)
     # Its barrier is of rows that several warps share: no warp here meets another's.
     sources = mutants.sources_of("attention_fwd*") - {mutants.CSRC / "common/warp.h"}
     problems = hunt.problems(sources)
@@ -107,7 +122,7 @@ def _counts(call: Call) -> dict[str, int]:
         seen = sum(keys)
         reads += 2 * rows * call.D * (seen > 0) + 2 * seen * (call.D + call.values)
         reads += rows * seen * (bool(call.mask) + call.bias_dtype.itemsize * bool(call.bias))
-        reads += tuning["threads"] // WARP * seen * call.key_mask
+        reads += tuning["threads"] // WARP * seen * call.key_mask  # no team looks at one
         reads += RNG.nbytes * tuning["threads"] * len(keys) * (call.dropout_p > 0)
         flops += 4 * block_t * block_s * call.head_dim * len(keys)
     heads = call.B * call.H
@@ -125,7 +140,7 @@ def test_moves_exactly_its_floor(call: Call) -> None:
     """q once, the keys that a query tile sees, no bank conflict, whole sectors."""
     harness = runtime.load("race")
     with harness.counting() as counts:
-        _run(harness, data_of(call))
+        _run(harness, data_of(call), call.shared_bytes)
     assert {name: counts[name] for name in _counts(call)} == _counts(call)
     if _lanes_stay_in_step(call):
         assert counts["shared_wavefronts"] == counts["shared_ideal_wavefronts"]
@@ -199,10 +214,16 @@ def test_every_instantiation_runs() -> None:
         for head_dim in HEAD_DIMS
         for general in ("false", "true")
     }
+    compiled |= {
+        f"attention_fwd::attention_fwd_teams_sm80<{element}, {head_dim}>"
+        for element in ("__nv_bfloat16", "__half")
+        for head_dim in TEAM_HEAD_DIMS
+    }
     harness = runtime.load(simt.BACKENDS[0].removeprefix(simt.PREFIX))
     assert tuple(harness.module.HEAD_DIMS) == HEAD_DIMS
+    assert tuple(harness.module.FORWARD_TEAM_HEAD_DIMS) == TEAM_HEAD_DIMS
     harness.configure()
     for call in KERNELS:
-        _run(harness, data_of(call))
+        _run(harness, data_of(call), call.shared_bytes)
     ran = {short_name(name) for name in harness.module.kernels_run()}
     assert not compiled - ran, f"no call of KERNELS reaches {sorted(compiled - ran)}"

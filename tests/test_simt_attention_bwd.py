@@ -20,7 +20,17 @@ from torch import Tensor
 from build_tools.cubin import short_name
 from fused_lm.reference import attention as reference
 from fused_lm.tolerance import check_close
-from tests.attention_bwd_calls import BIASES, CALLS, FEATURES, JOINT_HEAD_DIM, KERNELS, Call, Data
+from tests.attention_bwd_calls import (
+    BIASES,
+    CALLS,
+    FEATURES,
+    JOINT_HEAD_DIM,
+    KERNELS,
+    SMALL_BLOCK_HEAD_DIM,
+    TEAM_HEAD_DIMS,
+    Call,
+    Data,
+)
 from tests.attention_calls import BF16, HEAD_DIMS, RNG
 from tests.simt import backend as simt
 from tests.simt import mutants, runtime
@@ -38,7 +48,8 @@ DBIAS_BLOCK, DBIAS_SLICE, DBIAS_THREADS = 64, 64, 128
 
 
 def _run(harness: runtime.Harness, data: Data) -> Sequence[Tensor]:
-    results: Sequence[Tensor] = harness.call("attention_bwd", *data.arguments)
+    with harness.choosing(max_smem_bytes=data.shared_bytes):
+        results: Sequence[Tensor] = harness.call("attention_bwd", *data.arguments)
     return results
 
 
@@ -86,9 +97,17 @@ def _delta(call: Call) -> Counter[str]:
     return Counter(global_read_bytes=reads, global_write_bytes=8 * rows)
 
 
-def _tuning(call: Call, over_keys: bool) -> tuple[int, int, int]:
+def _tuning(call: Call, makes: str) -> tuple[int, int, int]:
+    """Of the launch that makes "dk", "dv", "dq", or both of the first."""
     module = runtime.load("race").module
-    found = module.attention_backward_tuning(call.head_dim, call.general, over_keys)
+    if call.in_teams and call.head_dim > JOINT_HEAD_DIM:
+        few = call.shared_bytes < runtime.LARGE_SHARED and makes != "dv"
+        warps = 4 if few and call.head_dim == SMALL_BLOCK_HEAD_DIM else 8
+        found = module.attention_bwd_teams_tuning(call.head_dim, makes, warps)
+    elif makes == "dq":
+        found = module.attention_dq_tuning(call.head_dim, call.general)
+    else:
+        found = module.attention_dkdv_tuning(call.head_dim, call.general, call.in_teams)
     return found["block_own"], found["block_other"], found["threads"]
 
 
@@ -96,7 +115,7 @@ def _dkdv(call: Call, makes_dk: bool, makes_dv: bool) -> Counter[str]:
     """A key tile reads its k, its v for dk, and q, dout and two numbers of the queries that see it,
     in every head of its group.
     """
-    block_s, block_t, threads = _tuning(call, True)
+    block_s, block_t, threads = _tuning(call, "dk" if makes_dk else "dv")
     reads = flops = 0
     for keys, tiles in _walks(call, 1, block_s, block_t):
         reads += 2 * keys * (call.D + call.values * makes_dk) * bool(tiles)
@@ -112,7 +131,7 @@ def _dkdv(call: Call, makes_dk: bool, makes_dv: bool) -> Counter[str]:
 
 def _dq(call: Call) -> Counter[str]:
     """A query tile reads q and dout, two numbers per row, and k and v of the keys that it sees."""
-    block_t, block_s, threads = _tuning(call, False)
+    block_t, block_s, threads = _tuning(call, "dq")
     reads = flops = 0
     for queries, tiles in _walks(call, 0, block_t, block_s):
         reads += queries * (2 * (call.D + call.values) * bool(tiles) + 8)
@@ -193,6 +212,7 @@ def _rows_are_whole_sectors(call: Call) -> bool:
 HUNTED = [
     Call("two tiles each way, of several heads", 70, 150, 128, group=2),
     Call("in parts, bias of every score", 70, 70, 192, H=1, bias="11TS"),
+    Call("wide teams, two tiles each way, of several heads", 70, 150, 192, group=2),
     Call("bias of every score, whole chunks", 70, 72, 8, H=1, bias="11TS"),
     Call("bias of keys", 70, 70, 8, H=1, bias="111S"),
     Call("bias of queries", 70, 70, 8, H=1, bias="11T1"),
@@ -228,6 +248,8 @@ def test_every_instantiation_runs() -> None:
     }
     harness = runtime.load(simt.BACKENDS[0].removeprefix(simt.PREFIX))
     assert harness.module.MAX_JOINT_HEAD_DIM == JOINT_HEAD_DIM
+    joint = tuple(dim for dim in TEAM_HEAD_DIMS if dim <= JOINT_HEAD_DIM)
+    assert tuple(harness.module.DKDV_TEAM_HEAD_DIMS) == joint
     harness.configure()
     for call in KERNELS:
         _run(harness, Data.of(replace(call, T=1, S=1)))
@@ -237,7 +259,9 @@ def test_every_instantiation_runs() -> None:
 
 
 def _instantiations() -> set[str]:
-    """Plain and general ones, above the joint head dims general ones alone, and dk and dv apart."""
+    """Plain and general ones, above the joint head dims general ones alone, and dk and dv apart;
+    with teams and without.
+    """
     found = set()
     for element in ("__nv_bfloat16", "__half"):
         found.add(f"attention_bwd_delta<{element}>")
@@ -247,9 +271,18 @@ def _instantiations() -> set[str]:
             if not joint and general == "false":
                 continue
             found.add(f"attention_dq::attention_bwd_dq_sm80<{element}, {dim}, {general}>")
-            for part in (0,) if joint else (1, 2):
+            parts = (0,) if joint else (1, 2)
+            has_teams = joint and general == "false" and dim in TEAM_HEAD_DIMS
+            teams = ("false", "true") if has_teams else ("false",)
+            for part, in_teams in itertools.product(parts, teams):
                 found.add(
                     f"attention_dkdv::attention_bwd_dkdv_sm80<{element}, {dim}, {general}, "
-                    f"(attention_dkdv::Part){part}>"
+                    f"(attention_dkdv::Part){part}, {in_teams}>"
+                )
+        for dim, team_pass in ((192, 0), (192, 1), (192, 2), (256, 0), (256, 1), (256, 2)):
+            for warps in (4, 8) if dim == SMALL_BLOCK_HEAD_DIM and team_pass != 1 else (8,):
+                found.add(
+                    f"attention_bwd::attention_bwd_teams_sm80<{element}, {dim}, "
+                    f"(TeamPass){team_pass}, {warps}>"
                 )
     return found

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import gpus, machine_code, static
 from benchmarks.gpus import GPUS, LIMITS, occupancy
 from benchmarks.machine_code import Graph, parse
-from build_tools import compiled
+from build_tools import compiled, toolchain
 from build_tools.compiled import Kernel
 
 # A persistent kernel: rows in the outer loop, four sums of a row in the inner one, and a cold block
@@ -265,3 +265,48 @@ def test_the_table(
     assert static.main(["--kernel", "nothing*"]) == 1
     with pytest.raises(SystemExit):
         static.main(["--gpu", "H200", "--arch", "80"])
+
+
+WIDE_HEADS = {
+    "attention_fwd_sm80<T, 96, false>": 1.0,
+    "attention_fwd_sm80<T, 128, false>": 1.0,
+    "attention_fwd_teams_sm80<T, 192>": 1.0,
+    "attention_fwd_teams_sm80<T, 256>": 1.0,
+    # lse and delta take 2 % of shared memory's time, more than at 128 columns.
+    "attention_bwd_dkdv_sm80<T, 96, false, (attention_dkdv::Part)0, true>": 0.97,
+    "attention_bwd_dkdv_sm80<T, 128, false, (attention_dkdv::Part)0, true>": 1.0,
+    "attention_bwd_dq_sm80<T, 96, false>": 1.0,
+    "attention_bwd_dq_sm80<T, 128, false>": 1.0,
+    "attention_bwd_teams_sm80<T, 192, (TeamPass)0, 8>": 0.98,
+    "attention_bwd_teams_sm80<T, 192, (TeamPass)1, 8>": 1.0,
+    "attention_bwd_teams_sm80<T, 192, (TeamPass)2, 8>": 1.0,
+    # Own rows of two tensors: 163 KB hold two teams, for which all tiles are copied.
+    "attention_bwd_teams_sm80<T, 256, (TeamPass)0, 4>": 0.92,
+    "attention_bwd_teams_sm80<T, 256, (TeamPass)1, 8>": 1.0,
+    "attention_bwd_teams_sm80<T, 256, (TeamPass)2, 4>": 0.93,
+}
+"""What an A100 runs without mask, bias, softcap or dropout, and how busy its tensor cores are at
+least while the main loop is at its bound; T is bf16."""
+
+
+def test_the_tensor_cores_bind_wide_heads() -> None:
+    """From 96 columns on, in plain calls: neither shared memory nor issue slots do."""
+    try:
+        toolkit = toolchain.find_toolkit()
+    except toolchain.Missing as error:
+        pytest.skip(str(error))
+    found = {}
+    for name in ("fwd", "bwd_dkdv", "bwd_dq"):
+        source = compiled.KERNELS / f"attention_{name}_sm80_bf16.cu"
+        for kernel in compiled.compiled(toolkit, source, "80").kernels:
+            if kernel.sass is None:
+                pytest.skip("no cuobjdump, neither nvcc's nor Triton's")
+            short = kernel.name.split("::", 1)[-1].replace("__nv_bfloat16", "T")
+            if short in WIDE_HEADS:
+                row = static.row_of(kernel, source.stem, "80", GPUS["A100"], None)
+                assert row.occupancy.blocks > 0, short
+                cycles = row.bounds[0].cycles
+                found[short] = cycles["tensor"] / max(cycles.values())
+    assert found.keys() == WIDE_HEADS.keys()
+    slow = {name: share for name, share in found.items() if share < WIDE_HEADS[name]}
+    assert not slow

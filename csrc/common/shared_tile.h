@@ -69,10 +69,10 @@ struct ChunksOf {
 // Every thread of the block calls. Rows are aligned to 16 bytes and lie `stride` elements apart.
 template <int kThreads, class Tile>
 __device__ __forceinline__ void copy_rows_async(Tile& sTile, const uint16_t* gMatrix,
-                                                int64_t stride, int first, int length,
-                                                int columns) {
+                                                int64_t stride, int first, int length, int columns,
+                                                unsigned thread = threadIdx.x) {
   using Chunks = ChunksOf<Tile, kThreads>;
-  const Chunks own(threadIdx.x);
+  const Chunks own(thread);
   const uint16_t* gRow = gMatrix + (first + own.row) * stride + own.chunk * kChunkElements;
 #pragma unroll
   for (int row = 0; row < Tile::kRows; row += Chunks::kRowsAtOnce) {
@@ -105,22 +105,26 @@ struct OperandPair {
   uint32_t second[2];
 };
 
-// B[k][n] = tile[rows + n][16 step + k]: the tile's rows are the product's columns.
+// B[k][n] = tile[row + rows + n][16 step + k]: the tile's rows are the product's columns. row is a
+// multiple of 8; rows and step are constants.
 template <class Tile>
-__device__ __forceinline__ OperandPair load_b_transposed(Tile& sTile, int lane, int rows,
+__device__ __forceinline__ OperandPair load_b_transposed(Tile& sTile, int lane, int row, int rows,
                                                          int step) {
   uint32_t r[4];
-  ptx::ldmatrix_x4(r, &sTile, Tile::lane_off(lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2),
+  ptx::ldmatrix_x4(r, &sTile,
+                   Tile::lane_off(row + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2),
                    Tile::fixed_off(rows, 2 * step));
   return {{r[0], r[1]}, {r[2], r[3]}};
 }
 
-// B[k][n] = tile[rows + k][16 pair + n]: the tile's rows are summed over.
+// B[k][n] = tile[row + rows + k][16 (pair + pairs) + n]: the tile's rows are summed over. pair,
+// which is no constant, is below the largest power of 2 that divides pairs.
 template <class Tile>
-__device__ __forceinline__ OperandPair load_b(Tile& sTile, int lane, int rows, int pair) {
+__device__ __forceinline__ OperandPair load_b(Tile& sTile, int lane, int row, int rows, int pair,
+                                              int pairs) {
   uint32_t r[4];
-  ptx::ldmatrix_x4_trans(r, &sTile, Tile::lane_off(lane % 16, 2 * pair + lane / 16),
-                         Tile::fixed_off(rows, 2 * pair));
+  ptx::ldmatrix_x4_trans(r, &sTile, Tile::lane_off(row + lane % 16, 2 * (pairs + pair) + lane / 16),
+                         Tile::fixed_off(rows, 2 * pairs));
   return {{r[0], r[1]}, {r[2], r[3]}};
 }
 

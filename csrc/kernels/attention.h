@@ -6,6 +6,7 @@
 // No torch here: csrc/attention.cpp fills these in.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "common/types.h"
@@ -84,17 +85,21 @@ struct AttentionBackwardParams {
   DropoutParams dropout;
 };
 
-// Tensors are bf16 or fp16.
-Status attention_forward_bf16(const AttentionForwardParams& params, Stream stream);
-Status attention_forward_fp16(const AttentionForwardParams& params, Stream stream);
+// Tensors are bf16 or fp16. shared_bytes: what a block of the current GPU may have.
+Status attention_forward_bf16(const AttentionForwardParams& params, size_t shared_bytes,
+                              Stream stream);
+Status attention_forward_fp16(const AttentionForwardParams& params, size_t shared_bytes,
+                              Stream stream);
 
 // The backward, in this order: delta and row_lse; then dk and dv, and dq, which need them.
 Status attention_delta_bf16(const AttentionBackwardParams& params, Stream stream);
 Status attention_delta_fp16(const AttentionBackwardParams& params, Stream stream);
-Status attention_dkdv_bf16(const AttentionBackwardParams& params, Stream stream);
-Status attention_dkdv_fp16(const AttentionBackwardParams& params, Stream stream);
-Status attention_dq_bf16(const AttentionBackwardParams& params, Stream stream);
-Status attention_dq_fp16(const AttentionBackwardParams& params, Stream stream);
+Status attention_dkdv_bf16(const AttentionBackwardParams& params, size_t shared_bytes,
+                           Stream stream);
+Status attention_dkdv_fp16(const AttentionBackwardParams& params, size_t shared_bytes,
+                           Stream stream);
+Status attention_dq_bf16(const AttentionBackwardParams& params, size_t shared_bytes, Stream stream);
+Status attention_dq_fp16(const AttentionBackwardParams& params, size_t shared_bytes, Stream stream);
 
 // The weights as a tensor, from the lse of a forward.
 struct AttentionWeightsParams {

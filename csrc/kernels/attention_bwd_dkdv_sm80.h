@@ -13,7 +13,7 @@
 // exponentials; it repeats bitwise, and needs no memory beside two numbers per row.
 //
 // Grid: one block per (key tile, key-value head, batch), which walks over the query tiles of all
-// heads of its group: no block adds to another one's sums. A warp owns 32 or 16 keys.
+// heads of its group: no block adds to another one's sums. A warp owns 32 or 16 keys, a team 32.
 //
 // Products are transposed, [keys, queries]: scores k q^T and dP v dout^T come out of the tensor
 // cores in the layout in which P^T and ds^T go in again as left operands, so neither passes through
@@ -25,7 +25,11 @@
 //
 // Parts: up to 128 columns one launch makes dk and dv; above, one makes dv and one dk, since
 // registers hold the sums of one only. Plain and general kernels as in the forward; above 128
-// columns general ones alone.
+// columns general ones alone, and plain calls run attention_bwd_teams_sm80.h where it fits.
+//
+// Teams (attention_team.h): the plain kernels of 96 and 128 columns exist a second time, with two
+// warps on the same 32 keys. P^T and ds^T then do pass through shared memory, from one warp to the
+// other; q and dout are read half as often.
 //
 // Bytes: reads k and v once, and per key tile the D + Dv columns of the queries that see it, in
 // every head of the group; writes dk and dv once. FLOPs: 8 block_t block_s kD per pair of tiles. In
@@ -37,8 +41,10 @@
 #include <type_traits>
 
 #include "kernels/attention_dropout.h"
+#include "kernels/attention_gradients.h"
 #include "kernels/attention_products.h"
 #include "kernels/attention_score.h"
+#include "kernels/attention_team.h"
 #include "kernels/attention_tuning.h"
 #include "ptx/lane.h"
 
@@ -47,18 +53,20 @@ namespace attention_dkdv {
 
 enum class Part { kBoth, kValues, kKeys };
 
-template <int kHeadDim, bool kIsGeneral, Part kWanted>
+template <int kHeadDim, bool kIsGeneral, Part kWanted, bool kTeams>
 struct Config {
   static constexpr int kD = kHeadDim;
   static constexpr bool kGeneral = kIsGeneral;
   static constexpr Part kPart = kWanted;
-  static constexpr AttentionBackwardTuning kTuning = attention_dkdv_tuning(kD, kGeneral);
+  static constexpr AttentionBackwardTuning kTuning =
+      kTeams ? attention_dkdv_teams_tuning(kD) : attention_dkdv_tuning(kD, kGeneral);
+  static constexpr int kTeam = kTuning.team;
   static constexpr int kThreads = kTuning.threads();
   static constexpr int kBlockS = kTuning.block_own();
   static constexpr int kBlockT = kTuning.block_other;
   static constexpr int kM = kTuning.rows_per_warp / kMmaRows;
-  static constexpr int kScores = kBlockT / kMmaColumns;
-  static constexpr int kSums = kD / kMmaColumns;
+  static constexpr int kScores = kBlockT / kTeam / kMmaColumns;
+  static constexpr int kSums = kD / kTeam / kMmaColumns;
   static constexpr bool kValues = kPart != Part::kKeys;
   static constexpr bool kKeys = kPart != Part::kValues;
   static_assert(2 * kBlockT <= kThreads, "a thread copies one lse or one delta");
@@ -66,14 +74,18 @@ struct Config {
   struct Queries {
     SharedTile<kBlockT, kD> q;
     SharedTile<kBlockT, kD> dout;
-    float row_lse[kBlockT];
-    float delta[kBlockT];
+    ColumnNumbers<kBlockT> numbers;
   };
-  struct SharedStorage {
-    SharedTile<kBlockS, kD> k;  // at the end: dk; a warp reads and writes its own rows only
+  struct Single {
+    SharedTile<kBlockS, kD> k;  // at the end: dk; a team reads and writes its own rows only
     SharedTile<kBlockS, kD> v;  // at the end: dv
     Queries queries[2];
   };
+  struct Paired : Single {
+    Handover<Config> probs;
+    Handover<Config> gradients;
+  };
+  using SharedStorage = std::conditional_t<kTeam == 1, Single, Paired>;
 };
 
 // Starts the copies of one query tile of one head; rows behind the last are zeros.
@@ -86,53 +98,8 @@ __device__ __forceinline__ void copy_queries(typename C::Queries& queries,
                                p.q_strides.row, t_first, shape.T, shape.D);
   copy_rows_async<C::kThreads>(queries.dout, p.dout + head_offset(p.dout_strides, batch, head),
                                p.dout_strides.row, t_first, shape.T, shape.Dv);
-  const int thread = static_cast<int>(threadIdx.x);
-  if (thread < 2 * C::kBlockT) {
-    const bool of_lse = thread < C::kBlockT;
-    const int i = of_lse ? thread : thread - C::kBlockT;
-    const int t = t_first + i;
-    const int64_t index = (static_cast<int64_t>(batch) * shape.H + head) * shape.T + t;
-    ptx::cp_async_small<4>((of_lse ? queries.row_lse : queries.delta) + i,
-                           (of_lse ? p.row_lse : p.delta) + index, t < shape.T ? 4 : 0);
-  }
+  copy_numbers(queries.numbers, p, batch, head, t_first);
   ptx::cp_async_commit();
-}
-
-// Scores become P = exp(score - lse).
-template <class C>
-__device__ __forceinline__ void probabilities(Scores<C>& score, const float* sLse, float scale) {
-  const int column = fragment_lane(ptx::lane_index()).column;
-#pragma unroll
-  for (int n = 0; n < C::kScores; ++n) {
-    const float2 lse = *reinterpret_cast<const float2*>(sLse + kMmaColumns * n + column);
-#pragma unroll
-    for (int m = 0; m < C::kM; ++m) {
-#pragma unroll
-      for (int e = 0; e < kFragment; ++e) {
-        score[m][n][e] =
-            probability<C::kGeneral>(score[m][n][e], e % 2 == 0 ? lse.x : lse.y, scale);
-      }
-    }
-  }
-}
-
-// ds = P (factor dp - delta), into dp.
-template <class C>
-__device__ __forceinline__ void score_gradients(Scores<C>& dp, const Scores<C>& p,
-                                                const float* sDelta, float factor) {
-  const int column = fragment_lane(ptx::lane_index()).column;
-#pragma unroll
-  for (int n = 0; n < C::kScores; ++n) {
-    const float2 delta = *reinterpret_cast<const float2*>(sDelta + kMmaColumns * n + column);
-#pragma unroll
-    for (int m = 0; m < C::kM; ++m) {
-#pragma unroll
-      for (int e = 0; e < kFragment; ++e) {
-        const float own = e % 2 == 0 ? delta.x : delta.y;
-        dp[m][n][e] = p[m][n][e] * fmaf(dp[m][n][e], factor, -own);
-      }
-    }
-  }
 }
 
 // One query tile: adds to the sums. edge: the band may end in it. The lane is read anew where what
@@ -152,7 +119,7 @@ __device__ __forceinline__ void add_tile(Sums<C>& dk, Sums<C>& dv, typename C::S
   } else if (edge) {
     hide_outside_band(score, tile, p.score.lower, p.score.upper);
   }
-  probabilities<C>(score, queries.row_lse, p.score.scale);
+  probabilities<C>(score, queries.numbers.row_lse, p.score.scale);
   const bool drops = C::kGeneral && p.dropout.rng != nullptr;
   if constexpr (C::kGeneral) {
     if (drops) {
@@ -182,7 +149,7 @@ __device__ __forceinline__ void add_tile(Sums<C>& dk, Sums<C>& dv, typename C::S
         factor = p.dropout.scale;
       }
     }
-    score_gradients<C>(dp, score, queries.delta, factor);
+    score_gradients<C>(dp, score, queries.numbers.delta, factor);
     if constexpr (C::kGeneral) {
       if (p.score.softcap > 0.0f) {
         for_each_value<C::kM, C::kScores>(
@@ -193,11 +160,44 @@ __device__ __forceinline__ void add_tile(Sums<C>& dk, Sums<C>& dv, typename C::S
   }
 }
 
-template <class Element, int kHeadDim, bool kGeneral, Part kPart>
-__global__ void __launch_bounds__((Config<kHeadDim, kGeneral, kPart>::kThreads),
-                                  (Config<kHeadDim, kGeneral, kPart>::kTuning.blocks_per_sm))
+// The same for a team, in the plain kernel with both results.
+template <class Element, class C>
+__device__ __forceinline__ void add_tile_in_team(Sums<C>& dk, Sums<C>& dv,
+                                                 typename C::SharedStorage& smem,
+                                                 typename C::Queries& queries,
+                                                 const AttentionBackwardParams& p,
+                                                 const ScoreTile<true>& tile,
+                                                 const TeamPlace& place, bool edge) {
+  static_assert(!C::kGeneral && C::kPart == Part::kBoth);
+  constexpr int kQueries = C::kBlockT / C::kTeam;
+  const int lane = own_lane();
+  const int column = place.part * kQueries;
+  Operands<C> operands;
+  Scores<C> score, dp;
+  multiply_transposed<Element>(score, shared_operands(smem.k, lane, place.row), queries.q, lane,
+                               column);
+  if (edge) hide_outside_band(score, tile, p.score.lower, p.score.upper);
+  probabilities<C>(score, queries.numbers.row_lse + column, p.score.scale);
+  hand_over<Element, C>(operands, score, smem.probs);
+  add_part<Element, C>(dv, operands, queries.dout, lane, place.part, place.part);
+  multiply_transposed<Element>(dp, shared_operands(smem.v, lane, place.row), queries.dout, lane,
+                               column);
+  score_gradients<C>(dp, score, queries.numbers.delta + column, 1.0f);
+  hand_over<Element, C>(operands, dp, smem.gradients);
+  add_part<Element, C>(dk, operands, queries.q, lane, place.part, place.part);
+  ptx::named_barrier_sync(team_barrier<C>(place), kTeamThreads<C>);
+  take_over<C>(operands, smem.probs);
+  add_part<Element, C>(dv, operands, queries.dout, lane, place.part ^ 1, place.part);
+  take_over<C>(operands, smem.gradients);
+  add_part<Element, C>(dk, operands, queries.q, lane, place.part ^ 1, place.part);
+}
+
+template <class Element, int kHeadDim, bool kGeneral, Part kPart, bool kTeams>
+__global__ void __launch_bounds__(
+    (Config<kHeadDim, kGeneral, kPart, kTeams>::kThreads),
+    (Config<kHeadDim, kGeneral, kPart, kTeams>::kTuning.blocks_per_sm))
     attention_bwd_dkdv_sm80(AttentionBackwardParams p, int batch_first) {
-  using C = Config<kHeadDim, kGeneral, kPart>;
+  using C = Config<kHeadDim, kGeneral, kPart, kTeams>;
   auto& smem = dynamic_smem<typename C::SharedStorage>();
   const AttentionShape& shape = p.shape;
   const BlockTile block = block_tile(false, batch_first);
@@ -222,7 +222,8 @@ __global__ void __launch_bounds__((Config<kHeadDim, kGeneral, kPart>::kThreads),
   }
 
   const FragmentLane at = fragment_lane(own_lane());
-  const int row = static_cast<int>(threadIdx.x / kWarpSize) * C::kTuning.rows_per_warp;
+  const int row = static_cast<int>(threadIdx.x / (kWarpSize * C::kTeam)) * C::kTuning.rows_per_warp;
+  const TeamPlace place{row, part_of_team<C>()};
   ScoreTile<true> tile{0, s_first + row + at.row, shape.T, shape.S, block.batch, 0};
   Sums<C> dk, dv;
   if constexpr (C::kKeys) fill_zero(dk);
@@ -241,47 +242,37 @@ __global__ void __launch_bounds__((Config<kHeadDim, kGeneral, kPart>::kThreads),
       }
       tile.head = head;
       tile.t_first = start + at.column;
-      add_tile<Element, C>(dk, dv, smem, smem.queries[half], p, tile, row, edge);
+      if constexpr (C::kTeam == 1) {
+        add_tile<Element, C>(dk, dv, smem, smem.queries[half], p, tile, row, edge);
+      } else {
+        tile.t_first += place.part * (C::kBlockT / C::kTeam);
+        add_tile_in_team<Element, C>(dk, dv, smem, smem.queries[half], p, tile, place, edge);
+      }
       half ^= 1;
     }
   }
 
-  const int s_own = s_first + row;
   if constexpr (C::kKeys) {
     const float scale = p.score.scale;
-    store_sums<Element>(
-        p.dk + head_offset(p.dk_strides, block.batch, block.head), p.dk_strides.row, s_own, shape.S,
-        shape.D, dk, [&](int, int) { return scale; }, smem.k, row);
+    store_own<Element, C>(
+        p.dk + head_offset(p.dk_strides, block.batch, block.head), p.dk_strides.row, s_first,
+        shape.S, shape.D, dk, [&](int, int) { return scale; }, smem.k, place);
   }
   if constexpr (C::kValues) {
     const float scale = kGeneral && p.dropout.rng != nullptr ? p.dropout.scale : 1.0f;
-    store_sums<Element>(
-        p.dv + head_offset(p.dv_strides, block.batch, block.head), p.dv_strides.row, s_own, shape.S,
-        shape.Dv, dv, [&](int, int) { return scale; }, smem.v, row);
+    store_own<Element, C>(
+        p.dv + head_offset(p.dv_strides, block.batch, block.head), p.dv_strides.row, s_first,
+        shape.S, shape.Dv, dv, [&](int, int) { return scale; }, smem.v, place);
   }
 }
 
-template <class Element, int kHeadDim, bool kGeneral, Part kPart>
+template <class Element, int kHeadDim, bool kGeneral, Part kPart, bool kTeams>
 Status launch_part(const AttentionBackwardParams& p, Stream stream) {
-  using C = Config<kHeadDim, kGeneral, kPart>;
+  using C = Config<kHeadDim, kGeneral, kPart, kTeams>;
   const int64_t tiles = (int64_t{p.shape.S} + C::kBlockS - 1) / C::kBlockS;
-  return launch_heads(attention_bwd_dkdv_sm80<Element, kHeadDim, kGeneral, kPart>, p, tiles,
+  return launch_heads(attention_bwd_dkdv_sm80<Element, kHeadDim, kGeneral, kPart, kTeams>, p, tiles,
                       p.shape.H / p.shape.group, C::kThreads, sizeof(typename C::SharedStorage),
                       stream);
-}
-
-template <class Element>
-Status launch_any(const AttentionBackwardParams& p, Stream stream) {
-  return with_head_dim(p.shape, [&](auto head_dim) {
-    constexpr int kD = decltype(head_dim)::value;
-    if constexpr (kD > kMaxJointHeadDim) {
-      const Status status = launch_part<Element, kD, true, Part::kValues>(p, stream);
-      return status != kOk ? status : launch_part<Element, kD, true, Part::kKeys>(p, stream);
-    } else {
-      return is_plain(p.score, p.dropout) ? launch_part<Element, kD, false, Part::kBoth>(p, stream)
-                                          : launch_part<Element, kD, true, Part::kBoth>(p, stream);
-    }
-  });
 }
 
 }  // namespace attention_dkdv

@@ -1,11 +1,12 @@
-// The kernels of attention_bwd_dkdv_sm80.h for fp16: a file per type, so that they compile side by
+// dk and dv of attention_bwd_launch.h for fp16: a file per type, so that they compile side by
 // side.
-#include "kernels/attention_bwd_dkdv_sm80.h"
+#include "kernels/attention_bwd_launch.h"
 
 namespace fused_lm {
 
-Status attention_dkdv_fp16(const AttentionBackwardParams& params, Stream stream) {
-  return attention_dkdv::launch_any<__half>(params, stream);
+Status attention_dkdv_fp16(const AttentionBackwardParams& params, size_t shared_bytes,
+                           Stream stream) {
+  return attention_bwd::launch_dkdv<__half>(params, shared_bytes, stream);
 }
 
 }  // namespace fused_lm

@@ -20,6 +20,7 @@
 #include <type_traits>
 
 #include "kernels/attention_dropout.h"
+#include "kernels/attention_gradients.h"
 #include "kernels/attention_products.h"
 #include "kernels/attention_score.h"
 #include "kernels/attention_tuning.h"
@@ -48,28 +49,9 @@ struct Config {
     SharedTile<kBlockT, kD> q;  // at the end: dq; a warp reads and writes its own rows only
     SharedTile<kBlockT, kD> dout;
     Keys keys[2];
-    float2 rows[kBlockT];  // lse and delta; +inf and 0 behind the last query
+    RowNumbers<kBlockT> rows;
   };
 };
-
-// The numbers of the block's queries: in registers, eight for 32 rows, they spill.
-template <class C>
-__device__ __forceinline__ void load_rows(typename C::SharedStorage& smem,
-                                          const AttentionBackwardParams& p, int batch, int head,
-                                          int t_first) {
-  const int thread = static_cast<int>(threadIdx.x);
-  static_assert(C::kBlockT <= C::kThreads, "a thread loads one row's");
-  if (thread >= C::kBlockT) return;
-  const int t = t_first + thread;
-  const int64_t index = (static_cast<int64_t>(batch) * p.shape.H + head) * p.shape.T + t;
-  const bool inside = t < p.shape.T;
-  const float lse = inside ? p.row_lse[index] : INFINITY;
-  const float delta = inside ? p.delta[index] : 0.0f;
-  // One store of integers: two of floats meet bank conflicts, and g++ announces none to the
-  // harness.
-  const uint2 both = {__float_as_uint(lse), __float_as_uint(delta)};
-  *reinterpret_cast<uint2*>(&smem.rows[thread]) = both;
-}
 
 // One key tile: adds to the sums. edge: the band may end in it.
 template <class Element, class C>
@@ -96,21 +78,7 @@ __device__ __forceinline__ void add_tile(Sums<C>& dq, typename C::SharedStorage&
       factor = p.dropout.scale;
     }
   }
-#pragma unroll
-  for (int m = 0; m < C::kM; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float2 own = smem.rows[row + m * kMmaRows + half * 8 + lane / 4];
-#pragma unroll
-      for (int n = 0; n < C::kScores; ++n) {
-#pragma unroll
-        for (int e = 2 * half; e < 2 * half + 2; ++e) {
-          const float prob = probability<C::kGeneral>(score[m][n][e], own.x, p.score.scale);
-          dp[m][n][e] = prob * fmaf(dp[m][n][e], factor, -own.y);
-        }
-      }
-    }
-  }
+  score_gradients<C>(dp, score, smem.rows, row, lane, p.score.scale, factor);
   if constexpr (C::kGeneral) {
     if (p.score.softcap > 0.0f) {
       for_each_value<C::kM, C::kScores>(
@@ -154,7 +122,7 @@ __global__ void __launch_bounds__((Config<kHeadDim, kGeneral>::kThreads),
   const FragmentLane at = fragment_lane(own_lane());
   const int row = static_cast<int>(threadIdx.x / kWarpSize) * C::kTuning.rows_per_warp;
   ScoreTile<false> tile{t_first + row + at.row, 0, shape.T, shape.S, block.batch, block.head};
-  load_rows<C>(smem, p, block.batch, block.head, t_first);
+  load_numbers<C::kThreads>(smem.rows, p, block.batch, block.head, t_first);
   Sums<C> dq;
   fill_zero(dq);
   for (int i = 0; i < band.count; ++i) {
@@ -179,19 +147,6 @@ Status launch_tiles(const AttentionBackwardParams& p, Stream stream) {
   const int64_t tiles = (int64_t{p.shape.T} + C::kBlockT - 1) / C::kBlockT;
   return launch_heads(attention_bwd_dq_sm80<Element, kHeadDim, kGeneral>, p, tiles, p.shape.H,
                       C::kThreads, sizeof(typename C::SharedStorage), stream);
-}
-
-template <class Element>
-Status launch_any(const AttentionBackwardParams& p, Stream stream) {
-  return with_head_dim(p.shape, [&](auto head_dim) {
-    constexpr int kD = decltype(head_dim)::value;
-    if constexpr (kD > kMaxJointHeadDim) {
-      return launch_tiles<Element, kD, true>(p, stream);
-    } else {
-      return is_plain(p.score, p.dropout) ? launch_tiles<Element, kD, false>(p, stream)
-                                          : launch_tiles<Element, kD, true>(p, stream);
-    }
-  });
 }
 
 }  // namespace attention_dq

@@ -14,9 +14,6 @@
 // from the registers of one product into the next as its left operand. q is read again for every
 // tile, or once: see attention_tuning.h.
 //
-// m need not be the maximum, only near it: sums and p stay finite as long as p <= 2^8. So the sums,
-// D numbers per thread, are scaled for the first tile and rarely again, and not for every tile.
-//
 // Two kernels per head dim. The plain one has q.k alone, a band (causal, window) and any T and S;
 // tiles at the band's ends get a mask, behind a branch. The general one has mask, key mask, bias,
 // softcap, dropout and any scale, each behind a branch that the grid takes alike.
@@ -35,6 +32,7 @@
 #include "kernels/attention_dropout.h"
 #include "kernels/attention_products.h"
 #include "kernels/attention_score.h"
+#include "kernels/attention_softmax.h"
 #include "kernels/attention_tuning.h"
 #include "ptx/lane.h"
 
@@ -73,84 +71,6 @@ struct Config {
   using SharedStorage = std::conditional_t<kStaged, Staged, Separate>;
 };
 
-// What a warp knows of its rows: sums of p v, and per row the running maximum and sum of p.
-template <class C>
-struct Rows {
-  Sums<C> acc;
-  float max[C::kM][2];
-  float sum[C::kM][2];  // of this lane's columns
-};
-
-// How far above the maximum that was subtracted a score may come, in powers of 2, before the sums
-// are scaled down for it: p <= 2^8 is exact enough in 16 bits, and sums of p in fp32.
-constexpr float kGrowthLog2 = 8.0f;
-
-// The maxima of the warp's rows, of which one has outgrown its own, and their sums so far, which
-// shrink: rounding in a row depends on when its neighbours' maxima grow. -inf stands
-// for a row that has seen no key; 0 is subtracted in its place, since -inf - -inf is NaN.
-template <class C>
-__device__ __forceinline__ void raise_maxima(Rows<C>& rows, const float (&largest)[C::kM][2],
-                                             float unit_log2) {
-#pragma unroll
-  for (int m = 0; m < C::kM; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float base = largest[m][half] == kNoScore ? 0.0f : largest[m][half];
-      const float decay = ptx::exp2_approx((rows.max[m][half] - base) * unit_log2);
-      rows.max[m][half] = largest[m][half];
-      rows.sum[m][half] *= decay;
-#pragma unroll
-      for (int n = 0; n < C::kSums; ++n) {
-        rows.acc[m][n][2 * half] *= decay;
-        rows.acc[m][n][2 * half + 1] *= decay;
-      }
-    }
-  }
-}
-
-// Scores become p = 2^(unit_log2 (score - max)), where max is the row's maximum or up to
-// 2^kGrowthLog2 below it. It is subtracted before the change of base: one fused multiply-add per
-// score less an add would leave every p with the rounding error of the scaled maximum in its
-// exponent, which is 64 for scores of 1e9.
-template <class C>
-__device__ __forceinline__ void online_softmax(Scores<C>& score, Rows<C>& rows, float unit_log2) {
-  float largest[C::kM][2];
-  bool grown = false;
-#pragma unroll
-  for (int m = 0; m < C::kM; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float found = rows.max[m][half];
-#pragma unroll
-      for (int n = 0; n < C::kScores; ++n) {
-        found = fmaxf(found, fmaxf(score[m][n][2 * half], score[m][n][2 * half + 1]));
-      }
-      found = quad_max(found);
-      grown |= (found - rows.max[m][half]) * unit_log2 > kGrowthLog2;
-      largest[m][half] = found;
-    }
-  }
-  // One branch for the warp: the first tile takes it, and few of the others.
-  if (__any_sync(kAllLanes, grown)) raise_maxima<C>(rows, largest, unit_log2);
-#pragma unroll
-  for (int m = 0; m < C::kM; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float base = rows.max[m][half] == kNoScore ? 0.0f : rows.max[m][half];
-      float sum = 0.0f;
-#pragma unroll
-      for (int n = 0; n < C::kScores; ++n) {
-#pragma unroll
-        for (int e = 2 * half; e < 2 * half + 2; ++e) {
-          score[m][n][e] = ptx::exp2_approx((score[m][n][e] - base) * unit_log2);
-          sum += score[m][n][e];
-        }
-      }
-      rows.sum[m][half] += sum;
-    }
-  }
-}
-
 // out and lse of a warp's rows. The rows lie where q did: a warp's own, or memory that a barrier
 // has freed.
 template <class Element, class C>
@@ -158,21 +78,9 @@ __device__ __forceinline__ void store_rows(const AttentionForwardParams& p, Rows
                                            typename C::SharedStorage& smem, const BlockTile& block,
                                            int row, float unit, float dropout_scale) {
   if constexpr (C::kStaged) __syncthreads();  // the last keys have been read
-  const FragmentLane at = fragment_lane(own_lane());
   const int first = block.tile * C::kBlockT + row;
-  float* gLse = p.lse + (static_cast<int64_t>(block.batch) * p.shape.H + block.head) * p.shape.T;
-#pragma unroll
-  for (int m = 0; m < C::kM; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float sum = quad_sum(rows.sum[m][half]);
-      const int t = first + m * kMmaRows + half * 8 + at.row;
-      if (at.column == 0 && t < p.shape.T) {
-        gLse[t] = sum == 0.0f ? kNoScore : __fmul_rn(rows.max[m][half], unit) + logf(sum);
-      }
-      rows.sum[m][half] = sum == 0.0f ? 0.0f : __fdividef(dropout_scale, sum);
-    }
-  }
+  finish_rows<C>(p, rows, block, first, true, unit, dropout_scale,
+                 [&](int m, int half) { return quad_sum(rows.sum[m][half]); });
   store_sums<Element>(
       p.out + head_offset(p.out_strides, block.batch, block.head), p.out_strides.row, first,
       p.shape.T, p.shape.Dv, rows.acc, [&](int m, int half) { return rows.sum[m][half]; }, smem.q,
@@ -216,12 +124,7 @@ __global__ void __launch_bounds__((Config<kD, kGeneral>::kThreads),
   ScoreTile<false> tile{block_first + row + at.row, 0, shape.T, shape.S, block.batch, block.head};
   const float unit = kGeneral ? 1.0f : p.score.scale;
   Rows<C> rows;
-  fill_zero(rows.acc);
-#pragma unroll
-  for (int m = 0; m < C::kM; ++m) {
-    rows.max[m][0] = rows.max[m][1] = kNoScore;
-    rows.sum[m][0] = rows.sum[m][1] = 0.0f;
-  }
+  start_rows<C>(rows);
   [[maybe_unused]] HeldOperands<C::kM, C::kSteps> queries;
   if constexpr (C::kHeld) {
     if (band.count > 0) {
@@ -277,15 +180,6 @@ Status launch_tiles(const AttentionForwardParams& p, Stream stream) {
   const int64_t tiles = (int64_t{p.shape.T} + C::kBlockT - 1) / C::kBlockT;
   return launch_heads(attention_fwd_sm80<Element, kD, kGeneral>, p, tiles, p.shape.H, C::kThreads,
                       sizeof(typename C::SharedStorage), stream);
-}
-
-template <class Element>
-Status launch_any(const AttentionForwardParams& p, Stream stream) {
-  return with_head_dim(p.shape, [&](auto head_dim) {
-    constexpr int kD = decltype(head_dim)::value;
-    return is_plain(p.score, p.dropout) ? launch_tiles<Element, kD, false>(p, stream)
-                                        : launch_tiles<Element, kD, true>(p, stream);
-  });
 }
 
 }  // namespace attention_fwd

@@ -54,18 +54,20 @@ struct HeldOperands {
   }
 };
 
-// product += a b^T over the columns of b, whose rows are the product's columns: q k^T, dout v^T.
+// product += a b^T over the columns of b, whose rows from `row` on are the product's columns:
+// q k^T, dout v^T.
 template <class Element, int kM, int kN, class Operands, class Tile>
 __device__ __forceinline__ void add_transposed(float (&product)[kM][kN][kFragment],
-                                               const Operands& operands, Tile& sB, int lane) {
-  static_assert(Tile::kRows == kN * kMmaColumns);
+                                               const Operands& operands, Tile& sB, int lane,
+                                               int row = 0) {
+  static_assert(Tile::kRows % (kN * kMmaColumns) == 0);
 #pragma unroll
   for (int step = 0; step < Tile::kColumns / kMmaDepth; ++step) {
     uint32_t a[kM][4];
     operands.get(a, step);
 #pragma unroll
     for (int pair = 0; pair < kN / 2; ++pair) {
-      const OperandPair b = load_b_transposed(sB, lane, 2 * pair * kMmaColumns, step);
+      const OperandPair b = load_b_transposed(sB, lane, row, 2 * pair * kMmaColumns, step);
       multiply_pair<Element>(product, a, b, pair);
     }
   }
@@ -73,9 +75,10 @@ __device__ __forceinline__ void add_transposed(float (&product)[kM][kN][kFragmen
 
 template <class Element, int kM, int kN, class Operands, class Tile>
 __device__ __forceinline__ void multiply_transposed(float (&product)[kM][kN][kFragment],
-                                                    const Operands& operands, Tile& sB, int lane) {
+                                                    const Operands& operands, Tile& sB, int lane,
+                                                    int row = 0) {
   fill_zero(product);
-  add_transposed<Element>(product, operands, sB, lane);
+  add_transposed<Element>(product, operands, sB, lane, row);
 }
 
 // sum += a b for a in registers, rounded to b's type, and all rows of b: p v, ds k.
@@ -91,7 +94,7 @@ __device__ __forceinline__ void add_product(float (&sum)[kM][kSums][kFragment],
     for (int m = 0; m < kM; ++m) pack_a<Element>(packed[m], a[m][2 * step], a[m][2 * step + 1]);
 #pragma unroll
     for (int pair = 0; pair < kSums / 2; ++pair) {
-      const OperandPair b = load_b(sB, lane, step * kMmaDepth, pair);
+      const OperandPair b = load_b(sB, lane, 0, step * kMmaDepth, 0, pair);
       multiply_pair<Element>(sum, packed, b, pair);
     }
   }

@@ -157,7 +157,7 @@ template <DType kDType, class C, class Tile>
 __device__ __forceinline__ void store_tile(uint16_t* gMatrix, const Product<C>& value, float factor,
                                            const TilePlace& place, const AttentionShape& shape,
                                            Tile& sRows, int row) {
-  stage_sums<kDType>(value, [&](int, int) { return factor; }, sRows, row);
+  stage_sums<kDType, 1>(value, [&](int, int) { return factor; }, sRows, row, 0);
   __syncwarp();
   const int lane = own_lane();
   const int rows = min(C::kM * kMmaRows, shape.T - place.t - row);

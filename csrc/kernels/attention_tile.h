@@ -131,10 +131,11 @@ __device__ __forceinline__ float quad_sum(float value) {
   return value + __shfl_xor_sync(kAllLanes, value, 2);
 }
 
-// Writes 16 kM rows of sums, scaled and rounded, to rows `row` .. of sRows.
-template <DType kDType, int kM, int kSums, class Tile, class Factor>
+// Writes 16 kM rows of sums, scaled and rounded, to rows `row` .. of sRows. Of the tile's columns
+// the sums are 16 of every 16 kTeam, from 16 part on: all of them where kTeam is 1.
+template <DType kDType, int kTeam, int kM, int kSums, class Tile, class Factor>
 __device__ __forceinline__ void stage_sums(const float (&sum)[kM][kSums][kFragment],
-                                           const Factor& factor, Tile& sRows, int row) {
+                                           const Factor& factor, Tile& sRows, int row, int part) {
   const FragmentLane at = fragment_lane(own_lane());
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
@@ -146,8 +147,26 @@ __device__ __forceinline__ void stage_sums(const float (&sum)[kM][kSums][kFragme
       for (int n = 0; n < kSums; ++n) {
         const uint32_t pair =
             narrow_pair<kDType>(sum[m][n][2 * half] * f, sum[m][n][2 * half + 1] * f);
-        reinterpret_cast<uint32_t*>(sRows.at(own_row, n))[at.column / 2] = pair;
+        const int chunk = n / 2 * 2 * kTeam + 2 * part + n % 2;
+        reinterpret_cast<uint32_t*>(sRows.at(own_row, chunk))[at.column / 2] = pair;
       }
+    }
+  }
+}
+
+// A warp writes rows `row` .. of sRows to rows `first` .. of gHead [length, columns].
+template <int kRows, class Tile>
+__device__ __forceinline__ void store_tile_rows(uint16_t* gHead, int64_t stride, int first,
+                                                int length, int columns, Tile& sRows, int row) {
+  using Chunks = ChunksOf<SharedTile<kRows, Tile::kColumns>, kWarpSize>;
+  const Chunks own(static_cast<unsigned>(own_lane()));
+#pragma unroll
+  for (int i = own.row; i < kRows; i += Chunks::kRowsAtOnce) {
+#pragma unroll
+    for (int chunk = own.chunk; chunk < Tile::kChunks; chunk += Chunks::kLanes) {
+      if (first + i >= length || chunk * kChunkElements >= columns) continue;
+      uint16_t* gChunk = gHead + (first + i) * stride + chunk * kChunkElements;
+      *reinterpret_cast<uint4*>(gChunk) = *sRows.at(row + i, chunk);
     }
   }
 }
@@ -158,20 +177,10 @@ template <class Element, int kM, int kSums, class Tile, class Factor>
 __device__ __forceinline__ void store_sums(uint16_t* gHead, int64_t stride, int first, int length,
                                            int columns, const float (&sum)[kM][kSums][kFragment],
                                            const Factor& factor, Tile& sRows, int row) {
-  const int lane = own_lane();
-  stage_sums<kDTypeOf<Element>>(sum, factor, sRows, row);
+  static_assert(Tile::kChunks == kSums);
+  stage_sums<kDTypeOf<Element>, 1>(sum, factor, sRows, row, 0);
   __syncwarp();
-  using Chunks = ChunksOf<SharedTile<kM * kMmaRows, kSums * kMmaColumns>, kWarpSize>;
-  const Chunks own(static_cast<unsigned>(lane));
-#pragma unroll
-  for (int i = own.row; i < kM * kMmaRows; i += Chunks::kRowsAtOnce) {
-#pragma unroll
-    for (int chunk = own.chunk; chunk < kSums; chunk += Chunks::kLanes) {
-      if (first + i >= length || chunk * kChunkElements >= columns) continue;
-      uint16_t* gChunk = gHead + (first + i) * stride + chunk * kChunkElements;
-      *reinterpret_cast<uint4*>(gChunk) = *sRows.at(row + i, chunk);
-    }
-  }
+  store_tile_rows<kM * kMmaRows>(gHead, stride, first, length, columns, sRows, row);
 }
 
 // Launches kernel(p, batch_first) on a grid (tiles, heads, batches).

@@ -34,9 +34,10 @@ struct AttentionTuning {
   int blocks_per_sm;  // that registers have to leave room for
   QueryPlace queries;
   const char* reason;
+  int team = 1;  // warps that own the same rows: attention_team.h
 
   constexpr int threads() const { return warps * kWarpSize; }
-  constexpr int block_t() const { return warps * rows_per_warp; }
+  constexpr int block_t() const { return warps / team * rows_per_warp; }
 };
 
 // Head dims that kernels are compiled for; others run in the next larger one, zeros beside them.
@@ -56,7 +57,7 @@ constexpr AttentionTuning attention_forward_plain_tuning(int head_dim) {
 // registers from q; what they load is waited for once per tile, so tiles are long.
 constexpr AttentionTuning attention_forward_general_tuning(int head_dim) {
   if (head_dim <= 32) {
-    return {32, 4, 32, 2, QueryPlace::kRegisters, "24 KB, q in 16 registers"};
+    return {32, 4, 32, 2, QueryPlace::kRegisters, "16 KB, q in 16 registers"};
   }
   if (head_dim <= 64) return {16, 4, 48, 3, QueryPlace::kShared, "32 KB; 64 keys spill"};
   if (head_dim <= 96) {
@@ -79,9 +80,10 @@ struct AttentionBackwardTuning {
   int block_other;
   int blocks_per_sm;
   const char* reason;
+  int team = 1;  // warps that own the same rows: attention_team.h
 
   constexpr int threads() const { return warps * kWarpSize; }
-  constexpr int block_own() const { return warps * rows_per_warp; }
+  constexpr int block_own() const { return warps / team * rows_per_warp; }
 };
 
 // Above 128 columns dk and dv are two launches: their sums together are 2 D registers at 32 rows.
@@ -89,15 +91,15 @@ constexpr int kMaxJointHeadDim = 128;
 
 constexpr AttentionBackwardTuning attention_dkdv_tuning(int head_dim, bool general) {
   if (head_dim <= 32) {
-    if (general) return {16, 4, 32, 3, "16 KB; 32 keys leave features too little"};
-    return {32, 4, 64, 2, "40 KB; sums 64 registers, scores and dp 128"};
+    if (general) return {16, 4, 32, 3, "17 KB; 32 keys leave features too little"};
+    return {32, 4, 64, 2, "33 KB; sums 64 registers, scores and dp 128"};
   }
   if (head_dim <= 64) {
-    if (general) return {16, 4, 32, 3, "32 KB; 32 keys leave features too little"};
-    return {32, 4, 32, 2, "48 KB; sums 128 registers, scores and dp 64"};
+    if (general) return {16, 4, 32, 3, "33 KB; 32 keys leave features too little"};
+    return {32, 4, 32, 2, "49 KB; sums 128 registers, scores and dp 64"};
   }
   if (head_dim <= 96) {
-    if (general) return {16, 4, 32, 2, "48 KB; sums 96 registers, scores and dp 32"};
+    if (general) return {16, 4, 32, 2, "49 KB; sums 96 registers, scores and dp 32"};
     return {16, 4, 64, 2, "73 KB; sums 96 registers, scores and dp 64"};
   }
   if (head_dim <= 128) {
@@ -110,23 +112,74 @@ constexpr AttentionBackwardTuning attention_dkdv_tuning(int head_dim, bool gener
 
 constexpr AttentionBackwardTuning attention_dq_tuning(int head_dim, bool general) {
   if (head_dim <= 32) {
-    if (general) return {32, 4, 32, 2, "24 KB; sums 32 registers"};
-    return {32, 4, 64, 2, "32 KB; sums 32 registers, scores and dp 128"};
+    if (general) return {32, 4, 32, 2, "25 KB; sums 32 registers"};
+    return {32, 4, 64, 2, "33 KB; sums 32 registers, scores and dp 128"};
   }
   if (head_dim <= 64) {
-    if (general) return {32, 4, 32, 2, "48 KB; sums 64 registers, scores and dp 64"};
-    return {32, 4, 64, 2, "64 KB; sums 64 registers, scores and dp 128"};
+    if (general) return {32, 4, 32, 2, "49 KB; sums 64 registers, scores and dp 64"};
+    return {32, 4, 64, 2, "65 KB; sums 64 registers, scores and dp 128"};
   }
   if (head_dim <= 96) {
-    if (general) return {16, 8, 64, 1, "96 KB; sums 48 registers, scores and dp 64"};
-    return {32, 4, 32, 2, "72 KB; sums 96 registers, scores and dp 64"};
+    if (general) return {16, 8, 64, 1, "97 KB; sums 48 registers, scores and dp 64"};
+    return {32, 4, 32, 2, "73 KB; sums 96 registers, scores and dp 64"};
   }
   if (head_dim <= 128) {
-    if (general) return {16, 4, 64, 2, "96 KB; sums 64 registers"};
-    return {32, 4, 32, 2, "96 KB; sums 128 registers, scores and dp 64"};
+    if (general) return {16, 4, 64, 2, "97 KB; sums 64 registers"};
+    return {32, 4, 32, 2, "97 KB; sums 128 registers, scores and dp 64"};
   }
-  if (head_dim <= 192) return {16, 4, 32, 1, "96 KB; sums 96 registers"};
-  return {16, 4, 16, 1, "96 KB; sums 128 registers"};
+  if (head_dim <= 192) return {16, 4, 32, 1, "97 KB; sums 96 registers"};
+  return {16, 4, 16, 1, "97 KB; sums 128 registers"};
+}
+
+// Teams (attention_team.h), in plain kernels: two warps own 32 rows together where the sums leave
+// one no room for them. For each tile of N a team reads its own a left operands twice, and a + b
+// tiles of the other axis once (of scores and dP, and of the b sums that they go into); scores are
+// handed over. So 2 (a + b) R N D FLOP, and 2 D (2 a R + (a + b) N) + 4 b R N bytes; the copies of
+// two tiles for all teams of a block come on top. In % of the time of an A100's tensor cores, with
+// four teams and N = 64, beside the kernel of 16 rows per warp:
+//
+//   head dim        96         128        192        256
+//   forward                               96 (112)   94 (112)                      a = b = 1
+//   dk and dv       98 (125)   94 (125)                                            a = b = 2
+//   dv                                    96 (150)   94 (175)                      a = b = 1
+//   dk, dq                                97 (150)   96 (183), two teams 104       a = 2, b = 1
+//
+// The kernel of 16 rows runs where a block cannot have so much shared memory: sm_86, 89 and 120.
+// Their tensor cores take twice as long, so that shared memory does not bind there.
+constexpr bool has_forward_teams(int head_dim) { return head_dim > 128; }
+
+constexpr AttentionTuning attention_forward_teams_tuning(int head_dim) {
+  if (head_dim <= 192) {
+    return {32, 8, 64, 1, QueryPlace::kShared, "113 KB; sums 96 registers, scores 32", 2};
+  }
+  return {32, 8, 64, 1, QueryPlace::kShared, "145 KB; sums 128 registers, scores 32", 2};
+}
+
+// dk and dv in one launch.
+constexpr bool has_dkdv_teams(int head_dim) { return head_dim == 96 || head_dim == 128; }
+
+constexpr AttentionBackwardTuning attention_dkdv_teams_tuning(int head_dim) {
+  if (head_dim <= 96) return {32, 8, 64, 1, "129 KB; sums 96 registers, scores and dp 64", 2};
+  return {32, 8, 64, 1, "161 KB; sums 128 registers, scores and dp 64", 2};
+}
+
+// Above kMaxJointHeadDim: dk, dv or dq.
+enum class TeamPass : int { kKeys, kValues, kQueries };
+
+// Whether a block of 4 warps runs where one of 8 has no room.
+constexpr bool has_small_team_blocks(int head_dim, TeamPass pass) {
+  return head_dim > 192 && pass != TeamPass::kValues;
+}
+
+constexpr AttentionBackwardTuning attention_bwd_teams_tuning(int head_dim, TeamPass pass,
+                                                             int warps) {
+  if (warps == 4) return {32, 4, 64, 1, "137 KB; an A100 has no room for 8 warps", 2};
+  if (pass == TeamPass::kValues) {
+    if (head_dim <= 192) return {32, 8, 64, 1, "113 KB; sums 96 registers, scores 32", 2};
+    return {32, 8, 64, 1, "145 KB; sums 128 registers, scores 32", 2};
+  }
+  if (head_dim <= 192) return {32, 8, 64, 1, "161 KB; sums 96 registers, scores and dp 64", 2};
+  return {32, 8, 64, 1, "209 KB; sums 128 registers, scores and dp 64", 2};
 }
 
 // Passes that work on one [block_t, block_s] tile of [T, S] at a time, and walk over the columns of

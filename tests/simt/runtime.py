@@ -16,7 +16,7 @@ import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from tests.simt import build
 
 ORDERS = ("round_robin", "reverse", "first", "random")
 TIMINGS = ("eager", "lazy", "random")
+LARGE_SHARED, MEDIUM_SHARED, SMALL_SHARED = 227 * 1024, 163 * 1024, 99 * 1024
+"""Bytes of shared memory that a block may have: on an H100, an A100, a GeForce since sm_86."""
 VECTOR_BYTES = 16
 """Widest access whose alignment a kernel asks about."""
 
@@ -37,7 +39,8 @@ class Schedule:
 
     ``seed`` steers the random ones and, unless it is 0, the order of the blocks. ``dropped``
     is (file, line) of a synchronisation that does nothing. A thread that makes more than
-    ``most_accesses`` to memory without waiting for anybody spins.
+    ``most_accesses`` to memory without waiting for anybody spins. No block has more than
+    ``max_smem_bytes`` of shared memory, which some kernels are chosen by.
     """
 
     order: str = "round_robin"
@@ -45,6 +48,7 @@ class Schedule:
     seed: int = 0
     count_transactions: bool = False
     most_accesses: int = 50_000_000
+    max_smem_bytes: int = LARGE_SHARED
     dropped: tuple[str, int] = ("", 0)
 
     @classmethod
@@ -90,6 +94,16 @@ class Harness:
             yield
         finally:
             self.module.allocate_on_device(False)
+
+    @contextmanager
+    def choosing(self, **choices: Any) -> Iterator[None]:
+        """The schedule with other choices, for what runs inside."""
+        before = self.schedule
+        self.configure(replace(before, **choices))
+        try:
+            yield
+        finally:
+            self.configure(before)
 
     @contextmanager
     def counting(self, **choices: Any) -> Iterator[dict[str, int]]:

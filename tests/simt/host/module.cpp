@@ -58,8 +58,8 @@ Choice choice(const std::string& name, const std::map<std::string, Choice>& choi
 }
 
 void configure(const std::string& order, const std::string& timing, uint64_t seed,
-               bool count_transactions, uint64_t most_accesses, const std::string& dropped_file,
-               int dropped_line) {
+               bool count_transactions, uint64_t most_accesses, uint32_t max_smem_bytes,
+               const std::string& dropped_file, int dropped_line) {
   simt::Config fresh;
   fresh.order = choice<simt::Order>(order, {{"round_robin", simt::Order::kRoundRobin},
                                             {"reverse", simt::Order::kReverse},
@@ -71,6 +71,7 @@ void configure(const std::string& order, const std::string& timing, uint64_t see
   fresh.seed = seed;
   fresh.count_transactions = count_transactions;
   fresh.most_accesses = most_accesses;
+  fresh.max_smem_bytes = max_smem_bytes;
   if (dropped_line > 0) fresh.dropped = {interned(dropped_file), dropped_line};
   simt::config = fresh;
 }
@@ -107,24 +108,48 @@ py::dict norm_tuning(int64_t C, int vector_width, bool forward) {
 }
 
 // Likewise of csrc/kernels/attention_fwd_sm80.h; head_dim is one that kernels are compiled for.
-py::dict attention_tuning(int head_dim, bool general) {
+py::dict attention_tuning(int head_dim, bool general, bool teams) {
   const fused_lm::AttentionTuning tuning =
-      general ? fused_lm::attention_forward_general_tuning(head_dim)
-              : fused_lm::attention_forward_plain_tuning(head_dim);
+      teams     ? fused_lm::attention_forward_teams_tuning(head_dim)
+      : general ? fused_lm::attention_forward_general_tuning(head_dim)
+                : fused_lm::attention_forward_plain_tuning(head_dim);
   using namespace py::literals;
   return py::dict("block_t"_a = tuning.block_t(), "block_s"_a = tuning.block_s,
                   "threads"_a = tuning.threads(), "rows_per_warp"_a = tuning.rows_per_warp,
                   "blocks_per_sm"_a = tuning.blocks_per_sm, "reason"_a = tuning.reason);
 }
 
-// Of its backward: the pass over keys, or the one over queries.
-py::dict attention_backward_tuning(int head_dim, bool general, bool over_keys) {
-  const fused_lm::AttentionBackwardTuning tuning =
-      over_keys ? fused_lm::attention_dkdv_tuning(head_dim, general)
-                : fused_lm::attention_dq_tuning(head_dim, general);
+std::vector<int> head_dims_where(bool (*holds)(int)) {
+  std::vector<int> found;
+  for (const int head_dim : fused_lm::kHeadDims) {
+    if (holds(head_dim)) found.push_back(head_dim);
+  }
+  return found;
+}
+
+py::dict backward_tuning(const fused_lm::AttentionBackwardTuning& tuning) {
   using namespace py::literals;
   return py::dict("block_own"_a = tuning.block_own(), "block_other"_a = tuning.block_other,
-                  "threads"_a = tuning.threads(), "reason"_a = tuning.reason);
+                  "threads"_a = tuning.threads(), "team"_a = tuning.team,
+                  "reason"_a = tuning.reason);
+}
+
+// Of its backward: the pass over keys, with its warps in teams or not, or the one over queries.
+py::dict attention_dkdv_tuning(int head_dim, bool general, bool teams) {
+  return backward_tuning(teams ? fused_lm::attention_dkdv_teams_tuning(head_dim)
+                               : fused_lm::attention_dkdv_tuning(head_dim, general));
+}
+
+// Above 128 columns both passes have teams.
+py::dict attention_bwd_teams_tuning(int head_dim, const std::string& makes, int warps) {
+  using fused_lm::TeamPass;
+  const auto pass = choice<TeamPass>(
+      makes, {{"dk", TeamPass::kKeys}, {"dv", TeamPass::kValues}, {"dq", TeamPass::kQueries}});
+  return backward_tuning(fused_lm::attention_bwd_teams_tuning(head_dim, pass, warps));
+}
+
+py::dict attention_dq_tuning(int head_dim, bool general) {
+  return backward_tuning(fused_lm::attention_dq_tuning(head_dim, general));
 }
 
 }  // namespace
@@ -133,8 +158,8 @@ PYBIND11_MODULE(SIMT_LIBRARY, m) {
   install_allocator();
   m.attr("RACE_BUILD") = simt::kRaceBuild;
   m.def("configure", &configure, py::arg("order"), py::arg("timing"), py::arg("seed"),
-        py::arg("count_transactions"), py::arg("most_accesses"), py::arg("dropped_file"),
-        py::arg("dropped_line"));
+        py::arg("count_transactions"), py::arg("most_accesses"), py::arg("max_smem_bytes"),
+        py::arg("dropped_file"), py::arg("dropped_line"));
   m.def("counters", &counters);
   m.def("reset_counters", [] { simt::counters = {}; });
   m.def("sites", &sites);
@@ -143,10 +168,16 @@ PYBIND11_MODULE(SIMT_LIBRARY, m) {
   m.def("allocate_on_device", [](bool on) { scopes_on_device += on ? 1 : -1; });
   m.def("is_device_memory",
         [](uintptr_t p) { return simt::is_device_memory(reinterpret_cast<const void*>(p)); });
-  m.def("attention_tuning", &attention_tuning, py::arg("head_dim"), py::arg("general"));
-  m.def("attention_backward_tuning", &attention_backward_tuning, py::arg("head_dim"),
-        py::arg("general"), py::arg("over_keys"));
+  m.def("attention_tuning", &attention_tuning, py::arg("head_dim"), py::arg("general"),
+        py::arg("teams"));
+  m.def("attention_dkdv_tuning", &attention_dkdv_tuning, py::arg("head_dim"), py::arg("general"),
+        py::arg("teams"));
+  m.def("attention_bwd_teams_tuning", &attention_bwd_teams_tuning, py::arg("head_dim"),
+        py::arg("makes"), py::arg("warps"));
+  m.def("attention_dq_tuning", &attention_dq_tuning, py::arg("head_dim"), py::arg("general"));
   m.attr("MAX_JOINT_HEAD_DIM") = fused_lm::kMaxJointHeadDim;
+  m.attr("FORWARD_TEAM_HEAD_DIMS") = head_dims_where(fused_lm::has_forward_teams);
+  m.attr("DKDV_TEAM_HEAD_DIMS") = head_dims_where(fused_lm::has_dkdv_teams);
   m.attr("HEAD_DIMS") =
       std::vector<int>(std::begin(fused_lm::kHeadDims), std::end(fused_lm::kHeadDims));
   m.def("norm_tuning", &norm_tuning);
