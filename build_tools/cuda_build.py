@@ -187,7 +187,8 @@ def build(tools: Toolchain, target: Path, folder: Path, schema: str) -> dict[str
 def host_code_of(unit: str) -> str:
     """Hash of what chooses and launches a unit's kernels: its tuning is no part of a cubin, but of
     what a record speaks for. Of its own source, its operator's torch side and what they include;
-    of ``ptx/``, which is machine code, the launch alone. Comments and layout don't count.
+    of ``ptx/``, which is machine code, the launch alone. Comments and layout don't count, nor does
+    ``device.cpp``, which asks the driver.
     """
     csrc = ROOT / "csrc"
     waiting = [csrc / f"kernels/{unit}.cu", *csrc.glob(f"{unit.split('_')[0]}*.cpp")]

@@ -20,6 +20,13 @@ CUDA = simt.BACKENDS if not HAS_GPU else ("cuda",) if PROBLEM is None else ()
 ALIGNMENT = 16
 
 
+def shared_bytes() -> int:
+    """What a block may have here; 0 without a GPU."""
+    if not HAS_GPU:
+        return 0
+    return int(torch.cuda.get_device_properties(0).shared_memory_per_block_optin)
+
+
 def call(op: str, *arguments: Any) -> Any:
     """``cuda_<op>`` on copies of the tensors, with their strides and alignment; waits, so that a
     kernel's mistake is raised here. Results come back as CPU tensors with the strides they had.

@@ -69,7 +69,6 @@ struct Config {
   static constexpr int kSums = kD / kTeam / kMmaColumns;
   static constexpr bool kValues = kPart != Part::kKeys;
   static constexpr bool kKeys = kPart != Part::kValues;
-  static_assert(2 * kBlockT <= kThreads, "a thread copies one lse or one delta");
 
   struct Queries {
     SharedTile<kBlockT, kD> q;
@@ -98,7 +97,7 @@ __device__ __forceinline__ void copy_queries(typename C::Queries& queries,
                                p.q_strides.row, t_first, shape.T, shape.D);
   copy_rows_async<C::kThreads>(queries.dout, p.dout + head_offset(p.dout_strides, batch, head),
                                p.dout_strides.row, t_first, shape.T, shape.Dv);
-  copy_numbers(queries.numbers, p, batch, head, t_first);
+  copy_numbers<C::kThreads>(queries.numbers, p, batch, head, t_first);
   ptx::cp_async_commit();
 }
 

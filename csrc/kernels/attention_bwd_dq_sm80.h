@@ -17,8 +17,6 @@
 // Source: Dao 2023 (arXiv:2307.08691) alg. 2.
 #pragma once
 
-#include <type_traits>
-
 #include "kernels/attention_dropout.h"
 #include "kernels/attention_gradients.h"
 #include "kernels/attention_products.h"

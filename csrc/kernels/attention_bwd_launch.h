@@ -12,7 +12,7 @@ namespace attention_bwd {
 template <class Element, int kD, TeamPass kPass, class Otherwise>
 Status launch_teams_or(const AttentionBackwardParams& p, size_t shared_bytes, Stream stream,
                        const Otherwise& otherwise) {
-  constexpr int kWarps = 8;
+  constexpr int kWarps = kTeamBlockWarps;
   if (shared_bytes >= sizeof(typename TeamConfig<kD, kPass, kWarps>::SharedStorage)) {
     return launch_teams<Element, kD, kPass, kWarps>(p, stream);
   }
@@ -35,6 +35,7 @@ Status launch_joint(const AttentionBackwardParams& p, size_t shared_bytes, Strea
   }
   if constexpr (has_dkdv_teams(kD)) {
     using Teams = Config<kD, false, Part::kBoth, true>;
+    static_assert(sizeof(typename Teams::SharedStorage) <= kSharedBytesOfA100);
     if (shared_bytes >= sizeof(typename Teams::SharedStorage)) {
       return launch_part<Element, kD, false, Part::kBoth, true>(p, stream);
     }

@@ -16,8 +16,8 @@
 // arrives. kKeys and kQueries begin with dP, so that y is free when x, which is needed twice, is
 // not yet; kValues is as the forward. lse and delta come with x, or are the own rows'.
 //
-// Plain kernels alone: no mask, key mask, bias, softcap, dropout. Grid, bytes and FLOPs are those
-// of the kernels without teams.
+// Plain kernels alone: no mask, key mask, bias, softcap, dropout. Grid, bytes and FLOPs follow from
+// the sizes of the tiles as in the kernels without teams.
 #pragma once
 
 #include <type_traits>
@@ -42,9 +42,9 @@ struct TeamConfig {
   static constexpr int kThreads = kTuning.threads();
   static constexpr int kBlockOwn = kTuning.block_own();
   static constexpr int kBlockOther = kTuning.block_other;
-  static constexpr int kPart = kBlockOther / kTeam;  // of the other axis, a warp's
+  static constexpr int kOwnOther = kBlockOther / kTeam;  // of the other axis, a warp's
   static constexpr int kM = kTuning.rows_per_warp / kMmaRows;
-  static constexpr int kScores = kPart / kMmaColumns;
+  static constexpr int kScores = kOwnOther / kMmaColumns;
   static constexpr int kSums = kD / kTeam / kMmaColumns;
 
   struct SharedStorage {
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__((TeamConfig<kD, kPass, kWarps>::kThreads),
   const auto copy_x = [&](const Walk& at) {
     const int first = band.start<C::kBlockOther>(at.tile);
     copy_side<C>(smem.x, side_x<!kKeyRows>(p, block.batch, at.head), first);
-    if constexpr (kKeyRows) copy_numbers(smem.numbers, p, block.batch, at.head, first);
+    if constexpr (kKeyRows) copy_numbers<C::kThreads>(smem.numbers, p, block.batch, at.head, first);
     ptx::cp_async_commit();
   };
   const auto copy_y = [&](const Walk& at) {
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__((TeamConfig<kD, kPass, kWarps>::kThreads),
   const int team = static_cast<int>(threadIdx.x / (kWarpSize * C::kTeam));
   const TeamPlace place{team * C::kTuning.rows_per_warp, part_of_team<C>()};
   const int own = own_first + place.row + at.row;
-  const int part = place.part * C::kPart;  // where this warp's part of the other axis begins
+  const int part = place.part * C::kOwnOther;  // where this warp's part of the other axis begins
   Sums<C> sums;
   fill_zero(sums);
 
@@ -214,6 +214,9 @@ __global__ void __launch_bounds__((TeamConfig<kD, kPass, kWarps>::kThreads),
 template <class Element, int kD, TeamPass kPass, int kWarps>
 Status launch_teams(const AttentionBackwardParams& p, Stream stream) {
   using C = TeamConfig<kD, kPass, kWarps>;
+  static_assert(kWarps == kTeamBlockWarps && has_small_team_blocks(kD, kPass) ||
+                    sizeof(typename C::SharedStorage) <= kSharedBytesOfA100,
+                "an A100 would run another kernel");
   const int64_t own_length = C::kKeyRows ? p.shape.S : p.shape.T;
   const int64_t tiles = (own_length + C::kBlockOwn - 1) / C::kBlockOwn;
   const int heads = C::kKeyRows ? p.shape.H / p.shape.group : p.shape.H;

@@ -14,6 +14,7 @@ Status launch_any(const AttentionForwardParams& p, size_t shared_bytes, Stream s
     constexpr int kD = decltype(head_dim)::value;
     if (!is_plain(p.score, p.dropout)) return launch_tiles<Element, kD, true>(p, stream);
     if constexpr (has_forward_teams(kD)) {
+      static_assert(sizeof(typename TeamConfig<kD>::SharedStorage) <= kSharedBytesOfA100);
       const bool fits = shared_bytes >= sizeof(typename TeamConfig<kD>::SharedStorage);
       if (fits) return launch_teams<Element, kD>(p, stream);
     }

@@ -94,6 +94,7 @@ __global__ void __launch_bounds__(TeamConfig<kD>::kThreads, TeamConfig<kD>::kTun
   const FragmentLane at = fragment_lane(own_lane());
   const int team = static_cast<int>(threadIdx.x / (kWarpSize * C::kTeam));
   const TeamPlace place{team * C::kTuning.rows_per_warp, part_of_team<C>()};
+  constexpr int kTeams = C::kThreads / kTeamThreads<C>;  // barriers of votes come behind the others
   const int own_keys = place.part * C::kOwnS;
   ScoreTile<false> tile{
       block_first + place.row + at.row, 0, shape.T, shape.S, block.batch, block.head};
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(TeamConfig<kD>::kThreads, TeamConfig<kD>::kTun
     }
     RowValues<C> largest;
     const bool grown = row_maxima<C>(largest, score, rows, unit_log2);
-    if (ptx::named_barrier_any(team_barrier<C>(place), kTeamThreads<C>, grown)) {
+    if (ptx::named_barrier_any(kTeams + team_barrier<C>(place), kTeamThreads<C>, grown)) {
       combine_rows<C>(largest, smem, place, [](float a, float b) { return fmaxf(a, b); });
       raise_maxima<C>(rows, largest, unit_log2);
     }

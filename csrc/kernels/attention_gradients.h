@@ -21,10 +21,11 @@ struct ColumnNumbers {
 
 // Starts the copies; zeros behind the last query, whose q and dout are zeros too. The first
 // 2 kQueries threads copy one number each.
-template <int kQueries>
+template <int kThreads, int kQueries>
 __device__ __forceinline__ void copy_numbers(ColumnNumbers<kQueries>& numbers,
                                              const AttentionBackwardParams& p, int batch, int head,
                                              int t_first) {
+  static_assert(2 * kQueries <= kThreads, "a thread copies one lse or one delta");
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < 2 * kQueries) {
     const bool of_lse = thread < kQueries;

@@ -43,6 +43,7 @@ using Operands = uint32_t[C::kScores / 2][C::kM][4];
 // Where a block's warps leave theirs for each other.
 template <class C>
 struct Handover {
+  static_assert(C::kTeam == 2 && C::kScores % 2 == 0, "one other warp, and whole operands");
   uint4 operands[C::kThreads / kWarpSize][C::kScores / 2][C::kM][kWarpSize];
 };
 
@@ -56,6 +57,7 @@ __device__ __forceinline__ void hand_over(Operands<C>& packed, const Scores<C>& 
     for (int m = 0; m < C::kM; ++m) {
       uint32_t (&a)[4] = packed[step][m];
       pack_a<Element>(a, value[m][2 * step], value[m][2 * step + 1]);
+      // One store: a list of four is four stores to g++, and to the harness.
       const uint4 whole = {a[0], a[1], a[2], a[3]};
       *reinterpret_cast<uint4*>(&sHandover.operands[warp][step][m][own_lane()]) = whole;
     }

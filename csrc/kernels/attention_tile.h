@@ -171,8 +171,9 @@ __device__ __forceinline__ void store_tile_rows(uint16_t* gHead, int64_t stride,
   }
 }
 
-// Writes 16 kM rows of sums, scaled and rounded, to rows t .. of gHead [length, columns]. They go
-// through sRows, rows `row` .. of which are this warp's own, so that global memory sees whole ones.
+// Writes 16 kM rows of sums, scaled and rounded, to rows `first` .. of gHead [length, columns].
+// They go through sRows, rows `row` .. of which are this warp's own, so that global memory sees
+// whole ones.
 template <class Element, int kM, int kSums, class Tile, class Factor>
 __device__ __forceinline__ void store_sums(uint16_t* gHead, int64_t stride, int first, int length,
                                            int columns, const float (&sum)[kM][kSums][kFragment],

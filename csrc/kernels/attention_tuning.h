@@ -30,7 +30,7 @@ enum class QueryPlace : int {
 struct AttentionTuning {
   int rows_per_warp;  // 16 or 32
   int warps;
-  int block_s;        // keys per tile; two tiles of k and of v are in shared memory
+  int block_s;        // keys per tile; two tiles of k and of v are in shared memory, a team's one
   int blocks_per_sm;  // that registers have to leave room for
   QueryPlace queries;
   const char* reason;
@@ -69,11 +69,11 @@ constexpr AttentionTuning attention_forward_general_tuning(int head_dim) {
 }
 
 // The backward: rows of the axis that a warp owns, keys for dk and dv or queries for dq, and how
-// many of the other axis come at once, twice in shared memory. With R rows and N of the other axis
-// a warp multiplies 8 R N D (6 for dq) and reads 2 D (2 R + 4 N) bytes (3 N for dq): its own
-// operands again for every tile. On an A100, in % of the tensor cores' time: 75 at R = N = 32, 125
-// at 16 and 32, 113 at 16 and 64 (dq: 83, 133), so shared memory binds where the sums leave no room
-// for 32 rows, and more of the other axis helps a little.
+// many of the other axis come at once, twice in shared memory (once in attention_bwd_teams). With R
+// rows and N of the other axis a warp multiplies 8 R N D (6 for dq) and reads 2 D (2 R + 4 N) bytes
+// (3 N for dq): its own operands again for every tile. On an A100, in % of the tensor cores' time:
+// 75 at R = N = 32, 125 at 16 and 32, 113 at 16 and 64 (dq: 83, 133), so shared memory binds where
+// the sums leave no room for 32 rows, and more of the other axis helps a little.
 struct AttentionBackwardTuning {
   int rows_per_warp;
   int warps;
@@ -136,7 +136,7 @@ constexpr AttentionBackwardTuning attention_dq_tuning(int head_dim, bool general
 // tiles of the other axis once (of scores and dP, and of the b sums that they go into); scores are
 // handed over. So 2 (a + b) R N D FLOP, and 2 D (2 a R + (a + b) N) + 4 b R N bytes; the copies of
 // two tiles for all teams of a block come on top. In % of the time of an A100's tensor cores, with
-// four teams and N = 64, beside the kernel of 16 rows per warp:
+// four teams and N = 64, beside the kernel of 16 rows per warp, here with its copies:
 //
 //   head dim        96         128        192        256
 //   forward                               96 (112)   94 (112)                      a = b = 1
@@ -145,7 +145,10 @@ constexpr AttentionBackwardTuning attention_dq_tuning(int head_dim, bool general
 //   dk, dq                                97 (150)   96 (183), two teams 104       a = 2, b = 1
 //
 // The kernel of 16 rows runs where a block cannot have so much shared memory: sm_86, 89 and 120.
-// Their tensor cores take twice as long, so that shared memory does not bind there.
+// Their tensor cores take two to four times as long, so that shared memory does not bind there.
+constexpr int kTeamBlockWarps = 8;
+constexpr int kSharedBytesOfA100 = 163 * 1024;  // that a block may have
+
 constexpr bool has_forward_teams(int head_dim) { return head_dim > 128; }
 
 constexpr AttentionTuning attention_forward_teams_tuning(int head_dim) {
