@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 ARCHS = (80, 90, 100, 120)
+LATER = (100, 120)
+"""Targets that wait for `make test-all`: a minute each."""
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 GOLDEN = Path(__file__).parent / "golden"
 HELD = ("registers", "spill_stores", "spill_loads", "shared_bytes", "num_warps")
@@ -46,7 +48,9 @@ def golden_of(reports: list[dict[str, Any]]) -> dict[str, str]:
     return lines
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(a, marks=[pytest.mark.slow] if a in LATER else []) for a in ARCHS]
+)
 def test_compiles_with_the_golden_resources(arch: int, tmp_path: Path) -> None:
     import triton
 

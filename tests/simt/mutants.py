@@ -19,8 +19,8 @@ from tests.simt.survivors import SURVIVORS
 
 CSRC = build.ROOT / "csrc"
 SYNCHRONISES = re.compile(
-    r"\b(__syncthreads\w*|__syncwarp|named_barrier_(?:sync|arrive)|mbarrier_\w+|cp_async_(?:commit|wait))"
-    r"\s*[(<]"
+    r"\b(__syncthreads\w*|__syncwarp|named_barrier_(?:sync|arrive)|mbarrier_\w+"
+    r"|cp_async_(?:commit|wait))\s*[(<]"
 )
 """Calls that ask ``takes_part``: the words of tests/simt/ptx."""
 _INCLUDE = re.compile(r'#include "((?:common|kernels)/[^"]+)"')
