@@ -1,5 +1,4 @@
-// dq of attention_bwd_launch.h for fp16: a file per type, so that they compile side by
-// side.
+// dq of attention_bwd_launch.h for fp16: a file per type, so that they compile side by side.
 #include "kernels/attention_bwd_launch.h"
 
 namespace fused_lm {
