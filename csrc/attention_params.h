@@ -66,12 +66,13 @@ inline ScoreStrides score_strides(const Tensor& t) {
   return {stride(0), stride(1), stride(2), stride(3)};
 }
 
-// Whether elements (2 i, 2 i + 1) of every row are one aligned load.
-inline bool rows_of_pairs(const Tensor& t, const ScoreStrides& strides, int64_t S,
-                          int64_t element_bytes) {
-  const bool even = strides.batch % 2 == 0 && strides.head % 2 == 0 && strides.row % 2 == 0;
+// Whether `count` elements of every row, from a multiple of it on, are one aligned load.
+inline bool rows_of(int64_t count, const Tensor& t, const ScoreStrides& strides, int64_t S,
+                    int64_t element_bytes) {
   const auto address = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-  return strides.col == 1 && S % 2 == 0 && even && address % (2 * element_bytes) == 0;
+  return strides.col == 1 && S % count == 0 && strides.batch % count == 0 &&
+         strides.head % count == 0 && strides.row % count == 0 &&
+         address % (count * element_bytes) == 0;
 }
 
 // The band in 32 bits: bounds that hide nothing, or everything, as the nearest that do the same.
@@ -91,7 +92,7 @@ inline ScoreParams score_params(const AttentionShape& shape, const Tensor& like,
     check_dtype(*mask, ScalarType::Bool, "mask");
     score.mask = data_or_null<uint8_t>(mask);
     score.mask_strides = score_strides(*mask);
-    score.mask_pairs = rows_of_pairs(*mask, score.mask_strides, shape.S, 1);
+    score.mask_octets = rows_of(8, *mask, score.mask_strides, shape.S, 1);
   }
   if (key_mask) {
     check_device(key_mask, like, "key_mask");
@@ -106,7 +107,8 @@ inline ScoreParams score_params(const AttentionShape& shape, const Tensor& like,
   if (bias) {
     score.bias = data_or_null(bias);
     score.bias_strides = score_strides(*bias);
-    score.bias_pairs = rows_of_pairs(*bias, score.bias_strides, shape.S, size_of(score.bias_dtype));
+    score.bias_pairs =
+        rows_of(2, *bias, score.bias_strides, shape.S, size_of(score.bias_dtype));
   }
   score.lower = clamped(lower, -shape.T, shape);
   score.upper = clamped(upper, shape.S, shape);

@@ -16,15 +16,29 @@ from torch import Tensor
 from fused_lm.reference import attention as reference
 from tests import attention_calls
 from tests.attention_calls import ALONE, BF16, F16, F32, HEAD_DIMS, Layout, data_of
-from tests.simt.runtime import MEDIUM_SHARED, SMALL_SHARED
+from tests.simt.runtime import LARGE_SHARED, MEDIUM_SHARED, SMALL_SHARED
 
 JOINT_HEAD_DIM = 128
 """Up to which one launch makes dk and dv, of csrc/kernels/attention_tuning.h."""
+TEAM_WARPS = {
+    ("dkdv", 96): (4, 8),
+    ("dkdv", 128): (4, 8),
+    ("dv", 192): (4, 4),
+    ("dv", 256): (4, 8),
+    ("dk", 192): (4, 8),
+    ("dk", 256): (8, 4),
+    ("dq", 192): (4, 8),
+    ("dq", 256): (8, 4),
+}
+"""Passes in teams of warps, and how many warps a block has on an H100 and on an A100."""
+GENERAL_TEAM_WARPS = {
+    **TEAM_WARPS,
+    ("dq", 96): (4, 4),
+    ("dq", 128): (4, 4),
+    ("dk", 256): (8, 0),
+    ("dq", 256): (8, 0),
+}
 TEAM_HEAD_DIMS = (96, 128, 192, 256)
-"""Whose plain gradients are made by teams of warps where shared memory is large, likewise: up to
-JOINT_HEAD_DIM dk and dv alone."""
-SMALL_BLOCK_HEAD_DIM = 256
-"""Whose teams are fewer on an A100."""
 
 
 class Dout(Enum):
@@ -46,14 +60,11 @@ class Call(attention_calls.Call):
     dout: Dout = Dout.DENSE
     needs_dbias: bool = True
 
-    @property
-    def general(self) -> bool:
-        return super().general or (self.head_dim > JOINT_HEAD_DIM and not self.in_teams)
-
-    @property
-    def in_teams(self) -> bool:
-        large = self.shared_bytes > SMALL_SHARED
-        return large and not super().general and self.head_dim in TEAM_HEAD_DIMS
+    def team_warps(self, makes: str) -> int:
+        """Of a block of the pass that makes "dk", "dv", "dkdv" or "dq"; 0 without teams."""
+        table = GENERAL_TEAM_WARPS if self.general else TEAM_WARPS
+        large, medium = table.get((makes, self.head_dim), (0, 0))
+        return {LARGE_SHARED: large, MEDIUM_SHARED: medium, SMALL_SHARED: 0}[self.shared_bytes]
 
 
 FEATURES: dict[str, Any] = {
@@ -65,32 +76,27 @@ FEATURES: dict[str, Any] = {
     "dropout_p": 0.3,
 }
 MEDIUM: dict[str, Any] = {"shared_bytes": MEDIUM_SHARED}
-KERNELS = (
-    [
-        Call(f"{name}, {type_name} {D}", 40, 70, D, dtype=dtype, H=1, upper=50, **features)
-        for D in HEAD_DIMS
-        for type_name, dtype in attention_calls.DTYPES.items()
-        for name, features in (("plain", {}), ("general", FEATURES))
-    ]
-    + [
-        Call(
-            f"without teams, {name} {D}",
-            40,
-            70,
-            D,
-            dtype=dtype,
-            H=1,
-            upper=50,
-            **ALONE,
-        )
-        for D in TEAM_HEAD_DIMS
-        for name, dtype in attention_calls.DTYPES.items()
-    ]
-    + [
-        Call(f"few teams, {name}", 40, 70, 256, dtype=dtype, H=1, upper=50, **MEDIUM)
-        for name, dtype in attention_calls.DTYPES.items()
-    ]
-)
+KERNELS = [
+    Call(f"{name}, {type_name} {D}", 40, 70, D, dtype=dtype, H=1, upper=50, **features)
+    for D in HEAD_DIMS
+    for type_name, dtype in attention_calls.DTYPES.items()
+    for name, features in (("plain", {}), ("general", FEATURES))
+] + [
+    Call(
+        f"{name} {where}, {type_name} {D}",
+        *(40, 70, D),
+        dtype=dtype,
+        H=1,
+        upper=50,
+        **features,
+        **shared,
+    )
+    for D in TEAM_HEAD_DIMS
+    for type_name, dtype in attention_calls.DTYPES.items()
+    for name, features in (("plain", {}), ("general", FEATURES))
+    for where, shared in (("without teams", ALONE), ("on an A100", MEDIUM))
+    if not (D > JOINT_HEAD_DIM and name == "plain" and shared is ALONE)  # the general ones run
+]
 """Every instantiation."""
 BIASES = [
     Call(
@@ -140,6 +146,10 @@ CALLS = [
     Call("columns of a slice and some", 37, 45, 72, 136, bias="1HTS", bias_dtype=F32),
     Call("key mask, one batch without any", 37, 70, B=3, key_mask=True, dout=Dout.TURNED),
     Call("mask of queries", 37, 46, mask="1HT1", dlse=False),
+    Call("mask in octets", 37, 104, B=2, mask="BHTS", dlse=False),
+    Call("mask in octets, joint teams", 70, 104, 96, H=1, mask="11TS"),
+    Call("bias in fp16 pairs, wide teams", 70, 46, 192, dtype=F16, bias="1HTS", bias_dtype=F16),
+    Call("bias in bf16, odd", 37, 45, 128, bias="1HTS", needs_dbias=False),
     Call("softcap", 37, 45, 128, H=1, softcap=0.7),
     Call("softcap and its bias", 37, 45, 32, softcap=0.7, bias="1HTS"),
     Call("dropout over several tiles", 70, 100, 32, B=2, dropout_p=0.3, upper=0),

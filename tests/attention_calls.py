@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from fused_lm.reference import attention as reference
-from tests.simt.runtime import LARGE_SHARED, SMALL_SHARED
+from tests.simt.runtime import LARGE_SHARED, MEDIUM_SHARED, SMALL_SHARED
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 """Of csrc/kernels/attention_tuning.h."""
-TEAM_HEAD_DIMS = (192, 256)
-"""Whose plain forward runs in teams of warps where shared memory is large, likewise."""
+TEAMS = {
+    "plain": {192: MEDIUM_SHARED, 256: MEDIUM_SHARED},
+    "general": {96: MEDIUM_SHARED, 128: MEDIUM_SHARED, 192: LARGE_SHARED, 256: LARGE_SHARED},
+}
+"""Head dims whose forward runs in teams of warps, and what a block must be able to have."""
 RNG = torch.tensor([2**61 + 12345, 77, 3, 5])
 
 
@@ -77,38 +80,40 @@ class Call:
 
     @property
     def in_teams(self) -> bool:
-        large = self.shared_bytes > SMALL_SHARED
-        return large and not self.general and self.head_dim in TEAM_HEAD_DIMS
+        least = TEAMS["general" if self.general else "plain"].get(self.head_dim)
+        return least is not None and self.shared_bytes >= least
 
 
 DTYPES = {"bf16": BF16, "fp16": F16}
 ALONE: dict[str, Any] = {"shared_bytes": SMALL_SHARED}
+FEATURES: dict[str, Any] = {
+    "mask": "11TS",
+    "key_mask": True,
+    "bias": "11TS",
+    "bias_dtype": F32,
+    "scale": 0.2,
+    "softcap": 2.0,
+    "dropout_p": 0.2,
+}
 KERNELS = [
     *(
-        Call(f"plain, {name} {D}", 40, 150, D, dtype=dtype, H=1, upper=110)
+        Call(f"{kind}, {name} {D}", 40, 150, D, dtype=dtype, H=1, upper=110, **features)
         for D in HEAD_DIMS
         for name, dtype in DTYPES.items()
+        for kind, features in (("plain", {}), ("general", FEATURES))
     ),
     *(
         Call(
-            *(f"general, {name} {D}", 40, 150, D),
+            f"{kind} without teams, {name} {D}",
+            *(40, 150, D),
             dtype=dtype,
             H=1,
             upper=110,
-            mask="11TS",
-            key_mask=True,
-            bias="11TS",
-            bias_dtype=F32,
-            scale=0.2,
-            softcap=2.0,
-            dropout_p=0.2,
+            **features,
+            **ALONE,
         )
-        for D in HEAD_DIMS
-        for name, dtype in DTYPES.items()
-    ),
-    *(
-        Call(f"without teams, {name} {D}", 40, 150, D, dtype=dtype, H=1, upper=110, **ALONE)
-        for D in TEAM_HEAD_DIMS
+        for kind, features in (("plain", {}), ("general", FEATURES))
+        for D in TEAMS[kind]
         for name, dtype in DTYPES.items()
     ),
 ]
@@ -146,11 +151,14 @@ CALLS = [
     Call("narrower v", 37, 45, 200, 8),
     Call("no compiled head dim", 50, 40, 136, 136, F16, upper=0),
     Call("8 columns", 50, 40, 8, dropout_p=0.5),
-    Call("mask in pairs", 37, 46, B=2, mask="BHTS"),
+    Call("mask in octets", 37, 104, B=2, mask="BHTS"),
+    Call("mask in octets, teams, half of a load", 37, 104, 128, mask="11TS"),
+    Call("mask, even keys", 37, 46, B=2, mask="BHTS"),
     Call("mask, odd keys", 37, 45, B=2, mask="BHTS"),
     Call("mask of keys for all queries", 37, 46, B=2, mask="B11S"),
     Call("mask of queries", 37, 46, mask="1HT1"),
     Call("key mask, one batch without any", 37, 70, B=3, key_mask=True),
+    Call("mask of keys for all queries, in octets", 37, 48, B=2, mask="B11S"),
     Call("bias in bf16 pairs", 37, 46, bias="11TS"),
     Call("bias in fp16 pairs", 37, 46, 32, dtype=F16, bias="1HTS", bias_dtype=F16),
     Call("bias in fp32 pairs, whole sectors", 40, 48, bias="1HTS", bias_dtype=F32),

@@ -26,7 +26,7 @@ from tests.attention_calls import (
     HEAD_DIMS,
     KERNELS,
     RNG,
-    TEAM_HEAD_DIMS,
+    TEAMS,
     Call,
     data_of,
     in_fp64,
@@ -122,7 +122,8 @@ def _counts(call: Call) -> dict[str, int]:
         seen = sum(keys)
         reads += 2 * rows * call.D * (seen > 0) + 2 * seen * (call.D + call.values)
         reads += rows * seen * (bool(call.mask) + call.bias_dtype.itemsize * bool(call.bias))
-        reads += tuning["threads"] // WARP * seen * call.key_mask  # no team looks at one
+        looks = tuning["threads"] // WARP // (2 if call.in_teams else 1)
+        reads += looks * seen * call.key_mask
         reads += RNG.nbytes * tuning["threads"] * len(keys) * (call.dropout_p > 0)
         flops += 4 * block_t * block_s * call.head_dim * len(keys)
     heads = call.B * call.H
@@ -177,8 +178,8 @@ SCORES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("scores", SCORES, ids=lambda scores: " ".join(scores))
 def test_sectors(head_dim: int, scores: dict[str, Any]) -> None:
-    """Nothing is fetched beside whole rows. Of a mask or a bias a quad of lanes takes 8 elements of
-    a row: a sector each, which they fill in fp32 alone.
+    """Nothing is fetched beside whole rows. Of a bias a quad of lanes takes 8 elements of a row: a
+    sector each, which they fill in fp32 alone; of a mask 32 bytes, or 16 at a warp's end.
     """
     call = Call("whole sectors", 40, 96, head_dim, **scores)
     harness = runtime.load("race")
@@ -186,8 +187,21 @@ def test_sectors(head_dim: int, scores: dict[str, Any]) -> None:
         _run(harness, data_of(call))
     floor = _counts(replace(call, mask="", bias=""))
     rows = (floor["global_read_bytes"] + floor["global_write_bytes"]) // 32
-    pieces = call.H * call.T * call.S // 8 * (bool(call.mask) + bool(call.bias))
-    assert counts["global_sectors"] == rows + pieces
+    pieces = call.S // 8 * bool(call.bias) + _mask_sectors(call) * bool(call.mask)
+    assert counts["global_sectors"] == rows + call.H * call.T * pieces
+
+
+def _mask_sectors(call: Call) -> int:
+    """Of a row, which begins with one."""
+    block = _tuning(call)["block_s"]
+    own = block // (2 if call.in_teams else 1)
+    firsts = [
+        (first + part, min(32, own - part))
+        for first in range(0, -(-call.S // block) * block, own)
+        for part in range(0, own, 32)
+    ]
+    ends = [(first, min(first + keys, call.S)) for first, keys in firsts if first < call.S]
+    return sum((end - 1) // 32 - first // 32 + 1 for first, end in ends)
 
 
 @pytest.mark.skipif("simt_plain" not in simt.BACKENDS, reason="in one build")
@@ -215,13 +229,13 @@ def test_every_instantiation_runs() -> None:
         for general in ("false", "true")
     }
     compiled |= {
-        f"attention_fwd::attention_fwd_teams_sm80<{element}, {head_dim}>"
+        f"attention_fwd::attention_fwd_teams_sm80<{element}, {head_dim}, {general}>"
         for element in ("__nv_bfloat16", "__half")
-        for head_dim in TEAM_HEAD_DIMS
+        for general, kind in (("false", "plain"), ("true", "general"))
+        for head_dim in TEAMS[kind]
     }
     harness = runtime.load(simt.BACKENDS[0].removeprefix(simt.PREFIX))
     assert tuple(harness.module.HEAD_DIMS) == HEAD_DIMS
-    assert tuple(harness.module.FORWARD_TEAM_HEAD_DIMS) == TEAM_HEAD_DIMS
     harness.configure()
     for call in KERNELS:
         _run(harness, data_of(call), call.shared_bytes)

@@ -24,10 +24,10 @@ from tests.attention_bwd_calls import (
     BIASES,
     CALLS,
     FEATURES,
+    GENERAL_TEAM_WARPS,
     JOINT_HEAD_DIM,
     KERNELS,
-    SMALL_BLOCK_HEAD_DIM,
-    TEAM_HEAD_DIMS,
+    TEAM_WARPS,
     Call,
     Data,
 )
@@ -98,30 +98,32 @@ def _delta(call: Call) -> Counter[str]:
 
 
 def _tuning(call: Call, makes: str) -> tuple[int, int, int]:
-    """Of the launch that makes "dk", "dv", "dq", or both of the first."""
+    """Of the launch that makes "dk", "dv", "dq", or "dkdv"."""
     module = runtime.load("race").module
-    if call.in_teams and call.head_dim > JOINT_HEAD_DIM:
-        few = call.shared_bytes < runtime.LARGE_SHARED and makes != "dv"
-        warps = 4 if few and call.head_dim == SMALL_BLOCK_HEAD_DIM else 8
-        found = module.attention_bwd_teams_tuning(call.head_dim, makes, warps)
+    warps = call.team_warps(makes)
+    general = call.general or call.head_dim > JOINT_HEAD_DIM
+    if warps:
+        found = module.attention_backward_teams_tuning(call.head_dim, makes, warps)
     elif makes == "dq":
-        found = module.attention_dq_tuning(call.head_dim, call.general)
+        found = module.attention_dq_tuning(call.head_dim, general)
     else:
-        found = module.attention_dkdv_tuning(call.head_dim, call.general, call.in_teams)
+        found = module.attention_dkdv_tuning(call.head_dim, general)
     return found["block_own"], found["block_other"], found["threads"]
 
 
-def _dkdv(call: Call, makes_dk: bool, makes_dv: bool) -> Counter[str]:
+def _dkdv(call: Call, makes: str) -> Counter[str]:
     """A key tile reads its k, its v for dk, and q, dout and two numbers of the queries that see it,
     in every head of its group.
     """
-    block_s, block_t, threads = _tuning(call, "dk" if makes_dk else "dv")
+    makes_dk, makes_dv = "dk" in makes, "dv" in makes
+    block_s, block_t, threads = _tuning(call, makes)
+    lookers = 2 if call.team_warps(makes) else 1  # warps that look at a key's mask
     reads = flops = 0
     for keys, tiles in _walks(call, 1, block_s, block_t):
         reads += 2 * keys * (call.D + call.values * makes_dk) * bool(tiles)
         for queries in tiles:
             once = queries * (2 * call.D + 2 * call.values + 8)
-            once += _score_reads(call, queries, keys, 1, threads)
+            once += _score_reads(call, queries, keys, lookers, threads)
             reads += call.group * once
         products = 1 + 2 * makes_dk + makes_dv
         flops += call.group * len(tiles) * 2 * products * block_t * block_s * call.head_dim
@@ -132,12 +134,13 @@ def _dkdv(call: Call, makes_dk: bool, makes_dv: bool) -> Counter[str]:
 def _dq(call: Call) -> Counter[str]:
     """A query tile reads q and dout, two numbers per row, and k and v of the keys that it sees."""
     block_t, block_s, threads = _tuning(call, "dq")
+    lookers = threads // WARP // (2 if call.team_warps("dq") else 1)
     reads = flops = 0
     for queries, tiles in _walks(call, 0, block_t, block_s):
         reads += queries * (2 * (call.D + call.values) * bool(tiles) + 8)
         for keys in tiles:
             reads += 2 * keys * (call.D + call.values)
-            reads += _score_reads(call, queries, keys, threads // WARP, threads)
+            reads += _score_reads(call, queries, keys, lookers, threads)
         flops += len(tiles) * 6 * block_t * block_s * call.head_dim
     return _times(call.B * call.H, reads, 2 * call.T * call.D, flops)
 
@@ -165,11 +168,9 @@ def _counts(call: Call) -> dict[str, int]:
     """Global bytes and FLOPs of all launches, by the formulas at the top of the kernels."""
     if call.B * call.T * call.S == 0:
         return dict.fromkeys(("global_read_bytes", "global_write_bytes", "mma_flops"), 0)
-    joint = call.head_dim <= JOINT_HEAD_DIM
-    parts = [(True, True)] if joint else [(False, True), (True, False)]
     total = _delta(call) + _dq(call)
-    for makes_dk, makes_dv in parts:
-        total += _dkdv(call, makes_dk, makes_dv)
+    for makes in ("dkdv",) if call.head_dim <= JOINT_HEAD_DIM else ("dv", "dk"):
+        total += _dkdv(call, makes)
     if call.bias and call.needs_dbias:
         total += _dbias(call)
     return dict(total)
@@ -248,8 +249,6 @@ def test_every_instantiation_runs() -> None:
     }
     harness = runtime.load(simt.BACKENDS[0].removeprefix(simt.PREFIX))
     assert harness.module.MAX_JOINT_HEAD_DIM == JOINT_HEAD_DIM
-    joint = tuple(dim for dim in TEAM_HEAD_DIMS if dim <= JOINT_HEAD_DIM)
-    assert tuple(harness.module.DKDV_TEAM_HEAD_DIMS) == joint
     harness.configure()
     for call in KERNELS:
         _run(harness, Data.of(replace(call, T=1, S=1)))
@@ -259,30 +258,31 @@ def test_every_instantiation_runs() -> None:
 
 
 def _instantiations() -> set[str]:
-    """Plain and general ones, above the joint head dims general ones alone, and dk and dv apart;
-    with teams and without.
-    """
+    """With teams and without; without, above the joint head dims, general ones alone."""
     found = set()
-    for element in ("__nv_bfloat16", "__half"):
+    passes = {"dkdv": 0, "dv": 1, "dk": 2}
+    teams = {"dk": 0, "dv": 1, "dq": 2}
+    for element, general in itertools.product(("__nv_bfloat16", "__half"), ("false", "true")):
         found.add(f"attention_bwd_delta<{element}>")
         found.add(f"attention_dbias::attention_dbias_sm80<{element}>")
-        for dim, general in itertools.product(HEAD_DIMS, ("false", "true")):
+        keys = "attention_dkdv::attention_bwd_dkdv_sm80"
+        for dim in HEAD_DIMS:
             joint = dim <= JOINT_HEAD_DIM
             if not joint and general == "false":
                 continue
             found.add(f"attention_dq::attention_bwd_dq_sm80<{element}, {dim}, {general}>")
-            parts = (0,) if joint else (1, 2)
-            has_teams = joint and general == "false" and dim in TEAM_HEAD_DIMS
-            teams = ("false", "true") if has_teams else ("false",)
-            for part, in_teams in itertools.product(parts, teams):
-                found.add(
-                    f"attention_dkdv::attention_bwd_dkdv_sm80<{element}, {dim}, {general}, "
-                    f"(attention_dkdv::Part){part}, {in_teams}>"
-                )
-        for dim, team_pass in ((192, 0), (192, 1), (192, 2), (256, 0), (256, 1), (256, 2)):
-            for warps in (4, 8) if dim == SMALL_BLOCK_HEAD_DIM and team_pass != 1 else (8,):
-                found.add(
-                    f"attention_bwd::attention_bwd_teams_sm80<{element}, {dim}, "
-                    f"(TeamPass){team_pass}, {warps}>"
-                )
+            for makes in ("dkdv",) if joint else ("dv", "dk"):
+                part = f"(attention_dkdv::Part){passes[makes]}"
+                found.add(f"{keys}<{element}, {dim}, {general}, {part}, 0>")
+        table = GENERAL_TEAM_WARPS if general == "true" else TEAM_WARPS
+        for (makes, dim), blocks in table.items():
+            for warps in set(blocks) - {0}:
+                if makes == "dkdv":
+                    part = "(attention_dkdv::Part)0"
+                    found.add(f"{keys}<{element}, {dim}, {general}, {part}, {warps}>")
+                else:
+                    found.add(
+                        f"attention_bwd::attention_bwd_teams_sm80<{element}, {dim}, "
+                        f"(TeamPass){teams[makes]}, {warps}, {general}>"
+                    )
     return found

@@ -67,6 +67,12 @@ def test_stmatrix(transposed: bool) -> None:
     assert not _wrong(found, expected)
 
 
+@pytest.mark.parametrize("turned_back", [False, True])
+def test_movmatrix(turned_back: bool) -> None:
+    """PTX defines it by its effect: a matrix in registers becomes its transpose."""
+    assert _shown("movmatrix", turned_back) == _shown("ldmatrix_x2", not turned_back)
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 def test_mma(dtype: str) -> None:
     """One 1 in A picks a row of B, which appears in a row of D on top of C.

@@ -137,7 +137,7 @@ def test_there_are_mistakes_of_every_kind() -> None:
     known = set(runtime.load("plain").module.planted_kernels())
     costs = {name for name in known if name.startswith(("count_", "fragments_"))}
     assert known - costs == set(_kernels())
-    assert len(known - costs) >= 80
+    assert len(known - costs) >= 79
     for name in build.BUILDS:
         assert sum(mark.build == name for mark in MARKS) >= 20, name
 
@@ -167,13 +167,6 @@ def test_right_kernels_pass_and_repeat_bitwise(name: str) -> None:
         assert results == first
     unwritten = [k for k, values in first.items() if any(math.isnan(x) for x in values)]
     assert not unwritten
-
-
-def test_a_vote_is_its_own_team_s() -> None:
-    """In every order: two teams vote twice, and each time another one has the only yes."""
-    for results in _right_results("plain"):
-        thousands = [round(value / 1000) for value in results["votes_of_two_teams"]]
-        assert thousands == [2] * 64 + [1] * 64
 
 
 # Counters, by hand.

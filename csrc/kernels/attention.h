@@ -43,8 +43,8 @@ struct ScoreParams {
   const void* bias;         // [B, H, T, S] or null
   ScoreStrides mask_strides, key_mask_strides, bias_strides;
   DType bias_dtype;
-  bool mask_pairs;   // elements (2 i, 2 i + 1) of a row are adjacent, aligned and inside or outside
-  bool bias_pairs;   // of it together: one load for both
+  bool mask_octets;  // 8 elements of a row, from a multiple of 8 on, are adjacent, aligned, and
+  bool bias_pairs;   // inside or outside of it together; or 2: one load for all of them
   int lower, upper;  // row t sees keys t + lower .. t + upper; [-T, S] where they hide nothing
   float scale;
   float scale_log2;  // scale log2(e)

@@ -53,13 +53,15 @@ namespace attention_dkdv {
 
 enum class Part { kBoth, kValues, kKeys };
 
-template <int kHeadDim, bool kIsGeneral, Part kWanted, bool kTeams>
+// kTeamWarps: of a block of teams; 0: no teams.
+template <int kHeadDim, bool kIsGeneral, Part kWanted, int kTeamWarps>
 struct Config {
   static constexpr int kD = kHeadDim;
   static constexpr bool kGeneral = kIsGeneral;
   static constexpr Part kPart = kWanted;
   static constexpr AttentionBackwardTuning kTuning =
-      kTeams ? attention_dkdv_teams_tuning(kD) : attention_dkdv_tuning(kD, kGeneral);
+      kTeamWarps == 0 ? attention_dkdv_tuning(kD, kGeneral)
+                      : attention_backward_teams_tuning(kD, TeamPass::kBoth, kTeamWarps);
   static constexpr int kTeam = kTuning.team;
   static constexpr int kThreads = kTuning.threads();
   static constexpr int kBlockS = kTuning.block_own();
@@ -159,7 +161,8 @@ __device__ __forceinline__ void add_tile(Sums<C>& dk, Sums<C>& dv, typename C::S
   }
 }
 
-// The same for a team, in the plain kernel with both results.
+// The same for a team, with both results. dP comes before the scores: then the cap's derivative
+// meets it where it is made, and is not held.
 template <class Element, class C>
 __device__ __forceinline__ void add_tile_in_team(Sums<C>& dk, Sums<C>& dv,
                                                  typename C::SharedStorage& smem,
@@ -167,21 +170,38 @@ __device__ __forceinline__ void add_tile_in_team(Sums<C>& dk, Sums<C>& dv,
                                                  const AttentionBackwardParams& p,
                                                  const ScoreTile<true>& tile,
                                                  const TeamPlace& place, bool edge) {
-  static_assert(!C::kGeneral && C::kPart == Part::kBoth);
-  constexpr int kQueries = C::kBlockT / C::kTeam;
-  const int lane = own_lane();
-  const int column = place.part * kQueries;
-  Operands<C> operands;
+  static_assert(C::kPart == Part::kBoth);
+  const int lane = ptx::lane_index();
+  const int column = place.part * (C::kBlockT / C::kTeam);
+  const bool drops = C::kGeneral && p.dropout.rng != nullptr;
+  [[maybe_unused]] uint32_t keep[C::kM];
   Scores<C> score, dp;
-  multiply_transposed<Element>(score, shared_operands(smem.k, lane, place.row), queries.q, lane,
-                               column);
-  if (edge) hide_outside_band(score, tile, p.score.lower, p.score.upper);
-  probabilities<C>(score, queries.numbers.row_lse + column, p.score.scale);
-  hand_over<Element, C>(operands, score, smem.probs);
-  add_part<Element, C>(dv, operands, queries.dout, lane, place.part, place.part);
   multiply_transposed<Element>(dp, shared_operands(smem.v, lane, place.row), queries.dout, lane,
                                column);
-  score_gradients<C>(dp, score, queries.numbers.delta + column, 1.0f);
+  if constexpr (C::kGeneral) {
+    if (drops) {
+      const DropoutKey key = dropout_key(p.dropout.rng, tile.batch, tile.head);
+      keep_mask<C::kM, C::kScores>(keep, tile, key, p.dropout.threshold);
+      drop(dp, keep);
+    }
+  }
+  subtract_delta<C>(dp, queries.numbers.delta + column, drops ? p.dropout.scale : 1.0f);
+  multiply_transposed<Element>(score, shared_operands(smem.k, lane, place.row), queries.q, lane,
+                               column);
+  if constexpr (C::kGeneral) {
+    finish_scores(score, tile, p.score, edge,
+                  [&](int m, int n, int e, float tanh) { dp[m][n][e] *= fmaf(-tanh, tanh, 1.0f); });
+  } else if (edge) {
+    hide_outside_band(score, tile, p.score.lower, p.score.upper);
+  }
+  probabilities<C>(score, queries.numbers.row_lse + column, p.score.scale);
+  for_each_value<C::kM, C::kScores>([&](int m, int n, int e) { dp[m][n][e] *= score[m][n][e]; });
+  if constexpr (C::kGeneral) {
+    if (drops) drop(score, keep);
+  }
+  Operands<C> operands;
+  hand_over<Element, C>(operands, score, smem.probs);
+  add_part<Element, C>(dv, operands, queries.dout, lane, place.part, place.part);
   hand_over<Element, C>(operands, dp, smem.gradients);
   add_part<Element, C>(dk, operands, queries.q, lane, place.part, place.part);
   ptx::named_barrier_sync(team_barrier<C>(place), kTeamThreads<C>);
@@ -191,12 +211,12 @@ __device__ __forceinline__ void add_tile_in_team(Sums<C>& dk, Sums<C>& dv,
   add_part<Element, C>(dk, operands, queries.q, lane, place.part ^ 1, place.part);
 }
 
-template <class Element, int kHeadDim, bool kGeneral, Part kPart, bool kTeams>
+template <class Element, int kHeadDim, bool kGeneral, Part kPart, int kTeamWarps>
 __global__ void __launch_bounds__(
-    (Config<kHeadDim, kGeneral, kPart, kTeams>::kThreads),
-    (Config<kHeadDim, kGeneral, kPart, kTeams>::kTuning.blocks_per_sm))
+    (Config<kHeadDim, kGeneral, kPart, kTeamWarps>::kThreads),
+    (Config<kHeadDim, kGeneral, kPart, kTeamWarps>::kTuning.blocks_per_sm))
     attention_bwd_dkdv_sm80(AttentionBackwardParams p, int batch_first) {
-  using C = Config<kHeadDim, kGeneral, kPart, kTeams>;
+  using C = Config<kHeadDim, kGeneral, kPart, kTeamWarps>;
   auto& smem = dynamic_smem<typename C::SharedStorage>();
   const AttentionShape& shape = p.shape;
   const BlockTile block = block_tile(false, batch_first);
@@ -244,7 +264,9 @@ __global__ void __launch_bounds__(
       if constexpr (C::kTeam == 1) {
         add_tile<Element, C>(dk, dv, smem, smem.queries[half], p, tile, row, edge);
       } else {
-        tile.t_first += place.part * (C::kBlockT / C::kTeam);
+        const FragmentLane now = fragment_lane(ptx::lane_index());  // kept, it costs spills
+        tile.t_first = start + now.column + place.part * (C::kBlockT / C::kTeam);
+        tile.s_first = s_first + row + now.row;
         add_tile_in_team<Element, C>(dk, dv, smem, smem.queries[half], p, tile, place, edge);
       }
       half ^= 1;
@@ -265,13 +287,13 @@ __global__ void __launch_bounds__(
   }
 }
 
-template <class Element, int kHeadDim, bool kGeneral, Part kPart, bool kTeams>
+template <class Element, int kHeadDim, bool kGeneral, Part kPart, int kTeamWarps>
 Status launch_part(const AttentionBackwardParams& p, Stream stream) {
-  using C = Config<kHeadDim, kGeneral, kPart, kTeams>;
+  using C = Config<kHeadDim, kGeneral, kPart, kTeamWarps>;
   const int64_t tiles = (int64_t{p.shape.S} + C::kBlockS - 1) / C::kBlockS;
-  return launch_heads(attention_bwd_dkdv_sm80<Element, kHeadDim, kGeneral, kPart, kTeams>, p, tiles,
-                      p.shape.H / p.shape.group, C::kThreads, sizeof(typename C::SharedStorage),
-                      stream);
+  return launch_heads(attention_bwd_dkdv_sm80<Element, kHeadDim, kGeneral, kPart, kTeamWarps>, p,
+                      tiles, p.shape.H / p.shape.group, C::kThreads,
+                      sizeof(typename C::SharedStorage), stream);
 }
 
 }  // namespace attention_dkdv

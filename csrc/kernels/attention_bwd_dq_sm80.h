@@ -117,7 +117,7 @@ __global__ void __launch_bounds__((Config<kHeadDim, kGeneral>::kThreads),
     copy_keys(0);
   }
 
-  const FragmentLane at = fragment_lane(own_lane());
+  FragmentLane at = fragment_lane(own_lane());
   const int row = static_cast<int>(threadIdx.x / kWarpSize) * C::kTuning.rows_per_warp;
   ScoreTile<false> tile{t_first + row + at.row, 0, shape.T, shape.S, block.batch, block.head};
   load_numbers<C::kThreads>(smem.rows, p, block.batch, block.head, t_first);
@@ -129,6 +129,10 @@ __global__ void __launch_bounds__((Config<kHeadDim, kGeneral>::kThreads),
     ptx::cp_async_wait<0>();
     __syncthreads();
     if (i + 1 < band.count) copy_keys(i + 1);
+    if constexpr (kGeneral) {  // anew: kept, it costs spills
+      at = fragment_lane(ptx::lane_index());
+      tile.t_first = t_first + row + at.row;
+    }
     tile.s_first = start + at.column;
     add_tile<Element, C>(dq, smem, smem.keys[i % 2], p, tile, row, edge);
   }

@@ -22,6 +22,7 @@
 
 #include <type_traits>
 
+#include "kernels/attention_dropout.h"
 #include "kernels/attention_gradients.h"
 #include "kernels/attention_score.h"
 #include "kernels/attention_team.h"
@@ -31,13 +32,14 @@
 namespace fused_lm {
 namespace attention_bwd {
 
-template <int kHeadDim, TeamPass kOfPass, int kWarps>
+template <int kHeadDim, TeamPass kOfPass, int kWarps, bool kIsGeneral>
 struct TeamConfig {
   static constexpr int kD = kHeadDim;
-  static constexpr bool kGeneral = false;
+  static constexpr bool kGeneral = kIsGeneral;
   static constexpr TeamPass kPass = kOfPass;
   static constexpr bool kKeyRows = kPass != TeamPass::kQueries;
-  static constexpr AttentionBackwardTuning kTuning = attention_bwd_teams_tuning(kD, kPass, kWarps);
+  static constexpr AttentionBackwardTuning kTuning =
+      attention_backward_teams_tuning(kD, kPass, kWarps);
   static constexpr int kTeam = kTuning.team;
   static constexpr int kThreads = kTuning.threads();
   static constexpr int kBlockOwn = kTuning.block_own();
@@ -100,11 +102,11 @@ struct Walk {
   }
 };
 
-template <class Element, int kD, TeamPass kPass, int kWarps>
-__global__ void __launch_bounds__((TeamConfig<kD, kPass, kWarps>::kThreads),
-                                  (TeamConfig<kD, kPass, kWarps>::kTuning.blocks_per_sm))
+template <class Element, int kD, TeamPass kPass, int kWarps, bool kGeneral>
+__global__ void __launch_bounds__((TeamConfig<kD, kPass, kWarps, kGeneral>::kThreads),
+                                  (TeamConfig<kD, kPass, kWarps, kGeneral>::kTuning.blocks_per_sm))
     attention_bwd_teams_sm80(AttentionBackwardParams p, int batch_first) {
-  using C = TeamConfig<kD, kPass, kWarps>;
+  using C = TeamConfig<kD, kPass, kWarps, kGeneral>;
   constexpr bool kKeyRows = C::kKeyRows;
   constexpr bool kGradients = kPass != TeamPass::kValues;  // of scores, beside P
   auto& smem = dynamic_smem<typename C::SharedStorage>();
@@ -143,29 +145,44 @@ __global__ void __launch_bounds__((TeamConfig<kD, kPass, kWarps>::kThreads),
     load_numbers<C::kThreads>(smem.numbers, p, block.batch, block.head, own_first);
   }
 
-  const FragmentLane at = fragment_lane(own_lane());
-  const int team = static_cast<int>(threadIdx.x / (kWarpSize * C::kTeam));
-  const TeamPlace place{team * C::kTuning.rows_per_warp, part_of_team<C>()};
-  const int own = own_first + place.row + at.row;
-  const int part = place.part * C::kOwnOther;  // where this warp's part of the other axis begins
+  const TeamPlace place = team_place<C>(threadIdx.x);
   Sums<C> sums;
   fill_zero(sums);
 
+  const bool drops = kGeneral && p.dropout.rng != nullptr;
+  const float factor = drops ? p.dropout.scale : 1.0f;
   for (Walk walk{band.count > 0 ? first_head : end_head, 0}; walk.head < end_head;
        walk = walk.next(band)) {
     const Walk next = walk.next(band);
     const int start = band.start<C::kBlockOther>(walk.tile);
     const int lane = ptx::lane_index();
-    [[maybe_unused]] Scores<C> dp;
+    const FragmentLane at = fragment_lane(lane);
+    const int part = place.part * C::kOwnOther;  // where this warp's part of the other axis begins
+    const int own = own_first + place.row + at.row;
+    const int other = start + part + at.column;
+    const ScoreTile<kKeyRows> tile{
+        kKeyRows ? other : own, kKeyRows ? own : other, shape.T, shape.S, block.batch, walk.head};
+    const auto drop_some = [&](Scores<C>& value) {
+      // Drawn up anew: five registers less in a loop that mostly needs none.
+      const DropoutKey key = dropout_key(p.dropout.rng, tile.batch, tile.head);
+      drop(value, tile, key, p.dropout.threshold);
+    };
+    [[maybe_unused]] Scores<C> dp;  // from here on what P makes ds of
     ptx::cp_async_wait<0>();
     __syncthreads();
     if constexpr (kGradients) {
       copy_x(walk);
       multiply_transposed<Element>(dp, shared_operands(smem.own[1], lane, place.row), smem.y, lane,
                                    part);
+      if (drops) drop_some(dp);
       ptx::cp_async_wait<0>();
       __syncthreads();
       if (next.head < end_head) copy_y(next);
+      if constexpr (kKeyRows) {
+        subtract_delta<C>(dp, smem.numbers.delta + part, factor);
+      } else {
+        subtract_delta<C>(dp, smem.numbers, place.row, lane, factor);
+      }
     } else {
       copy_y(walk);
     }
@@ -173,23 +190,26 @@ __global__ void __launch_bounds__((TeamConfig<kD, kPass, kWarps>::kThreads),
     Scores<C> score;
     multiply_transposed<Element>(score, shared_operands(smem.own[0], lane, place.row), smem.x, lane,
                                  part);
-    if (band.edge(start)) {
-      const int other = start + part + at.column;
-      const ScoreTile<kKeyRows> tile{
-          kKeyRows ? other : own, kKeyRows ? own : other, shape.T, shape.S, block.batch, walk.head};
+    if constexpr (kGeneral) {
+      finish_scores(score, tile, p.score, band.edge(start), [&](int m, int n, int e, float tanh) {
+        if constexpr (kGradients) dp[m][n][e] *= fmaf(-tanh, tanh, 1.0f);
+      });
+    } else if (band.edge(start)) {
       hide_outside_band(score, tile, p.score.lower, p.score.upper);
     }
-    Operands<C> operands;
     if constexpr (kKeyRows) {
       probabilities<C>(score, smem.numbers.row_lse + part, p.score.scale);
-      if constexpr (kGradients) score_gradients<C>(dp, score, smem.numbers.delta + part, 1.0f);
     } else {
-      score_gradients<C>(dp, score, smem.numbers, place.row, lane, p.score.scale, 1.0f);
+      probabilities<C>(score, smem.numbers, place.row, lane, p.score.scale);
     }
+    Operands<C> operands;
     if constexpr (kGradients) {
+      for_each_value<C::kM, C::kScores>(
+          [&](int m, int n, int e) { dp[m][n][e] *= score[m][n][e]; });
       hand_over<Element, C>(operands, dp, smem.handover);
       ptx::named_barrier_sync(team_barrier<C>(place), kTeamThreads<C>);
     } else {
+      if (drops) drop_some(score);
       hand_over<Element, C>(operands, score, smem.handover);
       ptx::cp_async_wait<0>();
       __syncthreads();
@@ -198,10 +218,10 @@ __global__ void __launch_bounds__((TeamConfig<kD, kPass, kWarps>::kThreads),
     auto& factors = kGradients ? smem.x : smem.y;
     add_part<Element, C>(sums, operands, factors, lane, place.part, place.part);
     take_over<C>(operands, smem.handover);
-    add_part<Element, C>(sums, operands, factors, lane, place.part ^ 1, place.part);
+    add_part<Element, C>(sums, operands, factors, ptx::lane_index(), place.part ^ 1, place.part);
   }
 
-  const float scale = kGradients ? p.score.scale : 1.0f;
+  const float scale = kGradients ? p.score.scale : factor;
   uint16_t* gResult = kPass == TeamPass::kKeys ? p.dk : kPass == TeamPass::kValues ? p.dv : p.dq;
   const HeadStrides& strides = kPass == TeamPass::kKeys     ? p.dk_strides
                                : kPass == TeamPass::kValues ? p.dv_strides
@@ -211,17 +231,14 @@ __global__ void __launch_bounds__((TeamConfig<kD, kPass, kWarps>::kThreads),
       kGradients ? shape.D : shape.Dv, sums, [&](int, int) { return scale; }, smem.own[0], place);
 }
 
-template <class Element, int kD, TeamPass kPass, int kWarps>
+template <class Element, int kD, TeamPass kPass, int kWarps, bool kGeneral>
 Status launch_teams(const AttentionBackwardParams& p, Stream stream) {
-  using C = TeamConfig<kD, kPass, kWarps>;
-  static_assert(kWarps == kTeamBlockWarps && has_small_team_blocks(kD, kPass) ||
-                    sizeof(typename C::SharedStorage) <= kSharedBytesOfA100,
-                "an A100 would run another kernel");
+  using C = TeamConfig<kD, kPass, kWarps, kGeneral>;
   const int64_t own_length = C::kKeyRows ? p.shape.S : p.shape.T;
   const int64_t tiles = (own_length + C::kBlockOwn - 1) / C::kBlockOwn;
   const int heads = C::kKeyRows ? p.shape.H / p.shape.group : p.shape.H;
-  return launch_heads(attention_bwd_teams_sm80<Element, kD, kPass, kWarps>, p, tiles, heads,
-                      C::kThreads, sizeof(typename C::SharedStorage), stream);
+  return launch_heads(attention_bwd_teams_sm80<Element, kD, kPass, kWarps, kGeneral>, p, tiles,
+                      heads, C::kThreads, sizeof(typename C::SharedStorage), stream);
 }
 
 }  // namespace attention_bwd

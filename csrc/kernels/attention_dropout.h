@@ -75,9 +75,9 @@ __device__ __forceinline__ void drop(float (&value)[kM][kN][kFragment],
   });
 }
 
-template <int kM, int kN>
+template <bool kKeyRows, int kM, int kN>
 __device__ __forceinline__ void drop(float (&value)[kM][kN][kFragment],
-                                     const ScoreTile<false>& tile, const DropoutKey& key,
+                                     const ScoreTile<kKeyRows>& tile, const DropoutKey& key,
                                      uint32_t threshold) {
   uint32_t keep[kM];
   keep_mask<kM, kN>(keep, tile, key, threshold);

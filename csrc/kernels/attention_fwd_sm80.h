@@ -119,7 +119,7 @@ __global__ void __launch_bounds__((Config<kD, kGeneral>::kThreads),
     }
   }
 
-  const FragmentLane at = fragment_lane(own_lane());
+  FragmentLane at = fragment_lane(own_lane());
   const int row = static_cast<int>(threadIdx.x / kWarpSize) * C::kTuning.rows_per_warp;
   ScoreTile<false> tile{block_first + row + at.row, 0, shape.T, shape.S, block.batch, block.head};
   const float unit = kGeneral ? 1.0f : p.score.scale;
@@ -147,6 +147,10 @@ __global__ void __launch_bounds__((Config<kD, kGeneral>::kThreads),
 
     typename C::Keys& keys = smem.keys[i % 2];
     const int lane = ptx::lane_index();  // read anew: addresses that are kept cost spills
+    if constexpr (kGeneral) {  // anew: kept, it costs spills
+      at = fragment_lane(lane);
+      tile.t_first = block_first + row + at.row;
+    }
     tile.s_first = start + at.column;
     Scores<C> score;
     if constexpr (C::kHeld) {

@@ -3,9 +3,8 @@
 // memory. attention_team.h says what a team is.
 //
 // A team owns 32 queries. Of a tile of keys each of its warps makes the scores of one half, and of
-// the sums each holds half of the columns. Both know all maxima of their rows that were subtracted,
-// and change them together: a vote per tile says whether one has been outgrown, and only then they
-// tell each other what they found.
+// the sums each holds half of the columns. They tell each other the maxima that they found in every
+// tile, 32 numbers, so that both subtract the same.
 //
 // Shared memory: q [block_t, D], which stays, k and v [block_s, D], one tile each: v arrives while
 // scores are made, the next k while they are multiplied by v. That leaves room for 64 keys in the
@@ -17,6 +16,7 @@
 // attention_fwd_sm80.h, and so are rows without a visible key.
 #pragma once
 
+#include "kernels/attention_dropout.h"
 #include "kernels/attention_score.h"
 #include "kernels/attention_softmax.h"
 #include "kernels/attention_team.h"
@@ -26,10 +26,11 @@
 namespace fused_lm {
 namespace attention_fwd {
 
-template <int kHeadDim>
+template <int kHeadDim, bool kIsGeneral>
 struct TeamConfig {
   static constexpr int kD = kHeadDim;
-  static constexpr AttentionTuning kTuning = attention_forward_teams_tuning(kD);
+  static constexpr bool kGeneral = kIsGeneral;
+  static constexpr AttentionTuning kTuning = attention_forward_teams_tuning(kD, kGeneral);
   static constexpr int kTeam = kTuning.team;
   static constexpr int kThreads = kTuning.threads();
   static constexpr int kBlockT = kTuning.block_t();
@@ -54,7 +55,7 @@ template <class C, class Body>
 __device__ __forceinline__ void combine_rows(RowValues<C>& value, typename C::SharedStorage& smem,
                                              const TeamPlace& place, const Body& body) {
   const int warp = static_cast<int>(threadIdx.x / kWarpSize);
-  const FragmentLane at = fragment_lane(own_lane());
+  const FragmentLane at = fragment_lane(ptx::lane_index());
   float* sOwn = smem.rows[warp] + at.row;
   const float* sOther = smem.rows[warp ^ 1] + at.row;
   for_each_row<C>([&](int m, int half) {
@@ -66,10 +67,11 @@ __device__ __forceinline__ void combine_rows(RowValues<C>& value, typename C::Sh
   });
 }
 
-template <class Element, int kD>
-__global__ void __launch_bounds__(TeamConfig<kD>::kThreads, TeamConfig<kD>::kTuning.blocks_per_sm)
+template <class Element, int kD, bool kGeneral>
+__global__ void __launch_bounds__((TeamConfig<kD, kGeneral>::kThreads),
+                                  (TeamConfig<kD, kGeneral>::kTuning.blocks_per_sm))
     attention_fwd_teams_sm80(AttentionForwardParams p, int batch_first) {
-  using C = TeamConfig<kD>;
+  using C = TeamConfig<kD, kGeneral>;
   auto& smem = dynamic_smem<typename C::SharedStorage>();
   const AttentionShape& shape = p.shape;
   const BlockTile block = block_tile(p.score.upper < shape.S, batch_first);
@@ -78,67 +80,83 @@ __global__ void __launch_bounds__(TeamConfig<kD>::kThreads, TeamConfig<kD>::kTun
   const BandTiles band =
       band_tiles<C::kBlockS>(block_first, block_last, shape.S, p.score.lower, p.score.upper);
   const int kv_head = block.head / shape.group;
-  const uint16_t* gK = p.k + head_offset(p.k_strides, block.batch, kv_head);
-  const uint16_t* gV = p.v + head_offset(p.v_strides, block.batch, kv_head);
-  const auto copy_k = [&](int i) {
-    copy_rows_async<C::kThreads>(smem.k, gK, p.k_strides.row, band.start<C::kBlockS>(i), shape.S,
-                                 shape.D);
+  // With features, what depends on the thread is read anew for each tile: kept, it costs spills.
+  const auto thread_now = [] {
+    return kGeneral ? ptx::thread_index() : threadIdx.x;
+  };
+  const auto copy_k = [&](int start) {
+    copy_rows_async<C::kThreads>(smem.k, p.k + head_offset(p.k_strides, block.batch, kv_head),
+                                 p.k_strides.row, start, shape.S, shape.D, thread_now());
+    ptx::cp_async_commit();
+  };
+  const auto copy_v = [&](int start) {
+    copy_rows_async<C::kThreads>(smem.v, p.v + head_offset(p.v_strides, block.batch, kv_head),
+                                 p.v_strides.row, start, shape.S, shape.Dv, thread_now());
     ptx::cp_async_commit();
   };
   if (band.count > 0) {
     copy_rows_async<C::kThreads>(smem.q, p.q + head_offset(p.q_strides, block.batch, block.head),
                                  p.q_strides.row, block_first, shape.T, shape.D);
-    copy_k(0);
+    copy_k(band.start<C::kBlockS>(0));
   }
 
-  const FragmentLane at = fragment_lane(own_lane());
-  const int team = static_cast<int>(threadIdx.x / (kWarpSize * C::kTeam));
-  const TeamPlace place{team * C::kTuning.rows_per_warp, part_of_team<C>()};
-  constexpr int kTeams = C::kThreads / kTeamThreads<C>;  // barriers of votes come behind the others
-  const int own_keys = place.part * C::kOwnS;
-  ScoreTile<false> tile{
-      block_first + place.row + at.row, 0, shape.T, shape.S, block.batch, block.head};
-  const float unit_log2 = p.score.scale_log2;
+  const float unit = kGeneral ? 1.0f : p.score.scale;
+  const float unit_log2 = kGeneral ? kLog2E : p.score.scale_log2;
   Rows<C> rows;
   start_rows<C>(rows);
 
+  const bool drops = kGeneral && p.dropout.rng != nullptr;
   for (int i = 0; i < band.count; ++i) {
     const int start = band.start<C::kBlockS>(i);
     ptx::cp_async_wait<0>();
     __syncthreads();
-    copy_rows_async<C::kThreads>(smem.v, gV, p.v_strides.row, start, shape.S, shape.Dv);
-    ptx::cp_async_commit();
+    copy_v(start);
 
     const int lane = own_lane();
+    const TeamPlace place = team_place<C>(thread_now());
+    const FragmentLane at = fragment_lane(kGeneral ? ptx::lane_index() : lane);
+    const int own_keys = place.part * C::kOwnS;
     Scores<C> score;
     multiply_transposed<Element>(score, shared_operands(smem.q, lane, place.row), smem.k, lane,
                                  own_keys);
-    if (band.edge(start)) {
-      tile.s_first = start + own_keys + at.column;
+    const ScoreTile<false> tile{block_first + place.row + at.row,
+                                start + own_keys + at.column,
+                                shape.T,
+                                shape.S,
+                                block.batch,
+                                block.head};
+    if constexpr (kGeneral) {
+      finish_scores(score, tile, p.score, band.edge(start));
+    } else if (band.edge(start)) {
       hide_outside_band(score, tile, p.score.lower, p.score.upper);
     }
     RowValues<C> largest;
-    const bool grown = row_maxima<C>(largest, score, rows, unit_log2);
-    if (ptx::named_barrier_any(kTeams + team_barrier<C>(place), kTeamThreads<C>, grown)) {
-      combine_rows<C>(largest, smem, place, [](float a, float b) { return fmaxf(a, b); });
-      raise_maxima<C>(rows, largest, unit_log2);
-    }
+    row_maxima<C>(largest, score, rows);
+    combine_rows<C>(largest, smem, place, [](float a, float b) { return fmaxf(a, b); });
+    raise_maxima<C>(rows, largest, unit_log2);
     exponentials<C>(score, rows, unit_log2);
+    if (drops) {
+      // Drawn up anew: five registers less in a loop that mostly needs none.
+      const DropoutKey key = dropout_key(p.dropout.rng, tile.batch, tile.head);
+      drop(score, tile, key, p.dropout.threshold);
+    }
     Operands<C> operands;
     hand_over<Element, C>(operands, score, smem.probs);
 
     ptx::cp_async_wait<0>();
     __syncthreads();
-    if (i + 1 < band.count) copy_k(i + 1);
+    if (i + 1 < band.count) copy_k(band.start<C::kBlockS>(i + 1));
     add_part<Element, C>(rows.acc, operands, smem.v, lane, place.part, place.part);
     take_over<C>(operands, smem.probs);
     // The lane read anew: addresses that are kept cost spills.
     add_part<Element, C>(rows.acc, operands, smem.v, ptx::lane_index(), place.part ^ 1, place.part);
   }
 
+  const TeamPlace place = team_place<C>(threadIdx.x);
   for_each_row<C>([&](int m, int half) { rows.sum[m][half] = quad_sum(rows.sum[m][half]); });
   combine_rows<C>(rows.sum, smem, place, [](float a, float b) { return a + b; });
-  finish_rows<C>(p, rows, block, block_first + place.row, place.part == 0, p.score.scale, 1.0f,
+  finish_rows<C>(p, rows, block, block_first + place.row, place.part == 0, unit,
+                 drops ? p.dropout.scale : 1.0f,
                  [&](int m, int half) { return rows.sum[m][half]; });
   store_own<Element, C>(
       p.out + head_offset(p.out_strides, block.batch, block.head), p.out_strides.row, block_first,
@@ -146,12 +164,12 @@ __global__ void __launch_bounds__(TeamConfig<kD>::kThreads, TeamConfig<kD>::kTun
       place);
 }
 
-template <class Element, int kD>
+template <class Element, int kD, bool kGeneral>
 Status launch_teams(const AttentionForwardParams& p, Stream stream) {
-  using C = TeamConfig<kD>;
+  using C = TeamConfig<kD, kGeneral>;
   const int64_t tiles = (int64_t{p.shape.T} + C::kBlockT - 1) / C::kBlockT;
-  return launch_heads(attention_fwd_teams_sm80<Element, kD>, p, tiles, p.shape.H, C::kThreads,
-                      sizeof(typename C::SharedStorage), stream);
+  return launch_heads(attention_fwd_teams_sm80<Element, kD, kGeneral>, p, tiles, p.shape.H,
+                      C::kThreads, sizeof(typename C::SharedStorage), stream);
 }
 
 }  // namespace attention_fwd

@@ -74,6 +74,23 @@ __device__ __forceinline__ void score_gradients(Scores<C>& dp, const Scores<C>& 
   }
 }
 
+// factor dP - delta, of which P makes ds.
+template <class C>
+__device__ __forceinline__ void subtract_delta(Scores<C>& dp, const float* sDelta, float factor) {
+  const int column = fragment_lane(ptx::lane_index()).column;
+#pragma unroll
+  for (int n = 0; n < C::kScores; ++n) {
+    const float2 delta = *reinterpret_cast<const float2*>(sDelta + kMmaColumns * n + column);
+#pragma unroll
+    for (int m = 0; m < C::kM; ++m) {
+#pragma unroll
+      for (int e = 0; e < kFragment; ++e) {
+        dp[m][n][e] = fmaf(dp[m][n][e], factor, -(e % 2 == 0 ? delta.x : delta.y));
+      }
+    }
+  }
+}
+
 // Of a block's queries, as rows: in registers, eight for 32 rows, they spill.
 template <int kQueries>
 struct RowNumbers {
@@ -118,6 +135,40 @@ __device__ __forceinline__ void score_gradients(Scores<C>& dp, const Scores<C>& 
       }
     }
   }
+}
+
+// Calls body(m, n, e, lse and delta of the value's row) for every value of a tile.
+template <class C, int kQueries, class Body>
+__device__ __forceinline__ void for_each_in_rows(const RowNumbers<kQueries>& numbers, int row,
+                                                 int lane, const Body& body) {
+#pragma unroll
+  for (int m = 0; m < C::kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float2& own = numbers.lse_delta[row + m * kMmaRows + half * 8 + lane / 4];
+#pragma unroll
+      for (int n = 0; n < C::kScores; ++n) {
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e) body(m, n, e, own);
+      }
+    }
+  }
+}
+
+template <class C, int kQueries>
+__device__ __forceinline__ void probabilities(Scores<C>& score, const RowNumbers<kQueries>& numbers,
+                                              int row, int lane, float scale) {
+  for_each_in_rows<C>(numbers, row, lane, [&](int m, int n, int e, const float2& own) {
+    score[m][n][e] = probability<C::kGeneral>(score[m][n][e], own.x, scale);
+  });
+}
+
+template <class C, int kQueries>
+__device__ __forceinline__ void subtract_delta(Scores<C>& dp, const RowNumbers<kQueries>& numbers,
+                                               int row, int lane, float factor) {
+  for_each_in_rows<C>(numbers, row, lane, [&](int m, int n, int e, const float2& own) {
+    dp[m][n][e] = fmaf(dp[m][n][e], factor, -own.y);
+  });
 }
 
 }  // namespace fused_lm

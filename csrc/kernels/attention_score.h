@@ -12,6 +12,7 @@
 #include "kernels/attention_tile.h"
 #include "ptx/lane.h"
 #include "ptx/math.h"
+#include "ptx/matrix.h"
 
 namespace fused_lm {
 
@@ -87,6 +88,65 @@ __device__ __forceinline__ void hide_outside_band(float (&score)[kM][kN][kFragme
   });
 }
 
+// The bits of two neighbours.
+template <DType kDType>
+using RawPair = uint32_t[DTypeConstant<kDType>::bytes / 2];
+
+template <DType kDType>
+__device__ __forceinline__ void load_pair(RawPair<kDType>& raw, const char* p_pair, bool inside) {
+  if constexpr (kDType == DType::kFloat32) {
+    const uint2 both = inside ? *reinterpret_cast<const uint2*>(p_pair) : uint2{0, 0};
+    raw[0] = both.x, raw[1] = both.y;
+  } else {
+    raw[0] = inside ? *reinterpret_cast<const uint32_t*>(p_pair) : 0;
+  }
+}
+
+// Of an 8x8 matrix in registers, as ptx/matrix.h has it. One of 32-bit elements is two of 16 bits.
+template <DType kDType>
+__device__ __forceinline__ void transpose_pair(RawPair<kDType>& raw) {
+  if constexpr (kDType == DType::kFloat32) {
+    const uint32_t low = ptx::movmatrix_trans((raw[0] & 0xffffu) | raw[1] << 16);
+    const uint32_t high = ptx::movmatrix_trans(raw[0] >> 16 | (raw[1] & 0xffff0000u));
+    raw[0] = (low & 0xffffu) | high << 16;
+    raw[1] = low >> 16 | (high & 0xffff0000u);
+  } else {
+    raw[0] = ptx::movmatrix_trans(raw[0]);
+  }
+}
+
+// Adds a bias whose rows are pairs: an 8x8 matrix of queries and keys at a time.
+template <DType kDType, bool kKeyRows, int kM, int kN>
+__device__ __forceinline__ void add_bias_pairs(float (&score)[kM][kN][kFragment],
+                                               const ScoreTile<kKeyRows>& tile, const char* gHead,
+                                               int64_t row_stride) {
+  constexpr int kBytes = DTypeConstant<kDType>::bytes;
+  constexpr int kQueries = kKeyRows ? kN : 2 * kM, kKeys = kKeyRows ? 2 * kM : kN;
+  const FragmentLane at = fragment_lane(ptx::lane_index());
+  const int t_first = tile.t_first + (kKeyRows ? at.row - at.column : 0);
+  const int s_first = tile.s_first + (kKeyRows ? at.column - at.row : 0);
+#pragma unroll
+  for (int i = 0; i < kQueries; ++i) {
+    const int t = t_first + 8 * i;
+    const char* gRow = address_of<kBytes>(gHead, t * row_stride + s_first);
+#pragma unroll
+    for (int j = 0; j < kKeys; ++j) {
+      RawPair<kDType> raw;
+      load_pair<kDType>(raw, gRow + 8 * j * kBytes, t < tile.T && s_first + 8 * j < tile.S);
+      if constexpr (kKeyRows) transpose_pair<kDType>(raw);
+      float pair[2];
+      if constexpr (kDType == DType::kFloat32) {
+        pair[0] = __uint_as_float(raw[0]), pair[1] = __uint_as_float(raw[1]);
+      } else {
+        widen_pair<kDType>(pair, raw[0]);
+      }
+      const int row = kKeyRows ? j : i, n = kKeyRows ? i : j;
+      score[row / 2][n][row % 2 * 2] += pair[0];
+      score[row / 2][n][row % 2 * 2 + 1] += pair[1];
+    }
+  }
+}
+
 // Adds element (t, s) of the bias, whose dtype is a constant here.
 template <DType kDType, bool kKeyRows, int kM, int kN>
 __device__ __forceinline__ void add_bias_of(float (&score)[kM][kN][kFragment],
@@ -95,21 +155,8 @@ __device__ __forceinline__ void add_bias_of(float (&score)[kM][kN][kFragment],
   const ScoreStrides& strides = p.bias_strides;
   const char* gHead =
       address_of<kBytes>(p.bias, tile.batch * strides.batch + tile.head * strides.head);
-  if (!kKeyRows && p.bias_pairs) {
-    for_each_value<kM, kN>([&](int m, int n, int e) {
-      if (e % 2 == 1 || !tile.inside(m, n, e)) return;
-      const int64_t index = tile.t(m, n, e) * strides.row + tile.s(m, n, e);
-      const char* p_pair = address_of<kBytes>(gHead, index);
-      float pair[2];
-      if constexpr (kDType == DType::kFloat32) {
-        const float2 raw = *reinterpret_cast<const float2*>(p_pair);
-        pair[0] = raw.x, pair[1] = raw.y;
-      } else {
-        widen_pair<kDType>(pair, *reinterpret_cast<const uint32_t*>(p_pair));
-      }
-      score[m][n][e] += pair[0];
-      score[m][n][e + 1] += pair[1];
-    });
+  if (p.bias_pairs) {
+    add_bias_pairs<kDType>(score, tile, gHead, strides.row);
     return;
   }
   for_each_value<kM, kN>([&](int m, int n, int e) {
@@ -130,19 +177,96 @@ __device__ __forceinline__ void add_bias(float (&score)[kM][kN][kFragment],
              [&](auto dtype) { add_bias_of<decltype(dtype)::value>(score, tile, p); });
 }
 
+// Which of four bytes are not 0: bit i of the result is byte i's.
+__device__ __forceinline__ uint32_t nonzero_bytes(uint32_t bytes) {
+  const uint32_t high = (((bytes & 0x7f7f7f7fu) + 0x7f7f7f7fu) | bytes) & 0x80808080u;
+  return high * 0x00204081u >> 28;  // 2^21 + 2^14 + 2^7 + 1: no two products meet
+}
+
+// The keys from `s` on that a row of the mask shows, a bit each, as all four lanes of a quad know
+// them afterwards: each reads a quarter of the 16 or 32. Those outside are hidden.
+__device__ __forceinline__ uint32_t visible_keys(const uint8_t* gRow, int s, int keys, bool inside,
+                                                 int S, int quad) {
+  const int own = keys / 4 * quad;
+  uint32_t bits = 0;
+  if (inside && s + own < S) {
+    if (keys == 32) {
+      const uint2 raw = *reinterpret_cast<const uint2*>(gRow + s + own);
+      bits = nonzero_bytes(raw.x) | nonzero_bytes(raw.y) << 4;
+    } else {
+      bits = nonzero_bytes(*reinterpret_cast<const uint32_t*>(gRow + s + own));
+    }
+  }
+  bits <<= own;
+  bits |= __shfl_xor_sync(kAllLanes, bits, 1);
+  return bits | __shfl_xor_sync(kAllLanes, bits, 2);
+}
+
+template <int kM, int kN>
+__device__ __forceinline__ void hide_masked_octets(float (&score)[kM][kN][kFragment],
+                                                   const ScoreTile<false>& tile,
+                                                   const uint8_t* gHead, int64_t row_stride) {
+  static_assert(kN % 2 == 0, "16 keys at least");
+  const FragmentLane at = fragment_lane(ptx::lane_index());
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int e = 0; e < kFragment; e += 2) {
+      const int t = tile.t(m, 0, e);
+#pragma unroll
+      for (int first = 0; first < kN; first += 4) {
+        const int s = tile.s_first - at.column + first * kMmaColumns;
+        const int keys = kN - first >= 4 ? 32 : 16;
+        const uint32_t visible =
+            visible_keys(gHead + t * row_stride, s, keys, t < tile.T, tile.S, at.column / 2) >>
+            at.column;
+#pragma unroll
+        for (int n = first; n < kN && n < first + 4; ++n) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const bool shown = (visible >> ((n - first) * kMmaColumns + i) & 1u) != 0;
+            score[m][n][e + i] = shown ? score[m][n][e + i] : kNoScore;
+          }
+        }
+      }
+    }
+  }
+}
+
+// Each quad reads a query's keys, and tells those whose columns that query is in.
+template <int kM, int kN>
+__device__ __forceinline__ void hide_masked_octets(float (&score)[kM][kN][kFragment],
+                                                   const ScoreTile<true>& tile,
+                                                   const uint8_t* gHead, int64_t row_stride) {
+  const FragmentLane at = fragment_lane(ptx::lane_index());
+  const int s = tile.s_first - at.row;
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    const int t = tile.t_first - at.column + n * kMmaColumns + at.row;
+    const uint32_t mine =
+        visible_keys(gHead + t * row_stride, s, kM * kMmaRows, t < tile.T, tile.S, at.column / 2);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t visible = __shfl_sync(kAllLanes, mine, 4 * (at.column + i)) >> at.row;
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int e = i; e < kFragment; e += 2) {
+          const bool shown = (visible >> (m * kMmaRows + e / 2 * 8) & 1u) != 0;
+          score[m][n][e] = shown ? score[m][n][e] : kNoScore;
+        }
+      }
+    }
+  }
+}
+
 template <bool kKeyRows, int kM, int kN>
 __device__ __forceinline__ void hide_masked(float (&score)[kM][kN][kFragment],
                                             const ScoreTile<kKeyRows>& tile, const ScoreParams& p) {
   const ScoreStrides& strides = p.mask_strides;
   const uint8_t* gHead = p.mask + tile.batch * strides.batch + tile.head * strides.head;
-  if (!kKeyRows && p.mask_pairs) {
-    for_each_value<kM, kN>([&](int m, int n, int e) {
-      if (e % 2 == 1 || !tile.inside(m, n, e)) return;
-      const int64_t index = tile.t(m, n, e) * strides.row + tile.s(m, n, e);
-      const uint32_t pair = *reinterpret_cast<const uint16_t*>(gHead + index);
-      score[m][n][e] = (pair & 0xffu) != 0 ? score[m][n][e] : kNoScore;
-      score[m][n][e + 1] = pair >> 8 != 0 ? score[m][n][e + 1] : kNoScore;
-    });
+  if (p.mask_octets) {
+    hide_masked_octets(score, tile, gHead, strides.row);
     return;
   }
   for_each_value<kM, kN>([&](int m, int n, int e) {

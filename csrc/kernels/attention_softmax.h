@@ -53,49 +53,43 @@ __device__ __forceinline__ void start_rows(Rows<C>& rows) {
 // are scaled down for it: p <= 2^8 is exact enough in 16 bits, and sums of p in fp32.
 constexpr float kGrowthLog2 = 8.0f;
 
-// The maxima of the warp's rows, of which one has outgrown its own, and their sums so far, which
-// shrink: rounding in a row depends on when its neighbours' maxima grow. -inf stands
-// for a row that has seen no key; 0 is subtracted in its place, since -inf - -inf is NaN.
+// The largest of each row's scores and its maximum so far.
+template <class C>
+__device__ __forceinline__ void row_maxima(RowValues<C>& largest, const Scores<C>& score,
+                                           const Rows<C>& rows) {
+  for_each_row<C>([&](int m, int half) {
+    float found = rows.max[m][half];
+#pragma unroll
+    for (int n = 0; n < C::kScores; ++n) {
+      found = fmaxf(found, fmaxf(score[m][n][2 * half], score[m][n][2 * half + 1]));
+    }
+    largest[m][half] = quad_max(found);
+  });
+}
+
+// If one of the warp's rows has outgrown its maximum, all get the largest that was found, and their
+// sums so far shrink: rounding in a row depends on when its neighbours' maxima grow. One branch for
+// the warp: the first tile takes it, and few of the others. -inf stands for a row that has seen no
+// key; 0 is subtracted in its place, since -inf - -inf is NaN.
 template <class C>
 __device__ __forceinline__ void raise_maxima(Rows<C>& rows, const RowValues<C>& largest,
                                              float unit_log2) {
-#pragma unroll
-  for (int m = 0; m < C::kM; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float base = largest[m][half] == kNoScore ? 0.0f : largest[m][half];
-      const float decay = ptx::exp2_approx((rows.max[m][half] - base) * unit_log2);
-      rows.max[m][half] = largest[m][half];
-      rows.sum[m][half] *= decay;
-#pragma unroll
-      for (int n = 0; n < C::kSums; ++n) {
-        rows.acc[m][n][2 * half] *= decay;
-        rows.acc[m][n][2 * half + 1] *= decay;
-      }
-    }
-  }
-}
-
-// The largest of a row's scores and its maximum so far; returns whether one has outgrown it.
-template <class C>
-__device__ __forceinline__ bool row_maxima(RowValues<C>& largest, const Scores<C>& score,
-                                           const Rows<C>& rows, float unit_log2) {
   bool grown = false;
+  for_each_row<C>([&](int m, int half) {
+    grown |= (largest[m][half] - rows.max[m][half]) * unit_log2 > kGrowthLog2;
+  });
+  if (!__any_sync(kAllLanes, grown)) return;
+  for_each_row<C>([&](int m, int half) {
+    const float base = largest[m][half] == kNoScore ? 0.0f : largest[m][half];
+    const float decay = ptx::exp2_approx((rows.max[m][half] - base) * unit_log2);
+    rows.max[m][half] = largest[m][half];
+    rows.sum[m][half] *= decay;
 #pragma unroll
-  for (int m = 0; m < C::kM; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float found = rows.max[m][half];
-#pragma unroll
-      for (int n = 0; n < C::kScores; ++n) {
-        found = fmaxf(found, fmaxf(score[m][n][2 * half], score[m][n][2 * half + 1]));
-      }
-      found = quad_max(found);
-      grown |= (found - rows.max[m][half]) * unit_log2 > kGrowthLog2;
-      largest[m][half] = found;
+    for (int n = 0; n < C::kSums; ++n) {
+      rows.acc[m][n][2 * half] *= decay;
+      rows.acc[m][n][2 * half + 1] *= decay;
     }
-  }
-  return grown;
+  });
 }
 
 // Scores become p = 2^(unit_log2 (score - max)), where max is the row's maximum or up to
@@ -126,9 +120,8 @@ __device__ __forceinline__ void exponentials(Scores<C>& score, Rows<C>& rows, fl
 template <class C>
 __device__ __forceinline__ void online_softmax(Scores<C>& score, Rows<C>& rows, float unit_log2) {
   RowValues<C> largest;
-  const bool grown = row_maxima<C>(largest, score, rows, unit_log2);
-  // One branch for the warp: the first tile takes it, and few of the others.
-  if (__any_sync(kAllLanes, grown)) raise_maxima<C>(rows, largest, unit_log2);
+  row_maxima<C>(largest, score, rows);
+  raise_maxima<C>(rows, largest, unit_log2);
   exponentials<C>(score, rows, unit_log2);
 }
 

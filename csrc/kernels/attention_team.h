@@ -27,6 +27,12 @@ __device__ __forceinline__ int part_of_team() {
   return static_cast<int>(threadIdx.x / kWarpSize % C::kTeam);
 }
 
+template <class C>
+__device__ __forceinline__ TeamPlace team_place(unsigned thread) {
+  const auto team = static_cast<int>(thread / (kWarpSize * C::kTeam));
+  return {team * C::kTuning.rows_per_warp, static_cast<int>(thread / kWarpSize % C::kTeam)};
+}
+
 // The named barrier of a team, where its warps wait for each other. Barrier 0 is the block's.
 template <class C>
 __device__ __forceinline__ int team_barrier(const TeamPlace& place) {

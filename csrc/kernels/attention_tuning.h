@@ -131,58 +131,86 @@ constexpr AttentionBackwardTuning attention_dq_tuning(int head_dim, bool general
   return {16, 4, 16, 1, "97 KB; sums 128 registers"};
 }
 
-// Teams (attention_team.h), in plain kernels: two warps own 32 rows together where the sums leave
-// one no room for them. For each tile of N a team reads its own a left operands twice, and a + b
-// tiles of the other axis once (of scores and dP, and of the b sums that they go into); scores are
-// handed over. So 2 (a + b) R N D FLOP, and 2 D (2 a R + (a + b) N) + 4 b R N bytes; the copies of
-// two tiles for all teams of a block come on top. In % of the time of an A100's tensor cores, with
-// four teams and N = 64, beside the kernel of 16 rows per warp, here with its copies:
+// Teams (attention_team.h): two warps own 32 rows together where the sums, or in general kernels
+// the features, leave one no room for them. For each tile of N a team reads its own a left operands
+// twice, and a + b tiles of the other axis once (of scores and dP, and of the b sums that they go
+// into); scores are handed over. So 2 (a + b) R N D FLOP, and 2 D (2 a R + (a + b) N) + 4 b R N
+// bytes; the copies of two tiles for all teams of a block come on top. In % of the time of an
+// A100's tensor cores at N = 64, by teams per block, beside the kernel of 16 rows per warp:
 //
-//   head dim        96         128        192        256
-//   forward                               96 (112)   94 (112)                      a = b = 1
-//   dk and dv       98 (125)   94 (125)                                            a = b = 2
-//   dv                                    96 (150)   94 (175)                      a = b = 1
-//   dk, dq                                97 (150)   96 (183), two teams 104       a = 2, b = 1
+//   head dim        96             128            192            256
+//                   4    2  (16)   4    2  (16)   4    2  (16)   4    2  (16)
+//   forward         104 117 (117)  100 112 (112)  96  108 (112)  94  106 (112)   a = b = 1
+//   dk and dv       98  104 (125)  94  100 (125)                                 a = b = 2
+//   dv                                            96  108 (150)  94  106 (175)   a = b = 1
+//   dk, dq          97  103 (116)  95  101 (133)  97  103 (150)  96  104 (183)   a = 2, b = 1
 //
-// The kernel of 16 rows runs where a block cannot have so much shared memory: sm_86, 89 and 120.
-// Their tensor cores take two to four times as long, so that shared memory does not bind there.
-constexpr int kTeamBlockWarps = 8;
+// So says the arithmetic. On an H200, whose mma.sync asks for more of its shared memory than an
+// A100's, two blocks of two teams were faster than one of four all the same, by 1 to 10 %, with
+// features by up to 15: while one block waits at a barrier, or for a bias, the other one works.
+// What fits twice comes first, therefore, and four teams where it does not.
+//
+// Kernels of 16 rows per warp run where a block cannot have 163 KB: on sm_86, 89 and 120, whose
+// tensor cores take two to four times as long, so that shared memory does not bind there.
 constexpr int kSharedBytesOfA100 = 163 * 1024;  // that a block may have
+constexpr int kSharedBytesOfH100 = 227 * 1024;
+constexpr int kSharedBytesPerBlock = 1024;  // that each takes for itself, of 1 KB more in all
 
-constexpr bool has_forward_teams(int head_dim) { return head_dim > 128; }
+// How many warps are on a multiprocessor at once.
+template <class Tuning>
+constexpr int resident_warps(const Tuning& tuning, size_t block_bytes, size_t shared_bytes) {
+  const size_t fit = (shared_bytes + kSharedBytesPerBlock) / (block_bytes + kSharedBytesPerBlock);
+  return tuning.warps * (fit < static_cast<size_t>(tuning.blocks_per_sm) ? static_cast<int>(fit)
+                                                                         : tuning.blocks_per_sm);
+}
 
-constexpr AttentionTuning attention_forward_teams_tuning(int head_dim) {
-  if (head_dim <= 192) {
-    return {32, 8, 64, 1, QueryPlace::kShared, "113 KB; sums 96 registers, scores 32", 2};
+constexpr bool has_forward_teams(int head_dim, bool general) {
+  return head_dim > (general ? 64 : 128);
+}
+
+constexpr AttentionTuning attention_forward_teams_tuning(int head_dim, bool general) {
+  constexpr auto kPlace = QueryPlace::kShared;
+  if (general) {
+    if (head_dim <= 96) return {32, 4, 64, 3, kPlace, "44 KB; sums 48 registers of 168", 2};
+    if (head_dim <= 128) return {32, 4, 96, 2, kPlace, "77 KB; sums 64 registers, scores 48", 2};
+    if (head_dim <= 192) return {32, 4, 96, 2, kPlace, "109 KB; sums 96 registers, scores 48", 2};
+    return {32, 4, 64, 2, kPlace, "105 KB; sums 128 registers, scores 32", 2};
   }
-  return {32, 8, 64, 1, QueryPlace::kShared, "145 KB; sums 128 registers, scores 32", 2};
+  if (head_dim <= 192) return {32, 8, 96, 1, kPlace, "145 KB; sums 96 registers, scores 48", 2};
+  return {32, 8, 64, 1, kPlace, "145 KB; sums 128 registers, scores 32", 2};
 }
 
-// dk and dv in one launch.
-constexpr bool has_dkdv_teams(int head_dim) { return head_dim == 96 || head_dim == 128; }
+// Passes of the backward in teams; kBoth is dk and dv in one launch.
+enum class TeamPass : int { kKeys, kValues, kQueries, kBoth };
 
-constexpr AttentionBackwardTuning attention_dkdv_teams_tuning(int head_dim) {
-  if (head_dim <= 96) return {32, 8, 64, 1, "129 KB; sums 96 registers, scores and dp 64", 2};
-  return {32, 8, 64, 1, "161 KB; sums 128 registers, scores and dp 64", 2};
+// Whether there are blocks of 4 or 8 warps.
+constexpr bool has_backward_teams(int head_dim, TeamPass pass, bool general, int warps) {
+  if (pass == TeamPass::kBoth) return head_dim == 96 || head_dim == 128;
+  if (head_dim <= 128) return pass == TeamPass::kQueries && general && head_dim > 64 && warps == 4;
+  // On an A100, four warps alone with the features are no faster than the kernel of 16 rows.
+  return warps == 8 || head_dim <= 192 || pass == TeamPass::kValues || !general;
 }
 
-// Above kMaxJointHeadDim: dk, dv or dq.
-enum class TeamPass : int { kKeys, kValues, kQueries };
-
-// Whether a block of 4 warps runs where one of 8 has no room.
-constexpr bool has_small_team_blocks(int head_dim, TeamPass pass) {
-  return head_dim > 192 && pass != TeamPass::kValues;
-}
-
-constexpr AttentionBackwardTuning attention_bwd_teams_tuning(int head_dim, TeamPass pass,
-                                                             int warps) {
-  if (warps == 4) return {32, 4, 64, 1, "137 KB; an A100 has no room for 8 warps", 2};
+constexpr AttentionBackwardTuning attention_backward_teams_tuning(int head_dim, TeamPass pass,
+                                                                  int warps) {
+  const bool few = warps == 4;
+  if (pass == TeamPass::kBoth) {
+    constexpr auto kWhy96 = "sums 96 registers, scores and dp 64; 90 or 129 KB";
+    constexpr auto kWhy128 = "sums 128 registers, scores and dp 64; 113 or 161 KB";
+    return {32, warps, 64, few ? 2 : 1, head_dim <= 96 ? kWhy96 : kWhy128, 2};
+  }
+  if (head_dim <= 128) {
+    return {32, warps, 96, 2, "sums 48 or 64 registers, scores and dp 96; 73 or 93 KB", 2};
+  }
   if (pass == TeamPass::kValues) {
-    if (head_dim <= 192) return {32, 8, 64, 1, "113 KB; sums 96 registers, scores 32", 2};
-    return {32, 8, 64, 1, "145 KB; sums 128 registers, scores 32", 2};
+    constexpr auto kWhy192 = "sums 96 registers, scores 32; 81 KB";
+    constexpr auto kWhy256 = "sums 128 registers, scores 32; 105 or 145 KB";
+    return {32, warps, 64, few ? 2 : 1, head_dim <= 192 ? kWhy192 : kWhy256, 2};
   }
-  if (head_dim <= 192) return {32, 8, 64, 1, "161 KB; sums 96 registers, scores and dp 64", 2};
-  return {32, 8, 64, 1, "209 KB; sums 128 registers, scores and dp 64", 2};
+  if (head_dim <= 192) {
+    return {32, warps, 64, few ? 2 : 1, "sums 96 registers, scores and dp 64; 105 or 161 KB", 2};
+  }
+  return {32, warps, 64, 1, "sums 128 registers, scores and dp 64; 137 or 209 KB", 2};
 }
 
 // Passes that work on one [block_t, block_s] tile of [T, S] at a time, and walk over the columns of

@@ -52,6 +52,13 @@ __device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void* 
       : "memory");
 }
 
+// PTX 9.7.14, movmatrix (sm_75): the transpose of a matrix that lies in registers as above.
+__device__ __forceinline__ uint32_t movmatrix_trans(uint32_t r) {
+  uint32_t moved;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(moved) : "r"(r));
+  return moved;
+}
+
 // PTX 9.7.14, stmatrix (sm_90).
 __device__ __forceinline__ void stmatrix_x4(void* row, const uint32_t (&r)[4]) {
   asm volatile(

@@ -115,9 +115,4 @@ int barrier_reduce(int predicate, Location here) {
   return block().barriers[0].reduced;
 }
 
-int barrier_vote(int barrier, int threads, int predicate, Location here) {
-  come(barrier, threads, {.orders = false, .addend = predicate != 0}, here);
-  return block().barriers[barrier].reduced;
-}
-
 }  // namespace simt

@@ -1,5 +1,5 @@
-// ldmatrix, stmatrix and mma.sync, by the fragment layouts of PTX 9.7.14 (csrc/ptx/matrix.h and
-// mma.h draw them; tests hold them against CuTe's).
+// ldmatrix, stmatrix, movmatrix and mma.sync, by the fragment layouts of PTX 9.7.14
+// (csrc/ptx/matrix.h and mma.h draw them; tests hold them against CuTe's).
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -90,6 +90,21 @@ void move_matrices(MatrixRecord record, const void* row, const char* kind, Locat
       here);
 }
 
+// Row l / 4, columns 2 (l % 4) and the next, of lane l; turned, the same place of the transpose.
+void transpose(void** lanes, uint32_t) {
+  auto* const* values = reinterpret_cast<uint32_t**>(lanes);
+  uint32_t element[kRows][kRows];
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    for (int half = 0; half < 2; ++half) {
+      element[lane / 4][lane % 4 * 2 + half] = *values[lane] >> 16 * half & 0xffffu;
+    }
+  }
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    const int row = lane / 4, column = lane % 4 * 2;
+    *values[lane] = element[column][row] | element[column + 1][row] << 16;
+  }
+}
+
 struct MmaRecord {
   float* d;
   const uint32_t *a, *b;
@@ -135,6 +150,12 @@ void ldmatrix(uint32_t* registers, const void* row, int matrices, bool transpose
 void stmatrix(const uint32_t* registers, void* row, int matrices, bool transposed, Location here) {
   move_matrices({const_cast<uint32_t*>(registers), 0, matrices, transposed, true, here}, row,
                 "stmatrix", here);
+}
+
+uint32_t movmatrix(uint32_t value, Location here) {
+  need_whole_warp("movmatrix", here);
+  warp_collective("movmatrix", ~0u, &value, transpose, here);
+  return value;
 }
 
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, Half type, Location here) {

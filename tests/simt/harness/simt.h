@@ -110,8 +110,6 @@ constexpr int kAllThreads = -1;
 void barrier_sync(int barrier, int threads, Location here);
 void barrier_arrive(int barrier, int threads, Location here);
 int barrier_reduce(int predicate, Location here);  // __syncthreads_count
-// How many of them have the predicate: a vote, which orders nothing, and is nothing to drop.
-int barrier_vote(int barrier, int threads, int predicate, Location here);
 
 void mbarrier_init(uint64_t* barrier, uint32_t arrivals, Location here);
 void mbarrier_invalidate(uint64_t* barrier, Location here);
@@ -125,6 +123,7 @@ void cp_async_wait(int pending_groups, Location here);
 
 // --- Matrices ---------------------------------------------------------------------------------
 enum class Half { kFloat16, kBFloat16 };
+uint32_t movmatrix(uint32_t value, Location here);
 void ldmatrix(uint32_t* registers, const void* row, int matrices, bool transposed, Location here);
 void stmatrix(const uint32_t* registers, void* row, int matrices, bool transposed, Location here);
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, Half type, Location here);

@@ -110,21 +110,13 @@ py::dict norm_tuning(int64_t C, int vector_width, bool forward) {
 // Likewise of csrc/kernels/attention_fwd_sm80.h; head_dim is one that kernels are compiled for.
 py::dict attention_tuning(int head_dim, bool general, bool teams) {
   const fused_lm::AttentionTuning tuning =
-      teams     ? fused_lm::attention_forward_teams_tuning(head_dim)
+      teams     ? fused_lm::attention_forward_teams_tuning(head_dim, general)
       : general ? fused_lm::attention_forward_general_tuning(head_dim)
                 : fused_lm::attention_forward_plain_tuning(head_dim);
   using namespace py::literals;
   return py::dict("block_t"_a = tuning.block_t(), "block_s"_a = tuning.block_s,
                   "threads"_a = tuning.threads(), "rows_per_warp"_a = tuning.rows_per_warp,
                   "blocks_per_sm"_a = tuning.blocks_per_sm, "reason"_a = tuning.reason);
-}
-
-std::vector<int> head_dims_where(bool (*holds)(int)) {
-  std::vector<int> found;
-  for (const int head_dim : fused_lm::kHeadDims) {
-    if (holds(head_dim)) found.push_back(head_dim);
-  }
-  return found;
 }
 
 py::dict backward_tuning(const fused_lm::AttentionBackwardTuning& tuning) {
@@ -134,18 +126,19 @@ py::dict backward_tuning(const fused_lm::AttentionBackwardTuning& tuning) {
                   "reason"_a = tuning.reason);
 }
 
-// Of its backward: the pass over keys, with its warps in teams or not, or the one over queries.
-py::dict attention_dkdv_tuning(int head_dim, bool general, bool teams) {
-  return backward_tuning(teams ? fused_lm::attention_dkdv_teams_tuning(head_dim)
-                               : fused_lm::attention_dkdv_tuning(head_dim, general));
+// Of its backward: the pass over keys without teams.
+py::dict attention_dkdv_tuning(int head_dim, bool general) {
+  return backward_tuning(fused_lm::attention_dkdv_tuning(head_dim, general));
 }
 
-// Above 128 columns both passes have teams.
-py::dict attention_bwd_teams_tuning(int head_dim, const std::string& makes, int warps) {
+// In blocks of so many warps, of teams; makes "dk", "dv", "dq", or "dkdv".
+py::dict attention_backward_teams_tuning(int head_dim, const std::string& makes, int warps) {
   using fused_lm::TeamPass;
-  const auto pass = choice<TeamPass>(
-      makes, {{"dk", TeamPass::kKeys}, {"dv", TeamPass::kValues}, {"dq", TeamPass::kQueries}});
-  return backward_tuning(fused_lm::attention_bwd_teams_tuning(head_dim, pass, warps));
+  const auto pass = choice<TeamPass>(makes, {{"dk", TeamPass::kKeys},
+                                             {"dv", TeamPass::kValues},
+                                             {"dq", TeamPass::kQueries},
+                                             {"dkdv", TeamPass::kBoth}});
+  return backward_tuning(fused_lm::attention_backward_teams_tuning(head_dim, pass, warps));
 }
 
 py::dict attention_dq_tuning(int head_dim, bool general) {
@@ -170,14 +163,11 @@ PYBIND11_MODULE(SIMT_LIBRARY, m) {
         [](uintptr_t p) { return simt::is_device_memory(reinterpret_cast<const void*>(p)); });
   m.def("attention_tuning", &attention_tuning, py::arg("head_dim"), py::arg("general"),
         py::arg("teams"));
-  m.def("attention_dkdv_tuning", &attention_dkdv_tuning, py::arg("head_dim"), py::arg("general"),
-        py::arg("teams"));
-  m.def("attention_bwd_teams_tuning", &attention_bwd_teams_tuning, py::arg("head_dim"),
+  m.def("attention_dkdv_tuning", &attention_dkdv_tuning, py::arg("head_dim"), py::arg("general"));
+  m.def("attention_backward_teams_tuning", &attention_backward_teams_tuning, py::arg("head_dim"),
         py::arg("makes"), py::arg("warps"));
   m.def("attention_dq_tuning", &attention_dq_tuning, py::arg("head_dim"), py::arg("general"));
   m.attr("MAX_JOINT_HEAD_DIM") = fused_lm::kMaxJointHeadDim;
-  m.attr("FORWARD_TEAM_HEAD_DIMS") = head_dims_where(fused_lm::has_forward_teams);
-  m.attr("DKDV_TEAM_HEAD_DIMS") = head_dims_where(fused_lm::has_dkdv_teams);
   m.attr("HEAD_DIMS") =
       std::vector<int>(std::begin(fused_lm::kHeadDims), std::end(fused_lm::kHeadDims));
   m.def("norm_tuning", &norm_tuning);

@@ -222,19 +222,5 @@ __global__ void votes_of_the_block(const float* gIn, float* gOut) {
 }
 PLANT(votes_of_the_block, 128, kSlots);
 
-// Two teams vote, and the result of one is not the other's; a vote orders no memory.
-template <bool kBug>
-__global__ void votes_of_two_teams(const float* gIn, float* gOut) {
-  auto& smem = dynamic_smem<Slots>();
-  const int thread = threadIdx.x, team = thread / 64;
-  smem.value[thread] = gIn[thread];
-  const bool first = ptx::named_barrier_any(1 + team, 64, thread == 70);
-  const bool second = ptx::named_barrier_any(1 + team, 64, thread < 10);
-  if constexpr (!kBug) ptx::named_barrier_sync(1 + team, 64);
-  const float other = smem.value[thread ^ 32];  // BUG(race): (not ordered before|uninitialised)
-  gOut[thread] = other + (first ? 1000.0f : 0.0f) + (second ? 2000.0f : 0.0f);
-}
-PLANT(votes_of_two_teams, 128, kSlots);
-
 }  // namespace
 }  // namespace planted

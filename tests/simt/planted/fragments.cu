@@ -55,6 +55,21 @@ __global__ void fragments_ldmatrix_x2(const float* gIn, float* gOut) {
 }
 PLANT(fragments_ldmatrix_x2, 32, sizeof(Rows), 1, 128);
 
+// What lies where ldmatrix_x2 puts it, turned in registers: what ldmatrix_x2_trans reads.
+template <bool kTurnedBack>
+__global__ void fragments_movmatrix(const float* gIn, float* gOut) {
+  auto& smem = dynamic_smem<Rows>();
+  number_rows(smem, threadIdx.x);
+  uint32_t r[2];
+  ptx::ldmatrix_x2(r, &smem.element[8 * threadIdx.x]);
+  for (uint32_t& both : r) both = ptx::movmatrix_trans(both);
+  if constexpr (kTurnedBack) {
+    for (uint32_t& both : r) both = ptx::movmatrix_trans(both);
+  }
+  write_halves(gOut, r, 2);
+}
+PLANT(fragments_movmatrix, 32, sizeof(Rows), 1, 128);
+
 // Register r, half h of lane l holds 8 l + 2 r + h; out comes what lies in shared memory.
 template <bool kTransposed>
 __global__ void fragments_stmatrix_x4(const float* gIn, float* gOut) {
