@@ -107,8 +107,7 @@ inline ScoreParams score_params(const AttentionShape& shape, const Tensor& like,
   if (bias) {
     score.bias = data_or_null(bias);
     score.bias_strides = score_strides(*bias);
-    score.bias_pairs =
-        rows_of(2, *bias, score.bias_strides, shape.S, size_of(score.bias_dtype));
+    score.bias_pairs = rows_of(2, *bias, score.bias_strides, shape.S, size_of(score.bias_dtype));
   }
   score.lower = clamped(lower, -shape.T, shape);
   score.upper = clamped(upper, shape.S, shape);

@@ -25,10 +25,10 @@
 //
 // Parts: up to 128 columns one launch makes dk and dv; above, one makes dv and one dk, since
 // registers hold the sums of one only. Plain and general kernels as in the forward; above 128
-// columns general ones alone, and plain calls run attention_bwd_teams_sm80.h where it fits.
+// columns general ones alone, for GPUs on which attention_bwd_teams_sm80.h does not fit.
 //
-// Teams (attention_team.h): the plain kernels of 96 and 128 columns exist a second time, with two
-// warps on the same 32 keys. P^T and ds^T then do pass through shared memory, from one warp to the
+// Teams (attention_team.h): the kernels of 96 and 128 columns exist a second time, with two warps
+// on the same 32 keys. P^T and ds^T then do pass through shared memory, from one warp to the
 // other; q and dout are read half as often.
 //
 // Bytes: reads k and v once, and per key tile the D + Dv columns of the queries that see it, in

@@ -1,7 +1,7 @@
-// Backward of softmax attention in teams of two warps, for head dims whose sums leave a warp no
-// room for 32 rows: what attention_bwd_dkdv_sm80.h and attention_bwd_dq_sm80.h compute above 128
-// columns, with less than two thirds of their reads of shared memory. attention_team.h says what a
-// team is.
+// Backward of softmax attention in teams of two warps, for head dims whose sums, or sums and
+// features, leave a warp no room for 32 rows: what attention_bwd_dkdv_sm80.h computes above 128
+// columns and attention_bwd_dq_sm80.h above 64, with less than two thirds of their reads of shared
+// memory. attention_team.h says what a team is.
 //
 // Three passes. A block owns rows along the keys or the queries, x and y of them, and walks over
 // tiles of the other axis:
@@ -16,8 +16,10 @@
 // arrives. kKeys and kQueries begin with dP, so that y is free when x, which is needed twice, is
 // not yet; kValues is as the forward. lse and delta come with x, or are the own rows'.
 //
-// Plain kernels alone: no mask, key mask, bias, softcap, dropout. Grid, bytes and FLOPs follow from
-// the sizes of the tiles as in the kernels without teams.
+// With dP first, delta and the cap's derivative meet it before P does: (dP - delta) (1 - tanh^2),
+// then times P. So no register holds the derivative, or which values dropout keeps.
+//
+// Plain and general kernels, grid, bytes and FLOPs as without teams, by the sizes of these tiles.
 #pragma once
 
 #include <type_traits>
@@ -167,7 +169,7 @@ __global__ void __launch_bounds__((TeamConfig<kD, kPass, kWarps, kGeneral>::kThr
       const DropoutKey key = dropout_key(p.dropout.rng, tile.batch, tile.head);
       drop(value, tile, key, p.dropout.threshold);
     };
-    [[maybe_unused]] Scores<C> dp;  // from here on what P makes ds of
+    [[maybe_unused]] Scores<C> dp;  // soon what P makes ds of
     ptx::cp_async_wait<0>();
     __syncthreads();
     if constexpr (kGradients) {

@@ -147,7 +147,7 @@ __global__ void __launch_bounds__((Config<kD, kGeneral>::kThreads),
 
     typename C::Keys& keys = smem.keys[i % 2];
     const int lane = ptx::lane_index();  // read anew: addresses that are kept cost spills
-    if constexpr (kGeneral) {  // anew: kept, it costs spills
+    if constexpr (kGeneral) {            // anew: kept, it costs spills
       at = fragment_lane(lane);
       tile.t_first = block_first + row + at.row;
     }

@@ -1,19 +1,20 @@
-// Forward of softmax attention in teams of two warps, for head dims whose sums leave a warp no room
-// for 32 rows: what attention_fwd_sm80.h computes, with half of its reads of k and v from shared
-// memory. attention_team.h says what a team is.
+// Forward of softmax attention in teams of two warps, for head dims whose sums, or sums and
+// features, leave a warp no room for 32 rows: what attention_fwd_sm80.h computes, with half of its
+// reads of k and v from shared memory. attention_team.h says what a team is.
 //
 // A team owns 32 queries. Of a tile of keys each of its warps makes the scores of one half, and of
 // the sums each holds half of the columns. They tell each other the maxima that they found in every
-// tile, 32 numbers, so that both subtract the same.
+// tile, 32 numbers, so that both subtract the same. A vote on whether any has grown, by bar.red,
+// took as long on an H200, and compute-sanitizer's racecheck took it for a race.
 //
 // Shared memory: q [block_t, D], which stays, k and v [block_s, D], one tile each: v arrives while
-// scores are made, the next k while they are multiplied by v. That leaves room for 64 keys in the
-// 163 KB of an A100, and needs two barriers per tile. The first one says that k has landed and that
-// nobody reads v any more; the second one, that v has landed, that nobody reads k any more, and
-// that each warp finds the other one's p.
+// scores are made, the next k while they are multiplied by v. That leaves room for long tiles, and
+// needs two barriers per tile. The first one says that k has landed and that nobody reads v any
+// more; the second one, that v has landed, that nobody reads k any more, and that each warp finds
+// the other one's p.
 //
-// Plain kernels alone: no mask, key mask, bias, softcap, dropout. Bytes and FLOPs are those of
-// attention_fwd_sm80.h, and so are rows without a visible key.
+// Plain and general kernels, bytes, FLOPs and rows without a visible key are as in
+// attention_fwd_sm80.h.
 #pragma once
 
 #include "kernels/attention_dropout.h"
@@ -81,9 +82,7 @@ __global__ void __launch_bounds__((TeamConfig<kD, kGeneral>::kThreads),
       band_tiles<C::kBlockS>(block_first, block_last, shape.S, p.score.lower, p.score.upper);
   const int kv_head = block.head / shape.group;
   // With features, what depends on the thread is read anew for each tile: kept, it costs spills.
-  const auto thread_now = [] {
-    return kGeneral ? ptx::thread_index() : threadIdx.x;
-  };
+  const auto thread_now = [] { return kGeneral ? ptx::thread_index() : threadIdx.x; };
   const auto copy_k = [&](int start) {
     copy_rows_async<C::kThreads>(smem.k, p.k + head_offset(p.k_strides, block.batch, kv_head),
                                  p.k_strides.row, start, shape.S, shape.D, thread_now());

@@ -1,9 +1,9 @@
 // Tiles of the attention kernels: pure functions of the head dim, a reason per row.
 //
-// The plain rows, and the general ones of 64 and 128, were chosen on an H200 among 157 variants,
-// bf16, 4096 queries and keys: raw times in benchmarks/results, what they decided in
-// benchmarks/LOG.md. The others come from the
-// arithmetic below and from ptxas: no spill on any architecture.
+// The plain rows, the general ones of 64 and 128, and the teams were chosen on an H200 among 250
+// variants, bf16, 4096 queries and keys: raw times in benchmarks/results, what they decided in
+// benchmarks/LOG.md. The others come from the arithmetic below and from ptxas: no spill on any
+// architecture.
 //
 // The arithmetic of the forward, per multiprocessor and clock of an A100: 2048 FLOP of the tensor
 // cores, 128 bytes of shared memory, 16 exponentials, 64 fp32 operations. A warp with R rows reads
@@ -138,17 +138,19 @@ constexpr AttentionBackwardTuning attention_dq_tuning(int head_dim, bool general
 // bytes; the copies of two tiles for all teams of a block come on top. In % of the time of an
 // A100's tensor cores at N = 64, by teams per block, beside the kernel of 16 rows per warp:
 //
-//   head dim        96             128            192            256
-//                   4    2  (16)   4    2  (16)   4    2  (16)   4    2  (16)
-//   forward         104 117 (117)  100 112 (112)  96  108 (112)  94  106 (112)   a = b = 1
-//   dk and dv       98  104 (125)  94  100 (125)                                 a = b = 2
-//   dv                                            96  108 (150)  94  106 (175)   a = b = 1
-//   dk, dq          97  103 (116)  95  101 (133)  97  103 (150)  96  104 (183)   a = 2, b = 1
+//   head dim                   96              128             192             256
+//   teams per block         4   2   16      4   2   16      4   2   16      4   2   16
+//   forward               104 117  125    100 112  138     96 108  112     94 106  112   a = b = 1
+//   forward, N = 96        96 108          92 104          88 100                        a = b = 1
+//   dk and dv              98 104  125     94 100  125                                   a = b = 2
+//   dv                                                     96 108  150     94 106  175   a = b = 1
+//   dk, dq                                                 97 106  150     96 104  183   a = 2,
+//   dq, N = 96             92 100  125     89  97  133                                     b = 1
 //
 // So says the arithmetic. On an H200, whose mma.sync asks for more of its shared memory than an
 // A100's, two blocks of two teams were faster than one of four all the same, by 1 to 10 %, with
-// features by up to 15: while one block waits at a barrier, or for a bias, the other one works.
-// What fits twice comes first, therefore, and four teams where it does not.
+// features by more: while one block waits at a barrier or for a bias, the other one works. What
+// fits twice comes first, therefore, and four teams where it does not.
 //
 // Kernels of 16 rows per warp run where a block cannot have 163 KB: on sm_86, 89 and 120, whose
 // tensor cores take two to four times as long, so that shared memory does not bind there.

@@ -21,9 +21,7 @@ inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* rows, uint32_t lane_
                               uint32_t fixed_off = 0, SIMT_HERE) {
   ::simt::ldmatrix(r, static_cast<const char*>(rows) + lane_off + fixed_off, 2, true, here);
 }
-inline uint32_t movmatrix_trans(uint32_t r, SIMT_HERE) {
-  return ::simt::movmatrix(r, here);
-}
+inline uint32_t movmatrix_trans(uint32_t r, SIMT_HERE) { return ::simt::movmatrix(r, here); }
 inline void stmatrix_x4(void* row, const uint32_t (&r)[4], SIMT_HERE) {
   ::simt::stmatrix(r, row, 4, false, here);
 }
