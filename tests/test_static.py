@@ -292,7 +292,7 @@ WIDE_HEADS = {
     "attention_bwd_teams_sm80<T, 256, (TeamPass)2, 4, false>": 0.94,
     # Two or three blocks of two teams, because a GPU was faster so than with one of four.
     "attention_fwd_teams_sm80<T, 96, true>": 0.78,
-    "attention_fwd_teams_sm80<T, 128, true>": 0.91,
+    "attention_fwd_teams_sm80<T, 128, true>": 0.9,
     "attention_bwd_teams_sm80<T, 192, (TeamPass)1, 4, false>": 0.89,
     "attention_bwd_teams_sm80<T, 192, (TeamPass)1, 4, true>": 0.89,
     # 16 rows per warp: teams with features have no room here, or were no faster on a GPU.
@@ -301,8 +301,8 @@ WIDE_HEADS = {
     "attention_bwd_dkdv_sm80<T, 256, true, (attention_dkdv::Part)2, 0>": 0.52,
     "attention_bwd_dq_sm80<T, 256, true>": 0.53,
 }
-"""What an A100 runs, and how busy its tensor cores are at least while the main loop is at its bound,
-with none of the features that a general kernel has; T is bf16."""
+"""What an A100 runs, and how busy its tensor cores are at least while the main loop is at its
+bound, with none of the features that a general kernel has; T is bf16."""
 
 
 def test_the_tensor_cores_bind_wide_heads() -> None:
