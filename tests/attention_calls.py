@@ -32,6 +32,7 @@ class Layout(Enum):
     PACKED = auto()  # [B, T, H, D], as a projection leaves them
     SLICED = auto()  # rows apart, from the middle of 16 bytes
     SHIFTED = auto()  # dense, but from the second element on
+    CUT = auto()  # mask and bias, of longer rows than are used
     EXPANDED = auto()  # k and v of one head and batch for all, stride 0
     TURNED = auto()  # the last two dims exchanged in memory
 
@@ -154,6 +155,23 @@ CALLS = [
     Call("mask in octets", 37, 104, B=2, mask="BHTS"),
     Call("mask in octets, teams, half of a load", 37, 104, 128, mask="11TS"),
     Call("mask, even keys", 37, 46, B=2, mask="BHTS"),
+    Call("mask, whole octets of longer rows", 37, 104, B=2, mask="BHTS", layout=Layout.CUT),
+    Call("mask, whole octets off 8 bytes", 37, 104, B=2, mask="BHTS", layout=Layout.SHIFTED),
+    Call("mask, whole octets apart", 37, 104, B=2, mask="BHTS", layout=Layout.TURNED),
+    Call("mask of queries, whole octets", 37, 104, mask="1HT1"),
+    Call("bias, whole pairs of longer rows", 37, 46, bias="1HTS", layout=Layout.CUT),
+    Call(
+        "teams with features of each batch and head",
+        37,
+        104,
+        128,
+        B=2,
+        H=4,
+        group=2,
+        mask="BHTS",
+        bias="BHTS",
+        dropout_p=0.3,
+    ),
     Call("mask, odd keys", 37, 45, B=2, mask="BHTS"),
     Call("mask of keys for all queries", 37, 46, B=2, mask="B11S"),
     Call("mask of queries", 37, 46, mask="1HT1"),
@@ -212,6 +230,8 @@ def _laid(t: Tensor, layout: Layout) -> Tensor:
         return t.new_empty(B, H, T, D + 8)[..., 4 : 4 + D].copy_(t)
     if layout is Layout.SHIFTED:
         return t.new_empty(t.numel() + 1)[1:].view(t.shape).copy_(t)
+    if layout is Layout.CUT:
+        return t.new_empty(B, H, T, D + 1)[..., :D].copy_(t)
     if layout is Layout.TURNED:
         return t.transpose(2, 3).contiguous().transpose(2, 3)
     return t
@@ -224,7 +244,8 @@ def data_of(call: Call) -> tuple[Any, ...]:
     heads = (1, 1) if c.layout is Layout.EXPANDED else (c.B, c.H // c.group)
 
     def laid(*shape: int, size: float = 1.0) -> Tensor:
-        return _laid((size * torch.randn(shape)).to(c.dtype), c.layout)
+        layout = Layout.DENSE if c.layout is Layout.CUT else c.layout
+        return _laid((size * torch.randn(shape)).to(c.dtype), layout)
 
     q = laid(c.B, c.H, c.T, c.D, size=c.size)
     k, v = laid(*heads, c.S, c.D, size=c.size), laid(*heads, c.S, c.values)

@@ -64,7 +64,7 @@ CALLS = [
     Call("a window, in the mean", T=140, S=140, lower=-9, upper=3, average=True),
     Call("rows without a key", T=40, S=15, upper=-25),
     Call("every tile is outside of the band", T=20, S=64, lower=64),
-    Call("a mask in pairs", mask=(1, 2, 37, 40)),
+    Call("a mask in octets", mask=(1, 2, 37, 40)),
     Call("a mask per query, odd keys", S=37, mask=(1, 1, 37, 1), key_mask=True),
     Call("a bias per head", bias=(1, 2, 37, 40)),
     Call("fp32 bias per key beside fp16", dtype=F16, bias=(1, 2, 1, 40), bias_dtype=F32),

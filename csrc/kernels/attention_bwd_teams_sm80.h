@@ -163,7 +163,8 @@ __global__ void __launch_bounds__((TeamConfig<kD, kPass, kWarps, kGeneral>::kThr
     const int own = own_first + place.row + at.row;
     const int other = start + part + at.column;
     const ScoreTile<kKeyRows> tile{
-        kKeyRows ? other : own, kKeyRows ? own : other, shape.T, shape.S, block.batch, walk.head};
+        kKeyRows ? other : own,           kKeyRows ? own : other, shape.T, shape.S, block.batch,
+        kKeyRows ? walk.head : block.head};
     const auto drop_some = [&](Scores<C>& value) {
       // Drawn up anew: five registers less in a loop that mostly needs none.
       const DropoutKey key = dropout_key(p.dropout.rng, tile.batch, tile.head);

@@ -289,5 +289,7 @@ def verify_cases() -> list[Case]:
             case.sized(S, D) for case in ladder if S <= 4096 or case.features in ((), ("causal",))
         ]
     cases += [case.sized(1024, D) for D in (96, 256, 32, 192) for case in ladder[:2]]
+    shared_keys = AttentionCase(("bias", "dropout"), B=16, H=16, Hkv=4)
+    cases += [shared_keys.sized(1024, D) for D in (128, 192)]
     cases += [NormCase(op, features, N, C) for N, C in rare for op, features in NORM_KINDS]
     return cases
