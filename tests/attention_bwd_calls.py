@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_lm.reference import attention as reference
 from tests import attention_calls
-from tests.attention_calls import ALONE, BF16, F16, F32, HEAD_DIMS, Layout, data_of
+from tests.attention_calls import ALONE, BF16, F16, F32, HEAD_DIMS, OF_EACH_HEAD, Layout, data_of
 from tests.simt.runtime import LARGE_SHARED, MEDIUM_SHARED, SMALL_SHARED
 
 JOINT_HEAD_DIM = 128
@@ -138,29 +138,8 @@ CALLS = [
     Call("one key head, in parts without teams", 37, 45, 192, H=4, group=4, **ALONE),
     Call("grouped heads, wide teams", 150, 200, 200, H=4, group=2, lower=-40, upper=70),
     Call("grouped heads, few wide teams", 100, 150, 256, H=2, group=2, upper=0, **MEDIUM),
-    Call(
-        "grouped heads, teams with features of each head",
-        *(70, 104, 128),
-        B=2,
-        H=4,
-        group=2,
-        mask="BHTS",
-        bias="BHTS",
-        dropout_p=0.3,
-        needs_dbias=False,
-    ),
-    Call(
-        "the same, wide and on an A100",
-        *(70, 56, 192),
-        B=2,
-        H=2,
-        group=2,
-        mask="BHTS",
-        bias="BHTS",
-        dropout_p=0.3,
-        needs_dbias=False,
-        **MEDIUM,
-    ),
+    Call("teams with features of each head", 70, 104, 128, H=4, needs_dbias=False, **OF_EACH_HEAD),
+    Call("the same on an A100", 70, 56, 192, needs_dbias=False, **OF_EACH_HEAD, **MEDIUM),
     Call("wide teams, tiles that nobody sees", 100, 400, 192, H=1, upper=0),
     Call("wide teams, queries without a key", 300, 100, 192, H=1, upper=-150),
     Call("wide teams, no key that is seen", 64, 128, 192, H=1, lower=2**40),

@@ -86,6 +86,14 @@ class Call:
 
 
 DTYPES = {"bf16": BF16, "fp16": F16}
+OF_EACH_HEAD: dict[str, Any] = {
+    "B": 2,
+    "group": 2,
+    "mask": "BHTS",
+    "bias": "BHTS",
+    "dropout_p": 0.3,
+}
+"""Features that differ by query head, of heads that share keys."""
 ALONE: dict[str, Any] = {"shared_bytes": SMALL_SHARED}
 FEATURES: dict[str, Any] = {
     "mask": "11TS",
@@ -160,18 +168,7 @@ CALLS = [
     Call("mask, whole octets apart", 37, 104, B=2, mask="BHTS", layout=Layout.TURNED),
     Call("mask of queries, whole octets", 37, 104, mask="1HT1"),
     Call("bias, whole pairs of longer rows", 37, 46, bias="1HTS", layout=Layout.CUT),
-    Call(
-        "teams with features of each batch and head",
-        37,
-        104,
-        128,
-        B=2,
-        H=4,
-        group=2,
-        mask="BHTS",
-        bias="BHTS",
-        dropout_p=0.3,
-    ),
+    Call("teams with features of each batch and head", 37, 104, 128, H=4, **OF_EACH_HEAD),
     Call("mask, odd keys", 37, 45, B=2, mask="BHTS"),
     Call("mask of keys for all queries", 37, 46, B=2, mask="B11S"),
     Call("mask of queries", 37, 46, mask="1HT1"),

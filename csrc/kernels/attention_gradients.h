@@ -37,58 +37,44 @@ __device__ __forceinline__ void copy_numbers(ColumnNumbers<kQueries>& numbers,
   }
 }
 
-// Scores become P.
-template <class C>
-__device__ __forceinline__ void probabilities(Scores<C>& score, const float* sLse, float scale) {
+// Calls body(m, n, e, number of the value's column) for every value of a tile.
+template <class C, class Body>
+__device__ __forceinline__ void for_each_in_columns(const float* sNumbers, const Body& body) {
   const int column = fragment_lane(ptx::lane_index()).column;
 #pragma unroll
   for (int n = 0; n < C::kScores; ++n) {
-    const float2 lse = *reinterpret_cast<const float2*>(sLse + kMmaColumns * n + column);
+    const float2 own = *reinterpret_cast<const float2*>(sNumbers + kMmaColumns * n + column);
 #pragma unroll
     for (int m = 0; m < C::kM; ++m) {
 #pragma unroll
-      for (int e = 0; e < kFragment; ++e) {
-        score[m][n][e] =
-            probability<C::kGeneral>(score[m][n][e], e % 2 == 0 ? lse.x : lse.y, scale);
-      }
+      for (int e = 0; e < kFragment; ++e) body(m, n, e, e % 2 == 0 ? own.x : own.y);
     }
   }
+}
+
+// Scores become P.
+template <class C>
+__device__ __forceinline__ void probabilities(Scores<C>& score, const float* sLse, float scale) {
+  for_each_in_columns<C>(sLse, [&](int m, int n, int e, float lse) {
+    score[m][n][e] = probability<C::kGeneral>(score[m][n][e], lse, scale);
+  });
+}
+
+// dP becomes factor dP - delta, of which P makes ds.
+template <class C>
+__device__ __forceinline__ void subtract_delta(Scores<C>& dp, const float* sDelta, float factor) {
+  for_each_in_columns<C>(sDelta, [&](int m, int n, int e, float delta) {
+    dp[m][n][e] = fmaf(dp[m][n][e], factor, -delta);
+  });
 }
 
 // dP becomes ds.
 template <class C>
 __device__ __forceinline__ void score_gradients(Scores<C>& dp, const Scores<C>& p,
                                                 const float* sDelta, float factor) {
-  const int column = fragment_lane(ptx::lane_index()).column;
-#pragma unroll
-  for (int n = 0; n < C::kScores; ++n) {
-    const float2 delta = *reinterpret_cast<const float2*>(sDelta + kMmaColumns * n + column);
-#pragma unroll
-    for (int m = 0; m < C::kM; ++m) {
-#pragma unroll
-      for (int e = 0; e < kFragment; ++e) {
-        const float own = e % 2 == 0 ? delta.x : delta.y;
-        dp[m][n][e] = p[m][n][e] * fmaf(dp[m][n][e], factor, -own);
-      }
-    }
-  }
-}
-
-// factor dP - delta, of which P makes ds.
-template <class C>
-__device__ __forceinline__ void subtract_delta(Scores<C>& dp, const float* sDelta, float factor) {
-  const int column = fragment_lane(ptx::lane_index()).column;
-#pragma unroll
-  for (int n = 0; n < C::kScores; ++n) {
-    const float2 delta = *reinterpret_cast<const float2*>(sDelta + kMmaColumns * n + column);
-#pragma unroll
-    for (int m = 0; m < C::kM; ++m) {
-#pragma unroll
-      for (int e = 0; e < kFragment; ++e) {
-        dp[m][n][e] = fmaf(dp[m][n][e], factor, -(e % 2 == 0 ? delta.x : delta.y));
-      }
-    }
-  }
+  for_each_in_columns<C>(sDelta, [&](int m, int n, int e, float delta) {
+    dp[m][n][e] = p[m][n][e] * fmaf(dp[m][n][e], factor, -delta);
+  });
 }
 
 // Of a block's queries, as rows: in registers, eight for 32 rows, they spill.
@@ -115,28 +101,6 @@ __device__ __forceinline__ void load_numbers(RowNumbers<kQueries>& numbers,
   *reinterpret_cast<uint2*>(&numbers.lse_delta[thread]) = both;
 }
 
-// dP becomes ds, from scores that are not P yet.
-template <class C, int kQueries>
-__device__ __forceinline__ void score_gradients(Scores<C>& dp, const Scores<C>& score,
-                                                const RowNumbers<kQueries>& numbers, int row,
-                                                int lane, float scale, float factor) {
-#pragma unroll
-  for (int m = 0; m < C::kM; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float2 own = numbers.lse_delta[row + m * kMmaRows + half * 8 + lane / 4];
-#pragma unroll
-      for (int n = 0; n < C::kScores; ++n) {
-#pragma unroll
-        for (int e = 2 * half; e < 2 * half + 2; ++e) {
-          const float prob = probability<C::kGeneral>(score[m][n][e], own.x, scale);
-          dp[m][n][e] = prob * fmaf(dp[m][n][e], factor, -own.y);
-        }
-      }
-    }
-  }
-}
-
 // Calls body(m, n, e, lse and delta of the value's row) for every value of a tile.
 template <class C, int kQueries, class Body>
 __device__ __forceinline__ void for_each_in_rows(const RowNumbers<kQueries>& numbers, int row,
@@ -145,7 +109,7 @@ __device__ __forceinline__ void for_each_in_rows(const RowNumbers<kQueries>& num
   for (int m = 0; m < C::kM; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float2& own = numbers.lse_delta[row + m * kMmaRows + half * 8 + lane / 4];
+      const float2 own = numbers.lse_delta[row + m * kMmaRows + half * 8 + lane / 4];
 #pragma unroll
       for (int n = 0; n < C::kScores; ++n) {
 #pragma unroll
@@ -168,6 +132,17 @@ __device__ __forceinline__ void subtract_delta(Scores<C>& dp, const RowNumbers<k
                                                int row, int lane, float factor) {
   for_each_in_rows<C>(numbers, row, lane, [&](int m, int n, int e, const float2& own) {
     dp[m][n][e] = fmaf(dp[m][n][e], factor, -own.y);
+  });
+}
+
+// dP becomes ds, from scores that are not P yet.
+template <class C, int kQueries>
+__device__ __forceinline__ void score_gradients(Scores<C>& dp, const Scores<C>& score,
+                                                const RowNumbers<kQueries>& numbers, int row,
+                                                int lane, float scale, float factor) {
+  for_each_in_rows<C>(numbers, row, lane, [&](int m, int n, int e, const float2& own) {
+    const float prob = probability<C::kGeneral>(score[m][n][e], own.x, scale);
+    dp[m][n][e] = prob * fmaf(dp[m][n][e], factor, -own.y);
   });
 }
 
