@@ -15,29 +15,20 @@ from torch import Tensor
 
 from fused_lm.reference import attention as reference
 from tests import attention_calls
-from tests.attention_calls import ALONE, BF16, F16, F32, HEAD_DIMS, OF_EACH_HEAD, Layout, data_of
-from tests.simt.runtime import LARGE_SHARED, MEDIUM_SHARED, SMALL_SHARED
+from tests.attention_calls import (
+    ALONE,
+    BF16,
+    F16,
+    F32,
+    HEAD_DIMS,
+    MEDIUM,
+    OF_EACH_HEAD,
+    Layout,
+    data_of,
+)
 
 JOINT_HEAD_DIM = 128
 """Up to which one launch makes dk and dv, of csrc/kernels/attention_tuning.h."""
-TEAM_WARPS = {
-    ("dkdv", 96): (4, 8),
-    ("dkdv", 128): (4, 8),
-    ("dv", 192): (4, 4),
-    ("dv", 256): (4, 8),
-    ("dk", 192): (4, 8),
-    ("dk", 256): (8, 4),
-    ("dq", 192): (4, 8),
-    ("dq", 256): (8, 4),
-}
-"""Passes in teams of warps, and how many warps a block has on an H100 and on an A100."""
-GENERAL_TEAM_WARPS = {
-    **TEAM_WARPS,
-    ("dq", 96): (4, 4),
-    ("dq", 128): (4, 4),
-    ("dk", 256): (8, 0),
-    ("dq", 256): (8, 0),
-}
 TEAM_HEAD_DIMS = (96, 128, 192, 256)
 
 
@@ -60,12 +51,6 @@ class Call(attention_calls.Call):
     dout: Dout = Dout.DENSE
     needs_dbias: bool = True
 
-    def team_warps(self, makes: str) -> int:
-        """Of a block of the pass that makes "dk", "dv", "dkdv" or "dq"; 0 without teams."""
-        table = GENERAL_TEAM_WARPS if self.general else TEAM_WARPS
-        large, medium = table.get((makes, self.head_dim), (0, 0))
-        return {LARGE_SHARED: large, MEDIUM_SHARED: medium, SMALL_SHARED: 0}[self.shared_bytes]
-
 
 FEATURES: dict[str, Any] = {
     "mask": "11TS",
@@ -75,7 +60,6 @@ FEATURES: dict[str, Any] = {
     "softcap": 2.0,
     "dropout_p": 0.3,
 }
-MEDIUM: dict[str, Any] = {"shared_bytes": MEDIUM_SHARED}
 KERNELS = [
     Call(f"{name}, {type_name} {D}", 40, 70, D, dtype=dtype, H=1, upper=50, **features)
     for D in HEAD_DIMS

@@ -17,11 +17,28 @@ from tests.simt.runtime import LARGE_SHARED, MEDIUM_SHARED, SMALL_SHARED
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 """Of csrc/kernels/attention_tuning.h."""
-TEAMS = {
-    "plain": {192: MEDIUM_SHARED, 256: MEDIUM_SHARED},
-    "general": {96: MEDIUM_SHARED, 128: MEDIUM_SHARED, 192: LARGE_SHARED, 256: LARGE_SHARED},
+TEAM_WARPS = {
+    ("out", 192): (8, 8),
+    ("out", 256): (8, 8),
+    ("dkdv", 96): (4, 8),
+    ("dkdv", 128): (4, 8),
+    ("dv", 192): (4, 4),
+    ("dv", 256): (4, 8),
+    ("dk", 192): (4, 8),
+    ("dk", 256): (8, 4),
+    ("dq", 192): (4, 8),
+    ("dq", 256): (8, 4),
 }
-"""Head dims whose forward runs in teams of warps, and what a block must be able to have."""
+"""What runs in teams of warps, and how many warps a block has on an H100 and on an A100."""
+GENERAL_TEAM_WARPS = {
+    **TEAM_WARPS,
+    ("out", 96): (4, 4),
+    ("out", 128): (4, 4),
+    ("out", 192): (4, 8),
+    ("out", 256): (4, 8),
+    ("dq", 96): (4, 4),
+    ("dq", 128): (4, 4),
+}
 RNG = torch.tensor([2**61 + 12345, 77, 3, 5])
 
 
@@ -80,9 +97,13 @@ class Call:
         return any(features) or (self.scale is not None and self.scale < torch.finfo(F32).tiny)
 
     @property
-    def in_teams(self) -> bool:
-        least = TEAMS["general" if self.general else "plain"].get(self.head_dim)
-        return least is not None and self.shared_bytes >= least
+    def _teams(self) -> dict[tuple[str, int], tuple[int, int]]:
+        return GENERAL_TEAM_WARPS if self.general else TEAM_WARPS
+
+    def team_warps(self, makes: str) -> int:
+        """Of a block of what makes "out", "dk", "dv", "dkdv" or "dq"; 0 without teams."""
+        large, medium = self._teams.get((makes, self.head_dim), (0, 0))
+        return {LARGE_SHARED: large, MEDIUM_SHARED: medium, SMALL_SHARED: 0}[self.shared_bytes]
 
 
 DTYPES = {"bf16": BF16, "fp16": F16}
@@ -95,6 +116,7 @@ OF_EACH_HEAD: dict[str, Any] = {
 }
 """Features that differ by query head, of heads that share keys."""
 ALONE: dict[str, Any] = {"shared_bytes": SMALL_SHARED}
+MEDIUM: dict[str, Any] = {"shared_bytes": MEDIUM_SHARED}
 FEATURES: dict[str, Any] = {
     "mask": "11TS",
     "key_mask": True,
@@ -113,17 +135,22 @@ KERNELS = [
     ),
     *(
         Call(
-            f"{kind} without teams, {name} {D}",
+            f"{kind} {where}, {name} {D}",
             *(40, 150, D),
             dtype=dtype,
             H=1,
             upper=110,
             **features,
-            **ALONE,
+            **shared,
         )
-        for kind, features in (("plain", {}), ("general", FEATURES))
-        for D in TEAMS[kind]
+        for kind, features, table in (
+            ("plain", {}, TEAM_WARPS),
+            ("general", FEATURES, GENERAL_TEAM_WARPS),
+        )
+        for (makes, D), (large, medium) in table.items()
+        for where, shared in (("without teams", ALONE), ("on an A100", MEDIUM))
         for name, dtype in DTYPES.items()
+        if makes == "out" and not (shared is MEDIUM and medium == large)  # the same kernel
     ),
 ]
 """Every instantiation, with all that it can, three tiles of keys or more each."""
@@ -169,6 +196,7 @@ CALLS = [
     Call("mask of queries, whole octets", 37, 104, mask="1HT1"),
     Call("bias, whole pairs of longer rows", 37, 46, bias="1HTS", layout=Layout.CUT),
     Call("teams with features of each batch and head", 37, 104, 128, H=4, **OF_EACH_HEAD),
+    Call("the same on an A100", 150, 104, 256, **OF_EACH_HEAD, **MEDIUM),
     Call("mask, odd keys", 37, 45, B=2, mask="BHTS"),
     Call("mask of keys for all queries", 37, 46, B=2, mask="B11S"),
     Call("mask of queries", 37, 46, mask="1HT1"),

@@ -23,10 +23,11 @@ from tests.attention_calls import (
     BF16,
     CALLS,
     F32,
+    GENERAL_TEAM_WARPS,
     HEAD_DIMS,
     KERNELS,
     RNG,
-    TEAMS,
+    TEAM_WARPS,
     Call,
     data_of,
     in_fp64,
@@ -78,7 +79,7 @@ def _seeds(call: Call) -> Sequence[int]:
 
 def _tuning(call: Call) -> dict[str, Any]:
     found: dict[str, Any] = runtime.load("race").module.attention_tuning(
-        call.head_dim, call.general, call.in_teams
+        call.head_dim, call.general, call.team_warps("out")
     )
     return found
 
@@ -122,7 +123,7 @@ def _counts(call: Call) -> dict[str, int]:
         seen = sum(keys)
         reads += 2 * rows * call.D * (seen > 0) + 2 * seen * (call.D + call.values)
         reads += rows * seen * (bool(call.mask) + call.bias_dtype.itemsize * bool(call.bias))
-        looks = tuning["threads"] // WARP // (2 if call.in_teams else 1)
+        looks = tuning["threads"] // WARP // (2 if call.team_warps("out") else 1)
         reads += looks * seen * call.key_mask
         reads += RNG.nbytes * tuning["threads"] * len(keys) * (call.dropout_p > 0)
         flops += 4 * block_t * block_s * call.head_dim * len(keys)
@@ -194,7 +195,7 @@ def test_sectors(head_dim: int, scores: dict[str, Any]) -> None:
 def _mask_sectors(call: Call) -> int:
     """Of a row, which begins with one."""
     block = _tuning(call)["block_s"]
-    own = block // (2 if call.in_teams else 1)
+    own = block // (2 if call.team_warps("out") else 1)
     firsts = [
         (first + part, min(32, own - part))
         for first in range(0, -(-call.S // block) * block, own)
@@ -229,10 +230,12 @@ def test_every_instantiation_runs() -> None:
         for general in ("false", "true")
     }
     compiled |= {
-        f"attention_fwd::attention_fwd_teams_sm80<{element}, {head_dim}, {general}>"
+        f"attention_fwd::attention_fwd_teams_sm80<{element}, {head_dim}, {warps}, {general}>"
         for element in ("__nv_bfloat16", "__half")
-        for general, kind in (("false", "plain"), ("true", "general"))
-        for head_dim in TEAMS[kind]
+        for general, table in (("false", TEAM_WARPS), ("true", GENERAL_TEAM_WARPS))
+        for (makes, head_dim), of_a_block in table.items()
+        for warps in of_a_block
+        if makes == "out"
     }
     harness = runtime.load(simt.BACKENDS[0].removeprefix(simt.PREFIX))
     assert tuple(harness.module.HEAD_DIMS) == HEAD_DIMS

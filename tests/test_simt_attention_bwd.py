@@ -24,14 +24,12 @@ from tests.attention_bwd_calls import (
     BIASES,
     CALLS,
     FEATURES,
-    GENERAL_TEAM_WARPS,
     JOINT_HEAD_DIM,
     KERNELS,
-    TEAM_WARPS,
     Call,
     Data,
 )
-from tests.attention_calls import BF16, HEAD_DIMS, RNG
+from tests.attention_calls import BF16, GENERAL_TEAM_WARPS, HEAD_DIMS, RNG, TEAM_WARPS
 from tests.simt import backend as simt
 from tests.simt import mutants, runtime
 
@@ -276,7 +274,7 @@ def _instantiations() -> set[str]:
                 found.add(f"{keys}<{element}, {dim}, {general}, {part}, 0>")
         table = GENERAL_TEAM_WARPS if general == "true" else TEAM_WARPS
         for (makes, dim), blocks in table.items():
-            for warps in set(blocks) - {0}:
+            for warps in set(blocks) if makes != "out" else ():
                 if makes == "dkdv":
                     part = "(attention_dkdv::Part)0"
                     found.add(f"{keys}<{element}, {dim}, {general}, {part}, {warps}>")

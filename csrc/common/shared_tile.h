@@ -67,14 +67,15 @@ struct ChunksOf {
 
 // Copies rows first .. of a matrix [length, columns] into a tile, asynchronously; zeros beside it.
 // Every thread of the block calls. Rows are aligned to 16 bytes and lie `stride` elements apart.
-template <int kThreads, class Tile>
-__device__ __forceinline__ void copy_rows_async(Tile& sTile, const uint16_t* gMatrix,
-                                                int64_t stride, int first, int length, int columns,
-                                                unsigned thread = threadIdx.x) {
+// kUnroll: rows per thread whose addresses are made at once.
+template <int kThreads, int kUnroll, class Tile>
+__device__ __forceinline__ void copy_rows_unrolled(Tile& sTile, const uint16_t* gMatrix,
+                                                   int64_t stride, int first, int length,
+                                                   int columns, unsigned thread) {
   using Chunks = ChunksOf<Tile, kThreads>;
   const Chunks own(thread);
   const uint16_t* gRow = gMatrix + (first + own.row) * stride + own.chunk * kChunkElements;
-#pragma unroll
+#pragma unroll kUnroll
   for (int row = 0; row < Tile::kRows; row += Chunks::kRowsAtOnce) {
     const bool in_rows = first + own.row + row < length;
 #pragma unroll
@@ -85,6 +86,13 @@ __device__ __forceinline__ void copy_rows_async(Tile& sTile, const uint16_t* gMa
     }
     gRow += Chunks::kRowsAtOnce * stride;
   }
+}
+
+template <int kThreads, class Tile>
+__device__ __forceinline__ void copy_rows_async(Tile& sTile, const uint16_t* gMatrix,
+                                                int64_t stride, int first, int length, int columns,
+                                                unsigned thread = threadIdx.x) {
+  copy_rows_unrolled<kThreads, Tile::kRows>(sTile, gMatrix, stride, first, length, columns, thread);
 }
 
 __device__ __forceinline__ int own_lane() { return static_cast<int>(threadIdx.x % kWarpSize); }

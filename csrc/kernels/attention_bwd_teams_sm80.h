@@ -50,6 +50,8 @@ struct TeamConfig {
   static constexpr int kM = kTuning.rows_per_warp / kMmaRows;
   static constexpr int kScores = kOwnOther / kMmaColumns;
   static constexpr int kSums = kD / kTeam / kMmaColumns;
+  // Four warps copy twice the rows of eight; beside features their addresses cost spills.
+  static constexpr int kCopyUnroll = kGeneral && kWarps == 4 && kD == 256 ? 2 : kBlockOther;
 
   struct SharedStorage {
     // x and y; at the end the result lies in the place of x.
@@ -91,8 +93,8 @@ __device__ __forceinline__ Side side_y(const AttentionBackwardParams& p, int bat
 // The thread, and below the lane, read anew: addresses that are kept cost spills at 256 columns.
 template <class C, class Tile>
 __device__ __forceinline__ void copy_side(Tile& sTile, const Side& side, int first) {
-  copy_rows_async<C::kThreads>(sTile, side.gRows, side.stride, first, side.length, side.columns,
-                               ptx::thread_index());
+  copy_rows_unrolled<C::kThreads, C::kCopyUnroll>(sTile, side.gRows, side.stride, first,
+                                                  side.length, side.columns, ptx::thread_index());
 }
 
 // The tiles that a block walks over: those of its band, in every head that shares the own rows.
@@ -219,7 +221,8 @@ __global__ void __launch_bounds__((TeamConfig<kD, kPass, kWarps, kGeneral>::kThr
       if (next.head < end_head) copy_x(next);
     }
     auto& factors = kGradients ? smem.x : smem.y;
-    add_part<Element, C>(sums, operands, factors, lane, place.part, place.part);
+    add_part<Element, C>(sums, operands, factors, kKeyRows ? ptx::lane_index() : lane, place.part,
+                         place.part);
     take_over<C>(operands, smem.handover);
     add_part<Element, C>(sums, operands, factors, ptx::lane_index(), place.part ^ 1, place.part);
   }

@@ -3,24 +3,29 @@
 
 #include "kernels/attention_fwd_sm80.h"
 #include "kernels/attention_fwd_teams_sm80.h"
+#include "kernels/attention_team_launch.h"
 
 namespace fused_lm {
 namespace attention_fwd {
 
+// As attention_team_launch.h wants it.
+template <int kD, bool kGeneral>
+struct TeamsOf {
+  template <int kWarps>
+  using Config = TeamConfig<kD, kWarps, kGeneral>;
+  template <int kWarps>
+  static constexpr bool kExists = has_forward_teams(kD, kGeneral, kWarps);
+};
+
 // shared_bytes: what a block of the current GPU may have.
 template <class Element, int kD, bool kGeneral>
 Status launch_head_dim(const AttentionForwardParams& p, size_t shared_bytes, Stream stream) {
-  if constexpr (has_forward_teams(kD, kGeneral)) {
-    using Teams = TeamConfig<kD, kGeneral>;
-    constexpr size_t kBytes = sizeof(typename Teams::SharedStorage);
-    constexpr int kMost = Teams::kTuning.warps * Teams::kTuning.blocks_per_sm;
-    static_assert(resident_warps(Teams::kTuning, kBytes, kSharedBytesOfH100) == kMost);
-    if (shared_bytes >= kSharedBytesOfA100 &&
-        resident_warps(Teams::kTuning, kBytes, shared_bytes) == kMost) {
-      return launch_teams<Element, kD, kGeneral>(p, stream);
-    }
-  }
-  return launch_tiles<Element, kD, kGeneral>(p, stream);
+  return launch_teams_or<TeamsOf<kD, kGeneral>>(
+      shared_bytes,
+      [&](auto warps) {
+        return launch_teams<Element, kD, decltype(warps)::value, kGeneral>(p, stream);
+      },
+      [&] { return launch_tiles<Element, kD, kGeneral>(p, stream); });
 }
 
 template <class Element>

@@ -27,11 +27,11 @@
 namespace fused_lm {
 namespace attention_fwd {
 
-template <int kHeadDim, bool kIsGeneral>
+template <int kHeadDim, int kWarps, bool kIsGeneral>
 struct TeamConfig {
   static constexpr int kD = kHeadDim;
   static constexpr bool kGeneral = kIsGeneral;
-  static constexpr AttentionTuning kTuning = attention_forward_teams_tuning(kD, kGeneral);
+  static constexpr AttentionTuning kTuning = attention_forward_teams_tuning(kD, kGeneral, kWarps);
   static constexpr int kTeam = kTuning.team;
   static constexpr int kThreads = kTuning.threads();
   static constexpr int kBlockT = kTuning.block_t();
@@ -68,11 +68,11 @@ __device__ __forceinline__ void combine_rows(RowValues<C>& value, typename C::Sh
   });
 }
 
-template <class Element, int kD, bool kGeneral>
-__global__ void __launch_bounds__((TeamConfig<kD, kGeneral>::kThreads),
-                                  (TeamConfig<kD, kGeneral>::kTuning.blocks_per_sm))
+template <class Element, int kD, int kWarps, bool kGeneral>
+__global__ void __launch_bounds__((TeamConfig<kD, kWarps, kGeneral>::kThreads),
+                                  (TeamConfig<kD, kWarps, kGeneral>::kTuning.blocks_per_sm))
     attention_fwd_teams_sm80(AttentionForwardParams p, int batch_first) {
-  using C = TeamConfig<kD, kGeneral>;
+  using C = TeamConfig<kD, kWarps, kGeneral>;
   auto& smem = dynamic_smem<typename C::SharedStorage>();
   const AttentionShape& shape = p.shape;
   const BlockTile block = block_tile(p.score.upper < shape.S, batch_first);
@@ -163,11 +163,11 @@ __global__ void __launch_bounds__((TeamConfig<kD, kGeneral>::kThreads),
       place);
 }
 
-template <class Element, int kD, bool kGeneral>
+template <class Element, int kD, int kWarps, bool kGeneral>
 Status launch_teams(const AttentionForwardParams& p, Stream stream) {
-  using C = TeamConfig<kD, kGeneral>;
+  using C = TeamConfig<kD, kWarps, kGeneral>;
   const int64_t tiles = (int64_t{p.shape.T} + C::kBlockT - 1) / C::kBlockT;
-  return launch_heads(attention_fwd_teams_sm80<Element, kD, kGeneral>, p, tiles, p.shape.H,
+  return launch_heads(attention_fwd_teams_sm80<Element, kD, kWarps, kGeneral>, p, tiles, p.shape.H,
                       C::kThreads, sizeof(typename C::SharedStorage), stream);
 }
 

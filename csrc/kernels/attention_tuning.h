@@ -166,20 +166,21 @@ constexpr int resident_warps(const Tuning& tuning, size_t block_bytes, size_t sh
                                                                          : tuning.blocks_per_sm);
 }
 
-constexpr bool has_forward_teams(int head_dim, bool general) {
-  return head_dim > (general ? 64 : 128);
+// Whether there are blocks of 4 or 8 warps.
+constexpr bool has_forward_teams(int head_dim, bool general, int warps) {
+  if (head_dim <= 128) return general && head_dim > 64 && warps == 4;
+  return general || warps == 8;
 }
 
-constexpr AttentionTuning attention_forward_teams_tuning(int head_dim, bool general) {
+constexpr AttentionTuning attention_forward_teams_tuning(int head_dim, bool general, int warps) {
   constexpr auto kPlace = QueryPlace::kShared;
-  if (general) {
-    if (head_dim <= 96) return {32, 4, 64, 3, kPlace, "44 KB; sums 48 registers of 168", 2};
-    if (head_dim <= 128) return {32, 4, 96, 2, kPlace, "77 KB; sums 64 registers, scores 48", 2};
-    if (head_dim <= 192) return {32, 4, 96, 2, kPlace, "109 KB; sums 96 registers, scores 48", 2};
-    return {32, 4, 64, 2, kPlace, "105 KB; sums 128 registers, scores 32", 2};
+  if (head_dim <= 96) return {32, 4, 64, 3, kPlace, "44 KB; sums 48 registers of 168", 2};
+  if (head_dim <= 128) return {32, 4, 96, 2, kPlace, "77 KB; sums 64 registers, scores 48", 2};
+  const int blocks = warps == 4 ? 2 : 1;
+  if (head_dim <= 192) {
+    return {32, warps, 96, blocks, kPlace, "109 or 145 KB; sums 96 registers, scores 48", 2};
   }
-  if (head_dim <= 192) return {32, 8, 96, 1, kPlace, "145 KB; sums 96 registers, scores 48", 2};
-  return {32, 8, 64, 1, kPlace, "145 KB; sums 128 registers, scores 32", 2};
+  return {32, warps, 64, blocks, kPlace, "105 or 145 KB; sums 128 registers, scores 32", 2};
 }
 
 // Passes of the backward in teams; kBoth is dk and dv in one launch.
@@ -189,8 +190,7 @@ enum class TeamPass : int { kKeys, kValues, kQueries, kBoth };
 constexpr bool has_backward_teams(int head_dim, TeamPass pass, bool general, int warps) {
   if (pass == TeamPass::kBoth) return head_dim == 96 || head_dim == 128;
   if (head_dim <= 128) return pass == TeamPass::kQueries && general && head_dim > 64 && warps == 4;
-  // On an A100, four warps alone with the features are no faster than the kernel of 16 rows.
-  return warps == 8 || head_dim <= 192 || pass == TeamPass::kValues || !general;
+  return true;
 }
 
 constexpr AttentionBackwardTuning attention_backward_teams_tuning(int head_dim, TeamPass pass,

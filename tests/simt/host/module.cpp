@@ -107,12 +107,13 @@ py::dict norm_tuning(int64_t C, int vector_width, bool forward) {
                   "blocks_per_sm"_a = tuning.blocks_per_sm, "reason"_a = tuning.reason);
 }
 
-// Likewise of csrc/kernels/attention_fwd_sm80.h; head_dim is one that kernels are compiled for.
-py::dict attention_tuning(int head_dim, bool general, bool teams) {
+// Likewise of csrc/kernels/attention_fwd_*.h; head_dim is one that kernels are compiled for,
+// team_warps those of a block of teams, or 0.
+py::dict attention_tuning(int head_dim, bool general, int team_warps) {
   const fused_lm::AttentionTuning tuning =
-      teams     ? fused_lm::attention_forward_teams_tuning(head_dim, general)
-      : general ? fused_lm::attention_forward_general_tuning(head_dim)
-                : fused_lm::attention_forward_plain_tuning(head_dim);
+      team_warps > 0 ? fused_lm::attention_forward_teams_tuning(head_dim, general, team_warps)
+      : general      ? fused_lm::attention_forward_general_tuning(head_dim)
+                     : fused_lm::attention_forward_plain_tuning(head_dim);
   using namespace py::literals;
   return py::dict("block_t"_a = tuning.block_t(), "block_s"_a = tuning.block_s,
                   "threads"_a = tuning.threads(), "rows_per_warp"_a = tuning.rows_per_warp,
@@ -162,7 +163,7 @@ PYBIND11_MODULE(SIMT_LIBRARY, m) {
   m.def("is_device_memory",
         [](uintptr_t p) { return simt::is_device_memory(reinterpret_cast<const void*>(p)); });
   m.def("attention_tuning", &attention_tuning, py::arg("head_dim"), py::arg("general"),
-        py::arg("teams"));
+        py::arg("team_warps"));
   m.def("attention_dkdv_tuning", &attention_dkdv_tuning, py::arg("head_dim"), py::arg("general"));
   m.def("attention_backward_teams_tuning", &attention_backward_teams_tuning, py::arg("head_dim"),
         py::arg("makes"), py::arg("warps"));
