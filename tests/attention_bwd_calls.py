@@ -124,6 +124,22 @@ CALLS = [
     Call("grouped heads, few wide teams", 100, 150, 256, H=2, group=2, upper=0, **MEDIUM),
     Call("teams with features of each head", 70, 104, 128, H=4, needs_dbias=False, **OF_EACH_HEAD),
     Call("the same on an A100", 70, 56, 192, needs_dbias=False, **OF_EACH_HEAD, **MEDIUM),
+    Call("the same, joint", 100, 70, 128, needs_dbias=False, **OF_EACH_HEAD, **MEDIUM),
+    Call(
+        "the same, joint, of 96 columns", 100, 70, 96, needs_dbias=False, **OF_EACH_HEAD, **MEDIUM
+    ),
+    Call("the same, of 256 columns", 100, 72, 256, needs_dbias=False, **OF_EACH_HEAD, **MEDIUM),
+    Call("the same on an H100", 100, 72, 256, needs_dbias=False, **OF_EACH_HEAD),
+    Call("the same without teams", 70, 104, 128, **OF_EACH_HEAD, **ALONE),
+    Call(
+        "the same without teams, in parts", 70, 56, 192, needs_dbias=False, **OF_EACH_HEAD, **ALONE
+    ),
+    Call("large joint teams, several tiles", 150, 140, 96, H=2, group=2, upper=0, **MEDIUM),
+    Call("the same of 128 columns", 150, 140, 128, H=2, group=2, upper=0, **MEDIUM),
+    Call("teams with an fp32 bias", 70, 104, 128, H=1, bias="11TS", bias_dtype=F32),
+    Call("wide teams with an fp32 bias", 70, 104, 192, H=1, bias="11TS", bias_dtype=F32),
+    Call("a bias of -inf, here and there and all over a row", 37, 70, bias="BHTS", hides=True),
+    Call("the same in teams", 70, 104, 192, H=1, bias="11TS", hides=True),
     Call("wide teams, tiles that nobody sees", 100, 400, 192, H=1, upper=0),
     Call("wide teams, queries without a key", 300, 100, 192, H=1, upper=-150),
     Call("wide teams, no key that is seen", 64, 128, 192, H=1, lower=2**40),

@@ -80,6 +80,7 @@ class Call:
     dropout_p: float = 0.0
     layout: Layout = Layout.DENSE
     size: float = 1.0  # of the numbers in q and k
+    hides: bool = False  # the bias, by -inf
     shared_bytes: int = LARGE_SHARED  # of a block on the GPU of the harness; a real one has its own
 
     @property
@@ -153,7 +154,7 @@ KERNELS = [
         if makes == "out" and not (shared is MEDIUM and medium == large)  # the same kernel
     ),
 ]
-"""Every instantiation, with all that it can, three tiles of keys or more each."""
+"""Every instantiation, with all that it can, two tiles of keys or more each."""
 CALLS = [
     *KERNELS,
     Call("full tiles alone", 128, 128),
@@ -197,6 +198,12 @@ CALLS = [
     Call("bias, whole pairs of longer rows", 37, 46, bias="1HTS", layout=Layout.CUT),
     Call("teams with features of each batch and head", 37, 104, 128, H=4, **OF_EACH_HEAD),
     Call("the same on an A100", 150, 104, 256, **OF_EACH_HEAD, **MEDIUM),
+    Call("the same, of 192 columns", 150, 104, 192, **OF_EACH_HEAD, **MEDIUM),
+    Call("the same without teams", 37, 104, 192, **OF_EACH_HEAD, **ALONE),
+    Call("the same without teams, of 96 columns", 37, 104, 96, **OF_EACH_HEAD, **ALONE),
+    Call("teams with features, narrower v", 70, 104, 200, 72, bias="11TS", bias_dtype=F32),
+    Call("a bias of -inf, here and there and all over a row", 37, 70, bias="BHTS", hides=True),
+    Call("the same in teams", 37, 130, 128, bias="11TS", bias_dtype=F32, hides=True),
     Call("mask, odd keys", 37, 45, B=2, mask="BHTS"),
     Call("mask of keys for all queries", 37, 46, B=2, mask="B11S"),
     Call("mask of queries", 37, 46, mask="1HT1"),
@@ -286,7 +293,10 @@ def data_of(call: Call) -> tuple[Any, ...]:
         key_mask = torch.rand(c.S, c.B).t() > 0.3  # neighbours B apart
         key_mask[2:] = False
     if c.bias:
-        bias = _laid(torch.randn([sizes[dim] for dim in c.bias]).to(c.bias_dtype), c.layout)
+        bias = torch.randn([sizes[dim] for dim in c.bias]).to(c.bias_dtype)
+        if c.hides:
+            bias[bias < -0.5] = bias[..., 1:3, :] = float("-inf")
+        bias = _laid(bias, c.layout)
     rng = RNG if c.dropout_p > 0 else None
     scale = c.D**-0.5 if c.scale is None else c.scale
     band = (c.lower, c.upper)

@@ -82,6 +82,11 @@ def test_large_scores(call: backward_calls.Call) -> None:
     extremes.check(gpu, call)
 
 
+@pytest.mark.parametrize("call", extremes.ROWS, ids=_ids)
+def test_rows_have_bits_of_their_own(call: backward_calls.Call) -> None:
+    extremes.check_rows(gpu, call)
+
+
 @pytest.mark.parametrize("call", norms.CALLS, ids=_ids)
 def test_norms(call: norms.Call) -> None:
     data = norms.data_of(call)

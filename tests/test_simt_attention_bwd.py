@@ -29,7 +29,14 @@ from tests.attention_bwd_calls import (
     Call,
     Data,
 )
-from tests.attention_calls import BF16, GENERAL_TEAM_WARPS, HEAD_DIMS, RNG, TEAM_WARPS
+from tests.attention_calls import (
+    BF16,
+    GENERAL_TEAM_WARPS,
+    HEAD_DIMS,
+    MEDIUM,
+    RNG,
+    TEAM_WARPS,
+)
 from tests.simt import backend as simt
 from tests.simt import mutants, runtime
 
@@ -212,6 +219,8 @@ HUNTED = [
     Call("two tiles each way, of several heads", 70, 150, 128, group=2),
     Call("in parts, bias of every score", 70, 70, 192, H=1, bias="11TS"),
     Call("wide teams, two tiles each way, of several heads", 70, 150, 192, group=2),
+    Call("large joint teams", 70, 70, 128, group=2, **MEDIUM),
+    Call("few wide teams with features", 70, 70, 256, H=1, **FEATURES, **MEDIUM),
     Call("bias of every score, whole chunks", 70, 72, 8, H=1, bias="11TS"),
     Call("bias of keys", 70, 70, 8, H=1, bias="111S"),
     Call("bias of queries", 70, 70, 8, H=1, bias="11T1"),

@@ -27,6 +27,14 @@ CALLS = [
 ]
 
 
+ROWS = [
+    Call("a warp alone", 40, 200),
+    Call("a warp alone, general", 40, 200, softcap=1e6),
+    Call("a team", 40, 200, 192, H=1),
+    Call("a team, general", 40, 200, 128, H=1, softcap=1e6),
+]
+
+
 def _forward_and_backward(harness: Any, call: Call) -> list[Tensor]:
     data, dout = data_of(call), dout_of(call)
     out, lse = harness.call("attention_fwd", *data)
@@ -60,6 +68,28 @@ def check(harness: Any, call: Call) -> None:
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.why)
 def test_large_scores(call: Call, backend: str) -> None:
     check(runtime.load(backend.removeprefix(simt.PREFIX)), call)
+
+
+def check_rows(harness: Any, call: Call) -> None:
+    """A row's bits are its own, also where a neighbour's maximum grows so far that the sums of the
+    warp are scaled.
+    """
+    torch.manual_seed(0)
+    q, k, *rest = data_of(call)
+    k[..., call.S // 2 :, :] *= 1.5  # maxima grow in later tiles, by less than 2^8
+    before = harness.call("attention_fwd", q, k, *rest)
+    q[..., 5, :] *= 40
+    after = harness.call("attention_fwd", q, k, *rest)
+    others = torch.arange(call.T) != 5
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a[:, :, others], b[:, :, others])
+        assert not torch.equal(a[:, :, 5], b[:, :, 5])
+
+
+@pytest.mark.parametrize("backend", simt.BACKENDS)
+@pytest.mark.parametrize("call", ROWS, ids=lambda call: call.why)
+def test_rows_have_bits_of_their_own(call: Call, backend: str) -> None:
+    check_rows(runtime.load(backend.removeprefix(simt.PREFIX)), call)
 
 
 @pytest.mark.parametrize("backend", simt.BACKENDS)

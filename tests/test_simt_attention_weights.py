@@ -68,8 +68,11 @@ CALLS = [
     Call("a mask per query, odd keys", S=37, mask=(1, 1, 37, 1), key_mask=True),
     Call("a bias per head", bias=(1, 2, 37, 40)),
     Call("fp32 bias per key beside fp16", dtype=F16, bias=(1, 2, 1, 40), bias_dtype=F32),
+    Call("a mask of each batch and head", B=2, heads=1, mask=(2, 2, 37, 40), key_mask=True),
+    Call("a bias of each, in the mean", B=2, H=4, heads=2, bias=(2, 4, 37, 40), average=True),
     Call("softcap", softcap=2.0, bias=(1, 1, 1, 1)),
     Call("dropout", T=70, S=72, dropout_p=0.3),
+    Call("dropout of each batch", B=2, H=4, heads=2, dropout_p=0.3),
     Call("dropout in the mean, odd rows", S=71, H=4, heads=2, dropout_p=0.3, average=True),
     Call("everything is dropped", dropout_p=1.0),
 ]

@@ -1,7 +1,7 @@
 // Backward of softmax attention in teams of two warps, for head dims whose sums, or sums and
 // features, leave a warp no room for 32 rows: what attention_bwd_dkdv_sm80.h computes above 128
-// columns and attention_bwd_dq_sm80.h above 64, with less than two thirds of their reads of shared
-// memory. attention_team.h says what a team is.
+// columns and attention_bwd_dq_sm80.h above 64, with 53 to 71 % of their reads of shared memory.
+// attention_team.h says what a team is.
 //
 // Three passes. A block owns rows along the keys or the queries, x and y of them, and walks over
 // tiles of the other axis:
@@ -50,8 +50,9 @@ struct TeamConfig {
   static constexpr int kM = kTuning.rows_per_warp / kMmaRows;
   static constexpr int kScores = kOwnOther / kMmaColumns;
   static constexpr int kSums = kD / kTeam / kMmaColumns;
-  // Four warps copy twice the rows of eight; beside features their addresses cost spills.
-  static constexpr int kCopyUnroll = kGeneral && kWarps == 4 && kD == 256 ? 2 : kBlockOther;
+  // Four warps copy twice the rows of eight; beside features dk's addresses cost spills.
+  static constexpr int kCopyUnroll =
+      kGeneral && kPass == TeamPass::kKeys && kWarps == 4 && kD == 256 ? 2 : kBlockOther;
 
   struct SharedStorage {
     // x and y; at the end the result lies in the place of x.

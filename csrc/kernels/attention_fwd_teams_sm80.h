@@ -8,7 +8,8 @@
 // took as long on an H200, and compute-sanitizer's racecheck took it for a race.
 //
 // Shared memory: q [block_t, D], which stays, k and v [block_s, D], one tile each: v arrives while
-// scores are made, the next k while they are multiplied by v. That leaves room for long tiles, and
+// scores are made, the next k while they are multiplied by v; p, 16 bits, and maxima from warp to
+// warp. One tile of each leaves room for long ones, and
 // needs two barriers per tile. The first one says that k has landed and that nobody reads v any
 // more; the second one, that v has landed, that nobody reads k any more, and that each warp finds
 // the other one's p.

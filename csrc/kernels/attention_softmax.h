@@ -1,12 +1,12 @@
 // The online softmax: what a warp of the forward knows of its rows, and what a tile of scores does
 // to it.
 //
-//   where rowmax s > m + 8 ln 2 in any row:  m' = max(m, rowmax s),  l = l e^(m - m'),
-//                                            acc = acc e^(m - m')
+//   where rowmax s > m + 8 ln 2:  m' = rowmax s,  l = l e^(m - m'),  acc = acc e^(m - m')
 //   p = e^(s - m');  l = l + rowsum p
 //
 // m need not be the maximum, only near it: sums and p stay finite as long as p <= 2^8. So the sums,
 // D numbers per thread, are scaled for the first tile and rarely again, and not for every tile.
+// No row's bits depend on another one's: changing a token changes none before it.
 //
 // Sources: Milakov & Gimelshein 2018 (arXiv:1805.02867) alg. 3; Dao 2023 (arXiv:2307.08691) alg. 1.
 #pragma once
@@ -67,22 +67,23 @@ __device__ __forceinline__ void row_maxima(RowValues<C>& largest, const Scores<C
   });
 }
 
-// If one of the warp's rows has outgrown its maximum, all get the largest that was found, and their
-// sums so far shrink: rounding in a row depends on when its neighbours' maxima grow. One branch for
-// the warp: the first tile takes it, and few of the others. -inf stands for a row that has seen no
-// key; 0 is subtracted in its place, since -inf - -inf is NaN.
+// Rows that have outgrown their maximum get the largest that was found, and their sums so far
+// shrink; the others' are multiplied by 1. One branch for the warp: the first tile takes it, and
+// few of the others. A row that has seen no key has -inf, and -inf - -inf, NaN, is no growth.
 template <class C>
 __device__ __forceinline__ void raise_maxima(Rows<C>& rows, const RowValues<C>& largest,
                                              float unit_log2) {
-  bool grown = false;
+  const auto growth = [&](int m, int half) {
+    return (largest[m][half] - rows.max[m][half]) * unit_log2;
+  };
+  bool any = false;
+  for_each_row<C>([&](int m, int half) { any |= growth(m, half) > kGrowthLog2; });
+  if (!__any_sync(kAllLanes, any)) return;
   for_each_row<C>([&](int m, int half) {
-    grown |= (largest[m][half] - rows.max[m][half]) * unit_log2 > kGrowthLog2;
-  });
-  if (!__any_sync(kAllLanes, grown)) return;
-  for_each_row<C>([&](int m, int half) {
-    const float base = largest[m][half] == kNoScore ? 0.0f : largest[m][half];
-    const float decay = ptx::exp2_approx((rows.max[m][half] - base) * unit_log2);
-    rows.max[m][half] = largest[m][half];
+    const float rise = growth(m, half);
+    const bool outgrown = rise > kGrowthLog2;
+    const float decay = outgrown ? ptx::exp2_approx(-rise) : 1.0f;
+    rows.max[m][half] = outgrown ? largest[m][half] : rows.max[m][half];
     rows.sum[m][half] *= decay;
 #pragma unroll
     for (int n = 0; n < C::kSums; ++n) {

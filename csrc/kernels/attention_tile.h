@@ -188,12 +188,14 @@ __device__ __forceinline__ void store_sums(uint16_t* gHead, int64_t stride, int 
 template <class Params>
 Status launch_grid(void (*kernel)(Params, int), const Params& p, int64_t tiles, int heads,
                    int batches, int threads, size_t smem_bytes, Stream stream) {
-  for (int first = 0; first < batches; first += kMaxGridBatches) {
-    const int count = batches - first < kMaxGridBatches ? batches - first : kMaxGridBatches;
+  for (int64_t first = 0; first < batches; first += kMaxGridBatches) {
+    const int64_t left = batches - first;
+    const int64_t count = left < kMaxGridBatches ? left : kMaxGridBatches;
     const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(heads),
                     static_cast<unsigned>(count));
     const Status status =
-        launch(kernel, {grid, dim3(static_cast<unsigned>(threads)), smem_bytes, stream}, p, first);
+        launch(kernel, {grid, dim3(static_cast<unsigned>(threads)), smem_bytes, stream}, p,
+               static_cast<int>(first));
     if (status != kOk) return status;
   }
   return kOk;

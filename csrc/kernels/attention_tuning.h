@@ -1,9 +1,9 @@
 // Tiles of the attention kernels: pure functions of the head dim, a reason per row.
 //
-// The plain rows, the general ones of 64 and 128, and the teams were chosen on an H200 among 250
-// variants, bf16, 4096 queries and keys: raw times in benchmarks/results, what they decided in
-// benchmarks/LOG.md. The others come from the arithmetic below and from ptxas: no spill on any
-// architecture.
+// The plain rows, the general ones of 64 and 128, and the teams that an H200 runs were chosen on it
+// among 250 variants, bf16, 4096 queries and keys: raw times in benchmarks/results, what they
+// decided in benchmarks/LOG.md. The others, an A100's blocks of teams among them, come from the
+// arithmetic below and from ptxas: no spill on any architecture.
 //
 // The arithmetic of the forward, per multiprocessor and clock of an A100: 2048 FLOP of the tensor
 // cores, 128 bytes of shared memory, 16 exponentials, 64 fp32 operations. A warp with R rows reads
@@ -147,10 +147,14 @@ constexpr AttentionBackwardTuning attention_dq_tuning(int head_dim, bool general
 //   dk, dq                                                 97 106  150     96 104  183   a = 2,
 //   dq, N = 96             92 100  125     89  97  133                                     b = 1
 //
+// The forward of 16 rows is the plain one; with features it reads q again for every tile: 150 at
+// 256.
+//
 // So says the arithmetic. On an H200, whose mma.sync asks for more of its shared memory than an
-// A100's, two blocks of two teams were faster than one of four all the same, by 1 to 10 %, with
-// features by more: while one block waits at a barrier or for a bias, the other one works. What
-// fits twice comes first, therefore, and four teams where it does not.
+// A100's, two blocks of two teams were mostly faster than one of four all the same, by 1 to 10 %,
+// with features by more: while one block waits at a barrier or for a bias, the other one works. So
+// what fits twice comes first, then four teams, then two alone. The plain forward, which waits for
+// less, has four: 6 % faster so at 192 columns, 2 % at 256.
 //
 // Kernels of 16 rows per warp run where a block cannot have 163 KB: on sm_86, 89 and 120, whose
 // tensor cores take two to four times as long, so that shared memory does not bind there.
@@ -197,7 +201,7 @@ constexpr AttentionBackwardTuning attention_backward_teams_tuning(int head_dim, 
                                                                   int warps) {
   const bool few = warps == 4;
   if (pass == TeamPass::kBoth) {
-    constexpr auto kWhy96 = "sums 96 registers, scores and dp 64; 90 or 129 KB";
+    constexpr auto kWhy96 = "sums 96 registers, scores and dp 64; 89 or 129 KB";
     constexpr auto kWhy128 = "sums 128 registers, scores and dp 64; 113 or 161 KB";
     return {32, warps, 64, few ? 2 : 1, head_dim <= 96 ? kWhy96 : kWhy128, 2};
   }

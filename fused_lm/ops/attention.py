@@ -49,7 +49,9 @@ def attention(
         v: [B, Hkv, S, Dv], dtype of q.
         mask: bool, broadcastable to [B, H, T, S]; True = attend.
         key_mask: bool [B, S]; True = attend.
-        bias: float, broadcastable to [B, H, T, S]; added to the scores, has a gradient.
+        bias: float, broadcastable to [B, H, T, S]; added to the scores, has a gradient. To hide a
+            key use a mask or -inf: where a row has nothing but -1e9, lse rounds to that, and
+            gradients of the row are off by the number of its keys.
         causal: False, ``"top_left"`` (row t sees keys up to t, torch's ``is_causal``) or
             ``"bottom_right"`` (up to t + S - T, FlashAttention); True where T == S and both agree.
         window: (left, right), inclusive, None = unbounded: row t sees keys t - left .. t + right
@@ -65,7 +67,8 @@ def attention(
         projection give rows that lie as [B, T, H, Dv]. With ``return_lse``: also lse [B, H, T]
         fp32 (fp64 for fp64), natural log. Rows without a visible key are 0 with lse = -inf and
         zero gradients, never NaN.
-    Accuracy: |err| <= 2 x the error of the same-dtype torch reference (fused_lm/tolerance.py).
+    Accuracy: |err| <= 2 x the error of the same-dtype torch reference (fused_lm/tolerance.py). In
+        fp16 gradients of scores overflow above 65504, as PyTorch's do: lower the loss scale.
     Memory: 4*B*H*T bytes beyond the output in the kernels; the reference stores the T x S matrix.
     Backends: cuda (Ampere and later; 16 bits, head dims that are multiples of 8 up to 256), triton
         (Ampere and later), pytorch, reference.

@@ -46,7 +46,7 @@ def cuda_limit(call: Any) -> str | None:
         return "the CUDA kernels take a bias of float16, bfloat16 or float32, got torch.float64"
     dims = [q.shape[3]] + ([call.v.shape[3]] if isinstance(call, AttentionCall) else [])
     for dim in dims:
-        if dim % CUDA_HEAD_STEP or dim > CUDA_HEAD_DIM:
+        if dim % CUDA_HEAD_STEP or not 0 < dim <= CUDA_HEAD_DIM:
             return (
                 f"the CUDA kernels of attention take head dims that are multiples of "
                 f"{CUDA_HEAD_STEP} up to {CUDA_HEAD_DIM}, got {dim}"

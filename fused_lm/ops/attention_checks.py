@@ -100,6 +100,7 @@ def checked_call(
         lower, upper = _band(shape[2], S, causal, window)
     if softcap or dropout_p or rng is not None:
         _check_numbers(softcap, dropout_p, rng, q)
+        rng = rng if dropout_p else None
     scale = shape[3] ** -0.5 if scale is None else scale
     return AttentionCall(
         q, k, v, mask, key_mask, bias, rng, lower, upper, scale, softcap, dropout_p, return_lse
@@ -135,6 +136,7 @@ def checked_weights_call(
     if causal or window is not None:
         lower, upper = _band(q.shape[2], k.shape[2], causal, window)
     _check_numbers(softcap, dropout_p, rng, q)
+    rng = rng if dropout_p else None
     scale = q.shape[3] ** -0.5 if scale is None else scale
     return AttentionWeightsCall(
         q, k, lse, mask, key_mask, bias, rng, lower, upper, scale, softcap, dropout_p, average_heads
