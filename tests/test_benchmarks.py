@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +39,27 @@ def test_the_gate_sees_one_wrong_tensor(wrong: float) -> None:
         assert math.isnan(error) and not error <= attention.MOST_ERROR
     else:
         assert error == pytest.approx(wrong)
+
+
+def test_a_race_goes_on_where_it_was_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+
+    def results(case: Case) -> Iterator[dict[str, Any]]:
+        measured.append(case.name)
+        yield {"case": case.name, "backend": "cuda", "pass": "fwd", "us": 1.0, "tflops": 1.0}
+
+    monkeypatch.setattr(attention, "results_of", results)
+    cases, file = [Case(64, 512), Case(64, 1024), Case(64, 2048)], tmp_path / "attention.jsonl"
+    head = {"gpu": "H200", "torch": "2", "commit": "abc", "date": "today"}
+    late = time.monotonic() + 60.0
+    assert attention.race(cases[:1], head, file, late)[1] == 0
+    assert attention.race(cases, head, file, end=0.0)[1] == 2, "no time for what is new"
+    lines, missed = attention.race(cases, {**head, "date": "tomorrow"}, file, late)
+    assert [line["case"] for line in lines] == measured == [case.name for case in cases]
+    assert missed == 0
+    attention.race(cases[:1], {**head, "commit": "def"}, file, late)
+    assert measured[3:] == [cases[0].name], "another commit's kernels"
+    assert len(file.read_text().splitlines()) == 4
 
 
 def test_the_table_has_a_cell_for_every_time_and_none_for_what_failed() -> None:
