@@ -36,6 +36,9 @@ TORCH_TARGET = "0x020a000000000000"
 DEVICE_FLAGS = ("-std=c++17", "-O3", "-Icsrc")
 """What reaches the machine code of kernels."""
 
+COMPRESSION, COMPRESSED_SINCE = "--compress-mode=size", 13
+"""A fourth of the default size. Drivers before CUDA 12.4 can't read it; those of 13 all can."""
+
 LIMITED_API = "0x030A0000"
 """Python 3.10."""
 
@@ -110,7 +113,8 @@ def ninja_file(tools: Toolchain, units: list[Unit], folder: Path, target: Path, 
     cuda = f"-isystem {tools.toolkit.include}"
     lines = [
         f"ninja_required_version = 1.5\nbuilddir = {folder}",
-        f"nvcc_flags = {' '.join(DEVICE_FLAGS)} -cudart static -Xcompiler {fpic.replace(' ', ',')}",
+        f"nvcc_flags = {' '.join(DEVICE_FLAGS)} -cudart static -Xcompiler {fpic.replace(' ', ',')}"
+        + f" {COMPRESSION}" * (int(tools.toolkit.version.split(".")[0]) >= COMPRESSED_SINCE),
         f"cxx_flags = -std=c++17 -O2 -Wall {fpic} -Icsrc -isystem {torch} {cuda}"
         f" -DTORCH_TARGET_VERSION={TORCH_TARGET} -ffile-prefix-map={torch}=torch",
         f"c_flags = -O2 -Wall {fpic} -isystem {tools.python_include}"
