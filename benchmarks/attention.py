@@ -1,26 +1,17 @@
-"""Attention against PyTorch's backends on a GPU: ``python -m benchmarks.attention --out DIR``.
-
-Forward and backward apart, at 16k tokens in all as the field's tables have it. A backend whose
-output or gradient of q, k or v is off on one head gets no number; under dropout, where each draws
-its own, none is held. Calls take turns behind a flushed L2, so they share clocks and temperature;
-the time is a median of CUDA events, and of the GPU alone: a spin before each call hides the host's
-work.
+"""Attention, forward and backward, at 16k tokens in all as the field's tables have it:
+``python -m benchmarks.attention --out DIR``. How it is measured: :mod:`benchmarks.harness`.
 
 FLOPs are those of the pairs that causality lets through, whatever a key mask hides and a kernel
-multiplies: 4 D a pair in the forward, 2.5 times that in the backward.
+multiplies: 4 D a pair in the forward, 2.5 times that in the backward. Bytes are each tensor's,
+once.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,23 +19,26 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fused_lm
-from fused_lm.parity.timing import interleaved_medians
+from benchmarks import harness
+from benchmarks.attention_peers import PEERS
+from benchmarks.harness import Contestant, Given, Run, Work
 
-MOST_ERROR = 2e-2
-"""Norm of the difference to fp64 over fp64's: 16-bit operands are at 1e-3 to 1e-2."""
 BACKWARD_FLOPS = 2.5
-SECONDS_PER_CALL = 0.05
+DROPOUT_P = 0.1
 
 
 @dataclass(frozen=True)
 class Case:
-    """One attention in self-attention's shape, S = T; ``group`` query heads share a key head."""
+    """One attention, of S keys and as many queries, or ``queries``; ``group`` query heads share a
+    key head.
+    """
 
     D: int
-    T: int
+    S: int
     features: tuple[str, ...] = ()
     dtype: torch.dtype = torch.bfloat16
     group: int = 1
+    queries: int = 0
     tokens: int = 16384
     model_dim: int = 2048
 
@@ -52,7 +46,12 @@ class Case:
     def name(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         shared = f" gqa{self.group}" if self.group > 1 else ""
-        return f"{'+'.join(self.features) or 'full'} d{self.D} t{self.T}{shared} {dtype}"
+        few = f" q{self.queries}" if self.queries else ""
+        return f"{'+'.join(self.features) or 'full'} d{self.D} t{self.S}{few}{shared} {dtype}"
+
+    @property
+    def T(self) -> int:
+        return self.queries or self.S
 
     @property
     def heads(self) -> int:
@@ -60,268 +59,143 @@ class Case:
 
     @property
     def batch(self) -> int:
-        return max(1, self.tokens // self.T)
+        return max(1, self.tokens // self.S)
 
-    def flops(self) -> float:
-        pairs = self.T * (self.T + 1) / 2 if "causal" in self.features else self.T * self.T
-        return 4.0 * self.batch * self.heads * pairs * self.D
+    @property
+    def causal(self) -> bool:
+        return "causal" in self.features
+
+    @property
+    def dropout_p(self) -> float:
+        return DROPOUT_P if "dropout" in self.features else 0.0
+
+    def given(self, device: torch.device) -> Given:
+        B, H, T, S = self.batch, self.heads, self.T, self.S
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, device=device, dtype=self.dtype).requires_grad_()
+
+        bias = randn(1, H, T, S) if "bias" in self.features else None
+        key_mask = None
+        if "key_mask" in self.features:
+            lengths = torch.linspace(S // 2, S, B, device=device).long()
+            key_mask = torch.arange(S, device=device) < lengths[:, None]
+        q = randn(B, H, T, self.D)
+        k, v = (randn(B, H // self.group, S, self.D) for _ in range(2))
+        values = {"q": q, "k": k, "v": v, "bias": bias, "key_mask": key_mask}
+        leaves = [t for t in (q, k, v, bias) if t is not None]
+        dout = torch.randn_like(q)
+        if self.dropout_p:
+            return Given(values, leaves, dout, None)
+        exact = one_head(self, values, dout)
+        return Given(values, leaves, dout, partial(error_of, exact))
+
+    def work(self) -> dict[str, Work]:
+        pairs = self.S * (self.S + 1) / 2 if self.causal else self.T * self.S
+        flops = 4.0 * self.batch * self.heads * pairs * self.D
+        queries = self.T * self.heads * self.D
+        keys = self.S * (self.heads // self.group) * self.D
+        size = self.batch * self.dtype.itemsize
+        return {
+            "fwd": Work(flops, size * (2.0 * queries + 2 * keys)),
+            "bwd": Work(BACKWARD_FLOPS * flops, size * (4.0 * queries + 4 * keys)),
+        }
 
 
-def grid() -> list[Case]:
-    """In order of worth, each shape causal and full."""
+def grid(dry: bool) -> list[Case]:
+    """In order of worth, each shape causal and full; on a CPU a few tiny ones."""
+    if dry:
+        tiny = Case(16, 16, ("causal",), tokens=32, model_dim=64)
+        features = [replace(tiny, features=f) for f in (("bias",), ("key_mask", "dropout"))]
+        return [tiny, replace(tiny, group=2), *features, replace(tiny, features=(), queries=1)]
     shapes = [
-        *((D, T) for D in (128, 64) for T in (4096, 1024, 16384, 512)),
-        *((D, T) for D in (256, 96, 32, 192) for T in (4096,)),
+        *((D, S) for D in (128, 64) for S in (4096, 1024, 16384, 512)),
+        *((D, S) for D in (256, 96, 32, 192) for S in (4096,)),
     ]
-    cases = [Case(D, T, f) for D, T in shapes for f in (("causal",), ())]
-    causal = Case(128, 4096, ("causal",))
-    cases += [replace(causal, group=4), replace(causal, dtype=torch.float16)]
+    cases = [Case(D, S, f) for D, S in shapes for f in (("causal",), ())]
+    one, small = Case(128, 4096, ("causal",)), Case(64, 1024)
+    cases += [replace(one, group=4), replace(one, dtype=torch.float16)]
     cases += [
-        Case(64, 1024, features)
+        replace(small, features=features)
         for features in (("bias",), ("key_mask",), ("causal", "dropout"), ("causal", "bias"))
     ]
-    return cases
+    return [*cases, replace(one, dtype=torch.float32), replace(one, features=(), queries=1)]
 
 
-class Inputs(NamedTuple):
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    bias: Tensor | None
-    key_mask: Tensor | None
-
-    def leaves(self) -> list[Tensor]:
-        return [t for t in self[:4] if t is not None]
-
-
-def inputs_of(case: Case) -> Inputs:
-    B, T = case.batch, case.T
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, device="cuda", dtype=case.dtype).requires_grad_()
-
-    key_heads = case.heads // case.group
-    bias = randn(1, case.heads, T, T) if "bias" in case.features else None
-    key_mask = None
-    if "key_mask" in case.features:
-        lengths = torch.linspace(T // 2, T, B, device="cuda").long()
-        key_mask = torch.arange(T, device="cuda") < lengths[:, None]
-    q = randn(B, case.heads, T, case.D)
-    k, v = (randn(B, key_heads, T, case.D) for _ in range(2))
-    return Inputs(q, k, v, bias, key_mask)
-
-
-def ours(case: Case, given: Inputs) -> Tensor:
-    out: Tensor = fused_lm.attention(
-        *(given.q, given.k, given.v),
-        bias=given.bias,
-        key_mask=given.key_mask,
-        causal="causal" in case.features,
-        dropout_p=0.1 if "dropout" in case.features else 0.0,
-    )
-    return out
-
-
-def theirs(case: Case, given: Inputs) -> Tensor:
-    """PyTorch's operator, which takes causal or a mask, not both: they are merged before."""
-    causal = "causal" in case.features
-    mask = given.bias
-    if given.key_mask is not None:
-        mask = given.key_mask[:, None, None, :]
-    if causal and mask is not None:
-        hidden = torch.ones(case.T, case.T, dtype=torch.bool, device="cuda").triu(1)
-        hides = mask.dtype == torch.bool
-        mask = mask & ~hidden if hides else mask.masked_fill(hidden, float("-inf"))
-        causal = False
-    return F.scaled_dot_product_attention(
-        *(given.q, given.k, given.v),
-        attn_mask=mask,
-        is_causal=causal,
-        dropout_p=0.1 if "dropout" in case.features else 0.0,
-        enable_gqa=case.group > 1,
-    )
-
-
-class Backend(NamedTuple):
-    name: str
-    call: Callable[[Case, Inputs], Tensor]
-    chosen: Callable[[], AbstractContextManager[Any]]
-
-
-BACKENDS = [
-    *(
-        Backend(name, ours, lambda name=name: fused_lm.use_backend(name))  # type: ignore[misc]
-        for name in ("cuda", "triton")
-    ),
-    *(
-        Backend(f"sdpa-{name}", theirs, lambda kind=kind: sdpa_kernel(kind))  # type: ignore[misc]
-        for name, kind in (
-            ("flash", SDPBackend.FLASH_ATTENTION),
-            ("cudnn", SDPBackend.CUDNN_ATTENTION),
-            ("efficient", SDPBackend.EFFICIENT_ATTENTION),
-        )
-    ),
-]
-
-
-def one_head(case: Case, given: Inputs, dout: Tensor) -> list[Tensor]:
+def one_head(case: Case, values: dict[str, Any], dout: Tensor) -> list[Tensor]:
     """fp64's output and gradients of q, k and v, of the first batch and key head."""
-    group, bias = case.group, given.bias
-    parts = [given.q[:1, :group], given.k[:1, :1], given.v[:1, :1]]
+    group, bias, key_mask = case.group, values["bias"], values["key_mask"]
+    parts = [values["q"][:1, :group], values["k"][:1, :1], values["v"][:1, :1]]
     leaves = [t.detach().double().requires_grad_() for t in parts]
     with fused_lm.use_backend("reference"):
         out = fused_lm.attention(
             *leaves,
             bias=None if bias is None else bias[:, :group].detach().double(),
-            key_mask=None if given.key_mask is None else given.key_mask[:1],
-            causal="causal" in case.features,
+            key_mask=None if key_mask is None else key_mask[:1],
+            causal=case.causal,
         )
+    assert isinstance(out, Tensor)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout[:1, :group].double())]
 
 
-def error_of(case: Case, got: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
-    """The largest over output and gradients; NaN if any is."""
-    errors = []
-    for mine, truth in zip(got, exact, strict=False):
-        part = mine[:1, : truth.shape[1]].double()
-        errors.append((part - truth).norm() / truth.norm().clamp_min(1e-30))
-    return float(torch.stack(errors).max())
+def error_of(exact: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+    """Of an output and gradients, the exact ones of one head, and a bias' gradient unseen."""
+    parts = [mine[:1, : truth.shape[1]] for mine, truth in zip(got, exact, strict=False)]
+    return harness.relative_error(parts, exact)
 
 
-def results_of(case: Case) -> Iterator[dict[str, Any]]:
-    """One line per backend: what it took, or why it was not timed."""
-    torch.manual_seed(0)
-    given = inputs_of(case)
-    leaves = given.leaves()
-    dout = torch.randn_like(given.q)
-    exact = None if "dropout" in case.features else one_head(case, given, dout)
-    forwards: dict[str, Callable[[], Any]] = {}
-    backwards: dict[str, Callable[[], Any]] = {}
-    for backend in BACKENDS:
-        label = {"case": case.name, "backend": backend.name}
-        try:
-            with backend.chosen():
-                out = backend.call(case, given)
-            gradients = torch.autograd.grad(out, leaves, dout, retain_graph=True)
-            if exact is not None:
-                error = error_of(case, (out.detach(), *gradients), exact)
-                if not error <= MOST_ERROR:
-                    yield {**label, "problem": f"error {error:.3g}, allowed {MOST_ERROR:g}"}
-                    continue
-        except (RuntimeError, ValueError) as error:  # what a backend refuses, in its words
-            yield {**label, "problem": str(error).split("\n")[0][:160]}
-            continue
-        forwards[backend.name] = _forward(backend, case, given)
-        backwards[backend.name] = _backward(out, leaves, dout)
-    for way, calls, factor in (("fwd", forwards, 1.0), ("bwd", backwards, BACKWARD_FLOPS)):
-        if not calls:
-            continue
-        times = interleaved_medians(list(calls.values()), SECONDS_PER_CALL * len(calls), least=5)
-        for name, us in zip(calls, times, strict=True):
-            tflops = factor * case.flops() / us / 1e6
-            yield {
-                "case": case.name, "backend": name, "pass": way,
-                "us": round(us, 1), "tflops": round(tflops, 1),
-            }  # fmt: skip
+def ours(backend: str, case: Case, values: dict[str, Any]) -> Run:
+    arguments = {**values, "causal": case.causal, "dropout_p": case.dropout_p}
+    harness.check_backend("attention", backend, arguments)
 
-
-def _forward(backend: Backend, case: Case, given: Inputs) -> Callable[[], None]:
-    def run() -> None:
-        with backend.chosen(), torch.no_grad():
-            backend.call(case, given)
+    def run() -> Tensor:
+        with fused_lm.use_backend(backend):
+            out = fused_lm.attention(**arguments)
+        assert isinstance(out, Tensor)
+        return out
 
     return run
 
 
-def _backward(out: Tensor, leaves: list[Tensor], dout: Tensor) -> Callable[[], None]:
-    def run() -> None:
-        torch.autograd.grad(out, leaves, dout, retain_graph=True)
+def sdpa(kind: SDPBackend, case: Case, values: dict[str, Any]) -> Run:
+    """PyTorch's operator, which takes causal or a mask, not both: they are merged before."""
+    causal, mask = case.causal, values["bias"]
+    if values["key_mask"] is not None:
+        mask = values["key_mask"][:, None, None, :]
+
+    def run() -> Tensor:
+        with sdpa_kernel(kind):
+            return F.scaled_dot_product_attention(
+                *(values["q"], values["k"], values["v"]),
+                attn_mask=_merged(mask) if causal and mask is not None else mask,
+                is_causal=causal and mask is None,
+                dropout_p=case.dropout_p,
+                enable_gqa=case.group > 1,
+            )
 
     return run
 
 
-def table(lines: Iterable[dict[str, Any]]) -> str:
-    """TFLOP/s, a row per case and pass, a column per backend."""
-    names = [backend.name for backend in BACKENDS]
-    rows: dict[tuple[str, str], dict[str, float]] = {}
-    for line in lines:
-        if "tflops" in line:
-            rows.setdefault((line["case"], line["pass"]), {})[line["backend"]] = line["tflops"]
-    width = max((len(case) for case, _ in rows), default=4)
-    text = [f"{'TFLOP/s':{width}} pass " + " ".join(f"{name:>14}" for name in names)]
-    for (case, way), found in rows.items():
-        cells = (f"{found[name]:14.0f}" if name in found else f"{'-':>14}" for name in names)
-        text.append(f"{case:{width}} {way:4} " + " ".join(cells))
-    return "\n".join(text)
+def _merged(mask: Tensor) -> Tensor:
+    hidden = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(1)
+    if mask.dtype == torch.bool:
+        return mask & ~hidden
+    return mask.masked_fill(hidden, float("-inf"))
 
 
-def race(
-    cases: Iterable[Case], head: dict[str, Any], file: Path | None, end: float
-) -> tuple[list[dict[str, Any]], int]:
-    """The lines of all cases that the time (time.monotonic) is enough for, and how many it is not.
-    What a file has of this GPU and commit is not measured again.
-    """
-    lines: list[dict[str, Any]] = []
-    known: dict[str, list[dict[str, Any]]] = {}
-    if file is not None and file.is_file():
-        for line in map(json.loads, file.read_text().splitlines()):
-            if all(line.get(name) == head[name] for name in ("gpu", "torch", "commit")):
-                known.setdefault(line["case"], []).append(line)
-    missed = 0
-    for case in cases:
-        found = known.get(case.name)
-        if found is None and time.monotonic() >= end:
-            missed += 1
-            continue
-        if found is None:
-            found = _measured(case)
-            if file is not None:
-                with file.open("a") as out:
-                    out.writelines(json.dumps({**head, **line}) + "\n" for line in found)
-        lines += found
-    return lines, missed
-
-
-def _measured(case: Case) -> list[dict[str, Any]]:
-    lines: list[dict[str, Any]] = []
-    try:
-        lines += results_of(case)
-    except torch.OutOfMemoryError as error:
-        lines.append({"case": case.name, "problem": str(error).split("\n")[0]})
-    torch.cuda.empty_cache()
-    return lines
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, help="folder for attention.jsonl, which is gone on with"
-    )
-    parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--only", default="", help="cases with this in their names")
-    parser.add_argument("--commit", default="", help="what is written beside the numbers")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks.attention needs a GPU")
-    head = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "commit": args.commit,
-        "date": datetime.date.today().isoformat(),
-    }
-    end = time.monotonic() + 60.0 * args.minutes
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-    cases = [case for case in grid() if args.only in case.name]
-    lines, missed = race(cases, head, args.out / "attention.jsonl" if args.out else None, end)
-    for line in lines:
-        if "problem" in line:
-            print(f"{line['case']}, {line.get('backend', '')}: {line['problem']}")
-    print(table(lines))
-    print(json.dumps(head))
-    left = f", {missed} not reached: run it again, it goes on there" if missed else ""
-    print(f"{len(cases) - missed} cases{left}")
-
+CONTESTANTS = [
+    *(Contestant(name, partial(ours, name)) for name in ("cuda", "triton")),
+    *(
+        Contestant(f"sdpa-{name}", partial(sdpa, kind))
+        for name, kind in (
+            ("flash", SDPBackend.FLASH_ATTENTION),
+            ("cudnn", SDPBackend.CUDNN_ATTENTION),
+            ("efficient", SDPBackend.EFFICIENT_ATTENTION),
+            ("math", SDPBackend.MATH),
+        )
+    ),
+    *PEERS,
+]
 
 if __name__ == "__main__":
-    main()
+    harness.main("attention", grid, CONTESTANTS, "tflops")

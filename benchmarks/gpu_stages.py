@@ -45,10 +45,13 @@ def all_stages(device: str, commit: str) -> list[Stage]:
     def roofs(piece: Piece) -> list[str]:
         return python("benchmarks.roofs", "--device", device, "--out", str(piece.folder))
 
-    def attention(piece: Piece) -> list[str]:
-        minutes = f"{max(0.1, (piece.seconds - 15.0) / 60.0):.2f}"
-        out = ["--out", str(piece.folder), "--commit", commit]
-        return python("benchmarks.attention", "--minutes", minutes, *out)
+    def race(name: str) -> Stage:
+        def command(piece: Piece) -> list[str]:
+            minutes = f"{max(0.1, (piece.seconds - 15.0) / 60.0):.2f}"  # it ends after a case
+            out = ["--out", str(piece.folder), "--commit", commit, "--device", device]
+            return python(f"benchmarks.{name}", "--minutes", minutes, *out)
+
+        return Stage(name, command, 600.0, 40.0, r"\d cases", more=MORE)
 
     def sanitizer(tool: str) -> Stage:
         quiet = ["--print-level", "error"] if tool == "racecheck" else []
@@ -76,7 +79,8 @@ def all_stages(device: str, commit: str) -> list[Stage]:
         ),
         *(sanitizer(tool) for tool in SANITIZERS),
         record("record", "cuda"),
-        Stage("attention", attention, 600.0, 40.0, r"cases", more=MORE, refusal=_no_gpu),
+        race("attention"),
+        race("layernorm"),
         record("record of Triton", "triton"),
     ]
 

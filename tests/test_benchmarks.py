@@ -1,75 +1,199 @@
-"""``benchmarks.attention`` where there is no GPU: its cases, its gate, its table."""
+"""Races where there is no GPU: the gate, the table, cases and what they count, going on."""
 
 from __future__ import annotations
 
+import importlib
+import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from benchmarks import attention
-from benchmarks.attention import Case
+from benchmarks import attention, harness, layernorm
+from benchmarks.harness import Case, Contestant, Given, Run, Work
 
-
-def test_cases_have_names_of_their_own_and_one_size() -> None:
-    cases = attention.grid()
-    assert len({case.name for case in cases}) == len(cases) > 20
-    assert {case.batch * case.T for case in cases} == {16384}
-    assert all(2048 - case.D < case.heads * case.D <= 2048 for case in cases)
+CPU = torch.device("cpu")
+RACES = [attention, layernorm]
 
 
-def test_flops_are_those_of_the_visible_pairs() -> None:
-    full, causal = Case(64, 4), Case(64, 4, ("causal",))
+@dataclass(frozen=True)
+class Square:
+    """A case whose operator squares x; ``measured`` hears of every one that is given."""
+
+    name: str
+    measured: list[str]
+
+    def given(self, device: torch.device) -> Given:
+        self.measured.append(self.name)
+        x = torch.randn(8, device=device).requires_grad_()
+        dout = torch.randn(8, device=device)
+        wide = x.detach().double()
+        exact = [wide**2, 2 * wide * dout]
+        return Given({"x": x}, [x], dout, lambda got: harness.relative_error(got, exact))
+
+    def work(self) -> dict[str, Work]:
+        return {"fwd": Work(8e6, 64e6), "bwd": Work(16e6, 96e6)}
+
+
+class _WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Tensor:
+        return 2.1 * ctx.saved_tensors[0] * dout
+
+
+def _squares(square: Callable[[Tensor], Tensor]) -> Callable[[Any, dict[str, Any]], Run]:
+    return lambda case, values: lambda: square(values["x"])
+
+
+def _refuses(case: Any, values: dict[str, Any]) -> Run:
+    raise ValueError("it takes\n  no such case")
+
+
+def _missing(case: Any, values: dict[str, Any]) -> Run:
+    importlib.import_module("no_such_package")
+    raise AssertionError
+
+
+def _out_of_memory(case: Any, values: dict[str, Any]) -> Run:
+    def run() -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    return run
+
+
+CONTESTANTS = [
+    Contestant("right", _squares(lambda x: x**2)),
+    Contestant("wrong", _squares(lambda x: 1.1 * x**2)),
+    Contestant("wrong gradient", _squares(_WrongGradient.apply)),
+    Contestant("nan", _squares(lambda x: x**2 + math.nan)),
+    Contestant("refuses", _refuses),
+    Contestant("missing", _missing),
+    Contestant("large", _out_of_memory),
+    Contestant("right too", _squares(lambda x: x * x)),
+]
+
+
+def test_who_is_wrong_has_no_number() -> None:
+    lines = list(harness.results_of(Square("one", []), CONTESTANTS, CPU))
+    problems = {line["contestant"]: line["problem"] for line in lines if "problem" in line}
+    assert problems.keys() == {c.name for c in CONTESTANTS} - {"right", "right too"}
+    assert problems["wrong"] == "error 0.1, allowed 0.02"
+    assert problems["wrong gradient"] == "error 0.05, allowed 0.02"
+    assert problems["nan"] == "error nan, allowed 0.02"
+    assert problems["refuses"] == "it takes no such case"
+    assert problems["missing"] == "no_such_package is not installed"
+    assert problems["large"] == "CUDA out of memory"
+    timed = [line for line in lines if "us" in line]
+    assert [(line["contestant"], line["pass"]) for line in timed] == [
+        ("right", "fwd"), ("right too", "fwd"), ("right", "bwd"), ("right too", "bwd"),
+    ]  # fmt: skip
+    for line in timed:
+        assert line["us"] > 0 and line["host_us"] > 0 and line["error"] < 1e-6
+        assert line["tbps"] / line["tflops"] == pytest.approx(
+            8 if line["pass"] == "fwd" else 6, 0.01
+        )
+
+
+def test_a_race_goes_on_where_it_was_cut(tmp_path: Path) -> None:
+    measured: list[str] = []
+    cases, file = [Square(name, measured) for name in "abc"], tmp_path / "race.jsonl"
+    head = {"gpu": "H200", "torch": "2", "commit": "abc", "date": "today"}
+
+    def race(cases: list[Any], end: float, **changes: str) -> tuple[list[dict[str, Any]], int]:
+        return harness.race(cases, CONTESTANTS[:1], CPU, {**head, **changes}, file, end)
+
+    late = time.monotonic() + 60.0
+    assert race(cases[:1], late)[1] == 0
+    assert race(cases, end=0.0)[1] == 2, "no time for what is new"
+    lines, missed = race(cases, late, date="tomorrow")
+    assert [line["case"] for line in lines] == list("aabbcc") and measured == list("abc")
+    assert missed == 0
+    assert [line["date"] for line in lines] == ["today"] * 2 + ["tomorrow"] * 4
+    race(cases[:1], late, commit="def")
+    assert measured[3:] == ["a"], "another commit's kernels"
+    assert len([*map(json.loads, file.read_text().splitlines())]) == 8
+
+
+def test_the_table_has_a_cell_for_every_time_and_none_for_what_failed() -> None:
+    lines: list[dict[str, Any]] = [
+        {"case": "a", "contestant": "right", "pass": "fwd", "us": 1.0, "tflops": 300.4},
+        {"case": "a", "contestant": "right too", "pass": "fwd", "us": 1.0, "tflops": 512.0},
+        {"case": "a", "contestant": "wrong", "problem": "error 0.3, allowed 0.02"},
+        {"case": "b", "contestant": "wrong", "problem": "error 0.3, allowed 0.02"},
+        {"case": "b", "problem": "CUDA out of memory"},
+    ]
+    three = [CONTESTANTS[0], CONTESTANTS[1], CONTESTANTS[-1]]
+    head, row = harness.table(lines, three, "tflops").splitlines()
+    assert head.split() == ["tflops", "pass", "right", "wrong", "right", "too"]
+    assert row.split() == ["a", "fwd", "300.4", "-", "512"]
+    assert harness.problems(lines).splitlines() == [
+        "wrong: error 0.3, allowed 0.02 (a and 1 more)", "all: CUDA out of memory (b)",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("module", RACES, ids=lambda module: module.__name__)
+def test_cases_have_names_of_their_own(module: ModuleType) -> None:
+    for dry in (True, False):
+        cases: list[Case] = module.grid(dry)
+        assert len({case.name for case in cases}) == len(cases) > 2
+        for case in cases:
+            assert case.work().keys() == {"fwd", "bwd"}
+            assert all(work.flops > 0 and work.bytes > 0 for work in case.work().values())
+    assert len({contestant.name for contestant in module.CONTESTANTS}) == len(module.CONTESTANTS)
+
+
+@pytest.mark.parametrize("module", RACES, ids=lambda module: module.__name__)
+def test_every_adapter_runs_or_says_why_not(module: ModuleType) -> None:
+    """In one sentence; of what comes with PyTorch, all that runs on a CPU is right."""
+    case = module.grid(True)[0]
+    lines = list(harness.results_of(case, module.CONTESTANTS, CPU))
+    problems = {line["contestant"]: line["problem"] for line in lines if "problem" in line}
+    timed = {line["contestant"] for line in lines if "us" in line}
+    assert timed | problems.keys() == {contestant.name for contestant in module.CONTESTANTS}
+    assert "eager" in timed
+    assert not [reason for reason in problems.values() if reason.startswith("error")]
+
+
+def test_attention_counts_the_visible_pairs() -> None:
+    full = attention.Case(64, 4)
+    causal = replace(full, features=("causal",))
     pairs = torch.ones(4, 4).tril().sum().item()
-    assert full.flops() == 4 * 64 * 16 * full.batch * full.heads
-    assert causal.flops() / full.flops() == pairs / 16
+    assert full.work()["fwd"].flops == 4 * 64 * 16 * full.batch * full.heads
+    assert causal.work()["fwd"].flops / full.work()["fwd"].flops == pairs / 16
+    one = replace(full, queries=1)
+    assert one.work()["fwd"].flops / full.work()["fwd"].flops == 1 / 4
+    given = replace(full, tokens=8, model_dim=128).given(CPU).values
+    size = sum(given[name].nbytes for name in ("q", "k", "v"))
+    assert replace(full, tokens=8, model_dim=128).work()["fwd"].bytes == size * 4 / 3
 
 
 @pytest.mark.parametrize("wrong", [0.0, 0.1, math.nan])
-def test_the_gate_sees_one_wrong_tensor(wrong: float) -> None:
+def test_attention_sees_one_wrong_tensor_of_one_head(wrong: float) -> None:
     exact = [torch.randn(1, 2, 3, 4, dtype=torch.float64) for _ in range(4)]
     got = [torch.cat([t, torch.full_like(t, math.nan)], 1) for t in exact]  # heads beside it
     got[2][:, :2] *= 1 + wrong
-    error = attention.error_of(Case(64, 4), got, exact)
+    error = attention.error_of(exact, got)
     if math.isnan(wrong):
-        assert math.isnan(error) and not error <= attention.MOST_ERROR
+        assert math.isnan(error)
     else:
         assert error == pytest.approx(wrong)
 
 
-def test_a_race_goes_on_where_it_was_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: list[str] = []
-
-    def results(case: Case) -> Iterator[dict[str, Any]]:
-        measured.append(case.name)
-        yield {"case": case.name, "backend": "cuda", "pass": "fwd", "us": 1.0, "tflops": 1.0}
-
-    monkeypatch.setattr(attention, "results_of", results)
-    cases, file = [Case(64, 512), Case(64, 1024), Case(64, 2048)], tmp_path / "attention.jsonl"
-    head = {"gpu": "H200", "torch": "2", "commit": "abc", "date": "today"}
-    late = time.monotonic() + 60.0
-    assert attention.race(cases[:1], head, file, late)[1] == 0
-    assert attention.race(cases, head, file, end=0.0)[1] == 2, "no time for what is new"
-    lines, missed = attention.race(cases, {**head, "date": "tomorrow"}, file, late)
-    assert [line["case"] for line in lines] == measured == [case.name for case in cases]
-    assert missed == 0
-    attention.race(cases[:1], {**head, "commit": "def"}, file, late)
-    assert measured[3:] == [cases[0].name], "another commit's kernels"
-    assert len(file.read_text().splitlines()) == 4
-
-
-def test_the_table_has_a_cell_for_every_time_and_none_for_what_failed() -> None:
-    lines = [
-        {"case": "a", "backend": "cuda", "pass": "fwd", "us": 1.0, "tflops": 300.4},
-        {"case": "a", "backend": "sdpa-cudnn", "pass": "fwd", "us": 1.0, "tflops": 512.0},
-        {"case": "a", "backend": "triton", "problem": "error 0.3, allowed 0.02"},
-    ]
-    head, row = attention.table(lines).splitlines()
-    cells = dict(zip(head.split()[2:], row.split()[2:], strict=True))
-    assert cells == {
-        "cuda": "300", "triton": "-", "sdpa-flash": "-", "sdpa-cudnn": "512", "sdpa-efficient": "-",
-    }  # fmt: skip
+def test_norms_move_each_tensor_once() -> None:
+    plain, fused = (layernorm.Case(64, residual=r, rows=8) for r in (False, True))
+    assert (
+        plain.work()["fwd"].bytes == 2 * 8 * 64 * 2 and fused.work()["fwd"].bytes == 4 * 8 * 64 * 2
+    )
+    assert layernorm.Case(256).N == layernorm.MOST_ROWS and layernorm.Case(16384).N == 4096

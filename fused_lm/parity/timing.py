@@ -27,8 +27,15 @@ WALL_FACTOR = 4.0
 def interleaved_medians(
     calls: Sequence[Callable[[], None]], seconds: float = 0.1, least: int = 10, most: int = 200
 ) -> list[float]:
-    """Median GPU time of each call in microseconds: from the start of its first kernel to the end
-    of its last, as CUDA events see it.
+    """Median GPU time of each call in microseconds, see :func:`interleaved_times`."""
+    return [median(times) for times in interleaved_times(calls, seconds, least, most)]
+
+
+def interleaved_times(
+    calls: Sequence[Callable[[], None]], seconds: float = 0.1, least: int = 10, most: int = 200
+) -> list[list[float]]:
+    """GPU times of each call in microseconds, a round of all after the other: from the start of its
+    first kernel to the end of its last, as CUDA events see it.
 
     The host's work is hidden behind a spin of 1 ms on the GPU, or of 1.5 times the host's median
     for the slowest call where that is longer. It counts again where a call waits for the GPU, where
@@ -54,7 +61,7 @@ def interleaved_medians(
     for _ in range(rounds):
         for call, found in zip(calls, times, strict=True):
             found.append(_time_us(call, flush, cycles))
-    return [_median(found) for found in times]
+    return times
 
 
 def _time_us(call: Callable[[], None], flush: torch.Tensor, cycles: int) -> float:
@@ -77,7 +84,7 @@ def _host_us(call: Callable[[], None]) -> float:
         begin = perf_counter()
         call()
         times.append((perf_counter() - begin) * 1e6)
-    return _median(times)
+    return median(times)
 
 
 def _spin_cycles(host_us: float) -> int:
@@ -109,5 +116,6 @@ def _cycles_per_us() -> float:
     return CALIBRATION_CYCLES / shortest
 
 
-def _median(times: list[float]) -> float:
+def median(times: Sequence[float]) -> float:
+    """The middle one, of an even number the larger."""
     return sorted(times)[len(times) // 2]

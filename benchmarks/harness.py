@@ -1,0 +1,325 @@
+"""Races: one case, several contestants, the same inputs, one run. ``benchmarks/attention.py`` and
+its neighbours say what is raced; here is how.
+
+Gate first: a contestant whose output or gradients are off gets a sentence and no number, and so
+does one that isn't installed or refuses the case. Then times: forward and backward apart, calls in
+turn, so that they share clocks and temperature, behind a flushed L2, of the GPU alone
+(:mod:`fused_lm.parity.timing`). Each case is written down as soon as it is done, and a race that
+was cut goes on where it was.
+
+On a CPU it is a dry run: every line says so, and names no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fused_lm import dispatch
+from fused_lm.explain import call_of
+from fused_lm.parity.run import use_interpreter_without_gpu
+from fused_lm.parity.timing import interleaved_times, median
+
+MOST_ERROR = 2e-2
+"""Norm of the difference to fp64 over fp64's: 16-bit operands are at 1e-3 to 1e-2."""
+SECONDS_PER_CALL = 0.05
+HOST_RUNS, DRY_RUNS = 20, 3
+SENTENCE = 160
+
+Run = Callable[[], Tensor]
+"""One call, whose output is differentiated."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What every contestant of a case gets.
+
+    Attributes:
+        values: By name, as the contestants of the operator know them.
+        leaves: Those with a gradient.
+        dout: Gradient of the output.
+        error: Of an output and the gradients of the leaves, in units of the exact ones' norms, the
+            largest; NaN if any is. None: nothing to compare with, as where each draws its own
+            dropout mask.
+    """
+
+    values: dict[str, Any]
+    leaves: Sequence[Tensor]
+    dout: Tensor
+    error: Callable[[Sequence[Tensor]], float] | None
+
+
+class Work(NamedTuple):
+    """Of one pass, by the textbook."""
+
+    flops: float
+    bytes: float
+
+
+class Case(Protocol):
+    """One shape with its features."""
+
+    @property
+    def name(self) -> str: ...
+
+    def given(self, device: torch.device) -> Given: ...
+
+    def work(self) -> dict[str, Work]:
+        """Of "fwd" and "bwd"."""
+
+
+class Contestant(NamedTuple):
+    """Who runs a case. ``prepare`` may raise ImportError, or what a refusal raises there."""
+
+    name: str
+    prepare: Callable[[Any, dict[str, Any]], Run]
+
+
+def check_backend(op: str, backend: str, arguments: dict[str, Any]) -> None:
+    """Raises ValueError, in the sentence of the backend alone, if it can't run a call of ours."""
+    call = call_of(op, **arguments)
+    impl = next(impl for impl in dispatch.TABLE[op] if impl.name == backend)
+    reason = impl.refuses(call)
+    if reason is not None:
+        raise ValueError(reason)
+
+
+def relative_error(got: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
+    """The largest, of tensors each as large as its exact one; NaN if any is."""
+    errors = [
+        (mine.double() - truth).norm() / truth.norm().clamp_min(1e-30)
+        for mine, truth in zip(got, exact, strict=True)
+    ]
+    return float(torch.stack(errors).max())
+
+
+def results_of(
+    case: Case, contestants: Sequence[Contestant], device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """A line per contestant and pass, or why there is none."""
+    torch.manual_seed(0)
+    given = case.given(device)
+    passes: dict[str, dict[str, Callable[[], Any]]] = {"fwd": {}, "bwd": {}}
+    about: dict[str, dict[str, Any]] = {}
+    for contestant in contestants:
+        label = {"case": case.name, "contestant": contestant.name}
+        try:
+            run = contestant.prepare(case, given.values)
+            out, measured = _first_step(run, given, device)
+        except ImportError as error:
+            yield {**label, "problem": f"{error.name or error} is not installed"}
+            continue
+        except Exception as error:  # what a contestant refuses, in its words
+            yield {**label, "problem": _sentence(error)}
+            continue
+        if not measured.get("error", 0.0) <= MOST_ERROR:
+            yield {**label, "problem": f"error {measured['error']:.3g}, allowed {MOST_ERROR:g}"}
+            continue
+        about[contestant.name] = measured
+        passes["fwd"][contestant.name] = _without_grad(run)
+        passes["bwd"][contestant.name] = _backward(out, given)
+    for way, calls in passes.items():
+        work = case.work()[way]
+        for name, times in zip(calls, _times(list(calls.values()), device), strict=True):
+            us = median(times)
+            yield {
+                "case": case.name, "contestant": name, "pass": way, "us": round(us, 1),
+                "spread": round(_spread(times), 3), "tflops": _round(work.flops / us / 1e6),
+                "tbps": _round(work.bytes / us / 1e6), **about[name],
+            }  # fmt: skip
+
+
+def _first_step(run: Run, given: Given, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
+    """A forward and backward: its output, and error, most memory and the host's time for a call."""
+    measured: dict[str, Any] = {}
+    gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    out = run()
+    gradients = torch.autograd.grad(out, given.leaves, given.dout, retain_graph=True)
+    if gpu:
+        measured["step_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    if given.error is not None:
+        measured["error"] = float(f"{given.error((out.detach(), *gradients)):.3g}")
+    measured["host_us"] = round(_host_us(run, gpu), 1)
+    return out, measured
+
+
+def _host_us(run: Run, gpu: bool) -> float:
+    """Median time in which a call returns, the GPU's queue empty."""
+    times = []
+    for _ in range(HOST_RUNS if gpu else DRY_RUNS):
+        if gpu:
+            torch.cuda.synchronize()
+        begin = perf_counter()
+        run()
+        times.append((perf_counter() - begin) * 1e6)
+    return median(times)
+
+
+def _without_grad(run: Run) -> Callable[[], None]:
+    def forward() -> None:
+        with torch.no_grad():
+            run()
+
+    return forward
+
+
+def _backward(out: Tensor, given: Given) -> Callable[[], None]:
+    def backward() -> None:
+        torch.autograd.grad(out, given.leaves, given.dout, retain_graph=True)
+
+    return backward
+
+
+def _times(calls: Sequence[Callable[[], None]], device: torch.device) -> list[list[float]]:
+    if not calls:
+        return []
+    if device.type == "cuda":
+        return interleaved_times(calls, SECONDS_PER_CALL * len(calls), least=5)
+    found: list[list[float]] = [[] for _ in calls]
+    for _ in range(DRY_RUNS):
+        for call, times in zip(calls, found, strict=True):
+            begin = perf_counter()
+            call()
+            times.append((perf_counter() - begin) * 1e6)
+    return found
+
+
+def _spread(times: Sequence[float]) -> float:
+    """From the 10th to the 90th percentile, in units of the median."""
+    ordered = sorted(times)
+    tenth = len(ordered) // 10
+    return (ordered[-1 - tenth] - ordered[tenth]) / median(times)
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _sentence(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:SENTENCE]
+
+
+def race(
+    cases: Iterable[Case],
+    contestants: Sequence[Contestant],
+    device: torch.device,
+    head: dict[str, Any],
+    file: Path | None,
+    end: float,
+) -> tuple[list[dict[str, Any]], int]:
+    """The lines of all cases that the time (time.monotonic) is enough for, and how many it is not.
+    What a file has of this GPU, torch and commit is not measured again.
+    """
+    lines: list[dict[str, Any]] = []
+    known: dict[str, list[dict[str, Any]]] = {}
+    if file is not None and file.is_file():
+        for line in map(json.loads, file.read_text().splitlines()):
+            if all(line.get(name) == head[name] for name in ("gpu", "torch", "commit")):
+                known.setdefault(line["case"], []).append(line)
+    missed = 0
+    for case in cases:
+        found = known.get(case.name)
+        if found is None and time.monotonic() >= end:
+            missed += 1
+            continue
+        if found is None:
+            found = [{**head, **line} for line in _measured(case, contestants, device)]
+            if file is not None:
+                with file.open("a") as out:
+                    out.writelines(json.dumps(line) + "\n" for line in found)
+        lines += found
+    return lines, missed
+
+
+def _measured(
+    case: Case, contestants: Sequence[Contestant], device: torch.device
+) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    try:
+        lines += results_of(case, contestants, device)
+    except torch.OutOfMemoryError as error:
+        lines.append({"case": case.name, "problem": _sentence(error)})
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return lines
+
+
+def table(lines: Iterable[dict[str, Any]], contestants: Sequence[Contestant], unit: str) -> str:
+    """A row per case and pass, a column per contestant; ``unit`` is "tflops", "tbps" or "us"."""
+    names = [contestant.name for contestant in contestants]
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    for line in lines:
+        if unit in line:
+            rows.setdefault((line["case"], line["pass"]), {})[line["contestant"]] = line[unit]
+    width = max((len(case) for case, _ in rows), default=4)
+    text = [f"{unit:{width}} pass " + " ".join(f"{name:>14}" for name in names)]
+    for (case, way), found in rows.items():
+        cells = (f"{found[name]:14.4g}" if name in found else f"{'-':>14}" for name in names)
+        text.append(f"{case:{width}} {way:4} " + " ".join(cells))
+    return "\n".join(text)
+
+
+def problems(lines: Iterable[dict[str, Any]]) -> str:
+    """Why there is no number, a row per reason."""
+    cases: dict[str, list[str]] = {}
+    for line in lines:
+        if "problem" in line:
+            reason = f"{line.get('contestant', 'all')}: {line['problem']}"
+            cases.setdefault(reason, []).append(line["case"])
+    return "\n".join(
+        f"{reason} ({found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''})"
+        for reason, found in cases.items()
+    )
+
+
+def main(
+    name: str,
+    grid: Callable[[bool], Sequence[Case]],
+    contestants: Sequence[Contestant],
+    unit: str,
+) -> None:
+    """The command line of a benchmark; ``grid(dry)`` are its cases, in order of worth."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
+    parser.add_argument("--out", type=Path, help=f"folder for {name}.jsonl, gone on with if there")
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--only", default="", help="cases with this in their names")
+    parser.add_argument("--commit", default="", help="what is written beside the numbers")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    args = parser.parse_args()
+    end = time.monotonic() + 60.0 * args.minutes
+    device = torch.device(args.device)
+    dry = device.type == "cpu"
+    if dry:
+        use_interpreter_without_gpu()
+        import fused_lm.triton_kernels.attention  # noqa: F401  # it is found by being there
+    elif not torch.cuda.is_available():
+        raise SystemExit("there is no GPU; --device cpu is a dry run")
+    head = {
+        "gpu": None if dry else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "commit": args.commit,
+        "date": datetime.date.today().isoformat(),
+    }
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+    cases = [case for case in grid(dry) if args.only in case.name]
+    file = args.out / f"{name}.jsonl" if args.out else None
+    lines, missed = race(cases, contestants, device, head, file, end)
+    print(problems(lines))
+    print(table(lines, contestants, unit))
+    print("a CPU, tiny shapes" if dry else json.dumps(head))
+    left = f", {missed} not reached: run it again, it goes on there" if missed else ""
+    print(f"{len(cases) - missed} cases{left}")
