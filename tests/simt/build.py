@@ -47,7 +47,7 @@ BUILDS = {
         Build("plain", "-O2", "-O2"),
         Build(
             "asan",
-            "-O1 -fsanitize=address,undefined -fno-sanitize=alignment,vptr "
+            "-O0 -fsanitize=address,undefined -fno-sanitize=alignment,vptr "
             "-fno-sanitize-recover=undefined -fno-omit-frame-pointer",
             "-O1 -fsanitize=address -fno-omit-frame-pointer",
             "-fsanitize=address,undefined",
