@@ -105,9 +105,9 @@ class Case:
 def grid(dry: bool) -> list[Case]:
     """In order of worth, each shape causal and full; on a CPU a few tiny ones."""
     if dry:
-        tiny = Case(16, 16, ("causal",), tokens=32, model_dim=64)
-        features = [replace(tiny, features=f) for f in (("bias",), ("key_mask", "dropout"))]
-        return [tiny, replace(tiny, group=2), *features, replace(tiny, features=(), queries=1)]
+        tiny = Case(16, 16, ("causal",), group=2, tokens=32, model_dim=64)
+        bias = replace(tiny, features=("bias",), group=1)
+        return [tiny, bias, replace(tiny, features=("key_mask", "dropout"), queries=1)]
     shapes = [
         *((D, S) for D in (128, 64) for S in (4096, 1024, 16384, 512)),
         *((D, S) for D in (256, 96, 32, 192) for S in (4096,)),

@@ -153,5 +153,5 @@ PEERS = [
     Contestant("flash-attn-3", flash_attention_3),
     Contestant("flash-attn-4", flash_attention_4),
     Contestant("xformers", xformers),
-    Contestant("te", transformer_engine),
+    Contestant("transformer-engine", transformer_engine),
 ]

@@ -81,6 +81,7 @@ def all_stages(device: str, commit: str) -> list[Stage]:
         record("record", "cuda"),
         race("attention"),
         race("layernorm"),
+        race("loss"),
         record("record of Triton", "triton"),
     ]
 

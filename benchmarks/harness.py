@@ -2,10 +2,10 @@
 its neighbours say what is raced; here is how.
 
 Gate first: a contestant whose output or gradients are off gets a sentence and no number, and so
-does one that isn't installed or refuses the case. Then times: forward and backward apart, calls in
-turn, so that they share clocks and temperature, behind a flushed L2, of the GPU alone
-(:mod:`fused_lm.parity.timing`). Each case is written down as soon as it is done, and a race that
-was cut goes on where it was.
+does one that isn't installed or refuses the case. Then times: of forward and backward, or of both
+together, calls in turn, so that they share clocks and temperature, behind a flushed L2, of the GPU
+alone (:mod:`fused_lm.parity.timing`). Each case is written down as soon as it is done, and a race
+that was cut goes on where it was.
 
 On a CPU it is a dry run: every line says so, and names no GPU.
 """
@@ -75,7 +75,7 @@ class Case(Protocol):
     def given(self, device: torch.device) -> Given: ...
 
     def work(self) -> dict[str, Work]:
-        """Of "fwd" and "bwd"."""
+        """Of the passes that are timed: "fwd", "bwd", or "step", which is both together."""
 
 
 class Contestant(NamedTuple):
@@ -109,7 +109,7 @@ def results_of(
     """A line per contestant and pass, or why there is none."""
     torch.manual_seed(0)
     given = case.given(device)
-    passes: dict[str, dict[str, Callable[[], Any]]] = {"fwd": {}, "bwd": {}}
+    passes: dict[str, dict[str, Callable[[], None]]] = {way: {} for way in case.work()}
     about: dict[str, dict[str, Any]] = {}
     for contestant in contestants:
         label = {"case": case.name, "contestant": contestant.name}
@@ -126,8 +126,8 @@ def results_of(
             yield {**label, "problem": f"error {measured['error']:.3g}, allowed {MOST_ERROR:g}"}
             continue
         about[contestant.name] = measured
-        passes["fwd"][contestant.name] = _without_grad(run)
-        passes["bwd"][contestant.name] = _backward(out, given)
+        for way, calls in passes.items():
+            calls[contestant.name] = WAYS[way](run, out, given)
     for way, calls in passes.items():
         work = case.work()[way]
         for name, times in zip(calls, _times(list(calls.values()), device), strict=True):
@@ -168,7 +168,7 @@ def _host_us(run: Run, gpu: bool) -> float:
     return median(times)
 
 
-def _without_grad(run: Run) -> Callable[[], None]:
+def _without_grad(run: Run, out: Tensor, given: Given) -> Callable[[], None]:
     def forward() -> None:
         with torch.no_grad():
             run()
@@ -176,11 +176,25 @@ def _without_grad(run: Run) -> Callable[[], None]:
     return forward
 
 
-def _backward(out: Tensor, given: Given) -> Callable[[], None]:
+def _backward(run: Run, out: Tensor, given: Given) -> Callable[[], None]:
     def backward() -> None:
         torch.autograd.grad(out, given.leaves, given.dout, retain_graph=True)
 
     return backward
+
+
+def _step(run: Run, out: Tensor, given: Given) -> Callable[[], None]:
+    def step() -> None:
+        torch.autograd.grad(run(), given.leaves, given.dout)
+
+    return step
+
+
+WAYS: dict[str, Callable[[Run, Tensor, Given], Callable[[], None]]] = {
+    "fwd": _without_grad,
+    "bwd": _backward,
+    "step": _step,
+}
 
 
 def _times(calls: Sequence[Callable[[], None]], device: torch.device) -> list[list[float]]:
@@ -265,9 +279,9 @@ def table(lines: Iterable[dict[str, Any]], contestants: Sequence[Contestant], un
         if unit in line:
             rows.setdefault((line["case"], line["pass"]), {})[line["contestant"]] = line[unit]
     width = max((len(case) for case, _ in rows), default=4)
-    text = [f"{unit:{width}} pass " + " ".join(f"{name:>14}" for name in names)]
+    text = [f"{unit:{width}} pass " + " ".join(f"{name:>18}" for name in names)]
     for (case, way), found in rows.items():
-        cells = (f"{found[name]:14.4g}" if name in found else f"{'-':>14}" for name in names)
+        cells = (f"{found[name]:18.4g}" if name in found else f"{'-':>18}" for name in names)
         text.append(f"{case:{width}} {way:4} " + " ".join(cells))
     return "\n".join(text)
 

@@ -189,7 +189,7 @@ CONTESTANTS = [
     Contestant("compiled", compiled),
     Contestant("liger", liger),
     Contestant("quack", quack),
-    Contestant("te", transformer_engine),
+    Contestant("transformer-engine", transformer_engine),
     Contestant("apex", apex),
 ]
 
