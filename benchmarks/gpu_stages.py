@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import sys
-from typing import Any
 
 import torch
 
@@ -15,6 +14,8 @@ from fused_lm.cuda import extension
 TEST_PROCESSES = 8
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 OURS = "kernel_substring=fused_lm"
+SILENCE_SECONDS = 75.0
+"""Of a race, whose contestants may compile for half a minute and more."""
 MORE = "run it again"
 """In the last words of a program that the time was too short for."""
 PROOFS = "proofs"
@@ -23,71 +24,89 @@ QUICK = ("environment", "kernels", "record")
 """Parity and record."""
 
 
+RACES = ("attention", "layernorm", "loss", "ffn")
+
+
 def all_stages(device: str, commit: str) -> list[Stage]:
     """In order of worth."""
-    gpu = device == "cuda"
+    return [
+        *_surroundings(device),
+        *_proofs(device),
+        _record("record", "cuda", device),
+        *(_race(name, device, commit) for name in RACES),
+        _record("record of Triton", "triton", device),
+    ]
 
-    def python(*arguments: str) -> list[str]:
-        return [sys.executable, "-m", *arguments]
 
-    def verify(piece: Piece, kernels: str) -> list[str]:
-        minutes = max(0.1, (piece.seconds - 10.0) / 60.0)  # it writes its records at the end
-        extent = ["--only", f" {kernels}", *["--again"] * piece.first]
-        if not gpu:
-            extent = ["--limit", "1"]
-        where = ["--device", device, "--out", str(piece.folder)]
-        return python("fused_lm", "verify", "--minutes", f"{minutes:.2f}", *where, *extent)
-
-    def record(name: str, kernels: str) -> Stage:
-        options: dict[str, Any] = {"headline": r"\d passed", "more": MORE}
-        return Stage(name, lambda piece: verify(piece, kernels), 600.0, 40.0, **options)
+def _surroundings(device: str) -> list[Stage]:
+    """What the numbers are to be read with."""
+    doctor = _python("fused_lm", "doctor", "--json")
+    smi = ["nvidia-smi", "-q", "-d", "CLOCK,POWER"]
 
     def roofs(piece: Piece) -> list[str]:
-        return python("benchmarks.roofs", "--device", device, "--out", str(piece.folder))
+        return _python("benchmarks.roofs", "--device", device, "--out", str(piece.folder))
 
-    def race(name: str) -> Stage:
-        def command(piece: Piece) -> list[str]:
-            minutes = f"{max(0.1, (piece.seconds - 15.0) / 60.0):.2f}"  # it ends after a case
-            out = ["--out", str(piece.folder), "--commit", commit, "--device", device]
-            return python(f"benchmarks.{name}", "--minutes", minutes, *out)
-
-        return Stage(name, command, 600.0, 40.0, r"\d cases", more=MORE)
-
-    def sanitizer(tool: str) -> Stage:
-        quiet = ["--print-level", "error"] if tool == "racecheck" else []
-        run = ["compute-sanitizer", "--tool", tool, "--kernel-name", OURS, *quiet]
-        command = [*run, "--error-exitcode", "9", *_pytest("tests/test_gpu_kernels.py")]
-        said = r"(ERROR|RACECHECK) SUMMARY"
-        options: dict[str, Any] = {"refusal": _no_sanitizer, "beside": PROOFS}
-        return Stage(tool, lambda _: command, 240.0, 60.0, said, **options)
-
-    doctor = python("fused_lm", "doctor", "--json")
-    smi = ["nvidia-smi", "-q", "-d", "CLOCK,POWER"]
-    kernels = _pytest("-m", "gpu", *_in_parallel(), "tests/test_gpu_kernels.py")
-    refusal = _no_extension
-    if not gpu:
-        refusal = _nothing
-        kernels = _pytest("tests/test_simt_attention_extremes.py", "-k", "simt_plain and key")
     return [
         Stage("environment", lambda _: doctor, 60.0, headline=r"\"torch\""),
         Stage("clocks", lambda _: smi, 20.0, headline="SM", refusal=_no_smi),
         Stage("roofs", roofs, 60.0),
-        Stage(
-            *("kernels", lambda _: kernels, 300.0, 20.0, r"passed|failed|error"),
-            refusal=refusal,
-            beside=PROOFS,
-        ),
-        *(sanitizer(tool) for tool in SANITIZERS),
-        record("record", "cuda"),
-        race("attention"),
-        race("layernorm"),
-        race("loss"),
-        record("record of Triton", "triton"),
     ]
 
 
+def _proofs(device: str) -> list[Stage]:
+    """The harness' calls, plain and under each sanitizer; on a CPU a few, on the harness."""
+    kernels = _pytest("-m", "gpu", *_in_parallel(), "tests/test_gpu_kernels.py")
+    refusal = _no_extension
+    if device == "cpu":
+        kernels = _pytest("tests/test_simt_attention_extremes.py", "-k", "simt_plain and key")
+        refusal = _nothing
+    plain = Stage(
+        *("kernels", lambda _: kernels, 300.0, 20.0, r"passed|failed|error"),
+        refusal=refusal,
+        beside=PROOFS,
+    )
+    return [plain, *(_sanitizer(tool) for tool in SANITIZERS)]
+
+
+def _sanitizer(tool: str) -> Stage:
+    quiet = ["--print-level", "error"] if tool == "racecheck" else []
+    run = ["compute-sanitizer", "--tool", tool, "--kernel-name", OURS, *quiet]
+    command = [*run, "--error-exitcode", "9", *_pytest("tests/test_gpu_kernels.py")]
+    said = r"(ERROR|RACECHECK) SUMMARY"
+    return Stage(
+        *(tool, lambda _: command, 240.0, 60.0, said), refusal=_no_sanitizer, beside=PROOFS
+    )
+
+
+def _record(name: str, kernels: str, device: str) -> Stage:
+    """``fused-lm verify`` of one backend's kernels; on a CPU of one case."""
+
+    def command(piece: Piece) -> list[str]:
+        minutes = max(0.1, (piece.seconds - 10.0) / 60.0)  # it writes its records at the end
+        extent = ["--only", f" {kernels}", *["--again"] * piece.first]
+        if device == "cpu":
+            extent = ["--limit", "1"]
+        where = ["--device", device, "--out", str(piece.folder)]
+        return _python("fused_lm", "verify", "--minutes", f"{minutes:.2f}", *where, *extent)
+
+    return Stage(name, command, 600.0, 40.0, r"\d passed", more=MORE)
+
+
+def _race(name: str, device: str, commit: str) -> Stage:
+    def command(piece: Piece) -> list[str]:
+        minutes = f"{max(0.1, (piece.seconds - 15.0) / 60.0):.2f}"  # it ends after a case
+        out = ["--out", str(piece.folder), "--commit", commit, "--device", device]
+        return _python(f"benchmarks.{name}", "--minutes", minutes, *out)
+
+    return Stage(name, command, 600.0, 40.0, r"\d cases", SILENCE_SECONDS, MORE)
+
+
+def _python(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", *arguments]
+
+
 def _pytest(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    return _python("pytest", "-q", "-p", "no:cacheprovider", *arguments)
 
 
 def _in_parallel() -> list[str]:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from benchmarks.diary import Diary, Event
 from fused_lm import dispatch
 from fused_lm.explain import call_of
 from fused_lm.parity.run import use_interpreter_without_gpu
@@ -103,16 +106,25 @@ def relative_error(got: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
     return float(torch.stack(errors).max())
 
 
+class ContextLost(Exception):
+    """A contestant has broken the GPU's context, and with it this process."""
+
+
 def results_of(
     case: Case, contestants: Sequence[Contestant], device: torch.device
 ) -> Iterator[dict[str, Any]]:
-    """A line per contestant and pass, or why there is none."""
+    """A line per contestant and pass, or why there is none; before each contestant, that it begins.
+
+    Raises:
+        ContextLost: After the line that says why.
+    """
     torch.manual_seed(0)
     given = case.given(device)
     passes: dict[str, dict[str, Callable[[], None]]] = {way: {} for way in case.work()}
     about: dict[str, dict[str, Any]] = {}
     for contestant in contestants:
         label = {"case": case.name, "contestant": contestant.name}
+        yield {**label, "event": Event.BEGUN}
         try:
             run = contestant.prepare(case, given.values)
             out, measured = _first_step(run, given, device)
@@ -121,6 +133,8 @@ def results_of(
             continue
         except Exception as error:  # what a contestant refuses, in its words
             yield {**label, "problem": _sentence(error)}
+            if not _context_lives(device):
+                raise ContextLost(contestant.name) from error
             continue
         if not measured.get("error", 0.0) <= MOST_ERROR:
             yield {**label, "problem": f"error {measured['error']:.3g}, allowed {MOST_ERROR:g}"}
@@ -128,6 +142,7 @@ def results_of(
         about[contestant.name] = measured
         for way, calls in passes.items():
             calls[contestant.name] = WAYS[way](run, out, given)
+    yield {"case": case.name, "event": Event.TIMES}
     for way, calls in passes.items():
         work = case.work()[way]
         for name, times in zip(calls, _times(list(calls.values()), device), strict=True):
@@ -137,6 +152,15 @@ def results_of(
                 "spread": round(_spread(times), 3), "tflops": _round(work.flops / us / 1e6),
                 "tbps": _round(work.bytes / us / 1e6), **about[name],
             }  # fmt: skip
+
+
+def _context_lives(device: torch.device) -> bool:
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+    return True
 
 
 def _first_step(run: Run, given: Given, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
@@ -235,40 +259,48 @@ def race(
     end: float,
 ) -> tuple[list[dict[str, Any]], int]:
     """The lines of all cases that the time (time.monotonic) is enough for, and how many it is not.
-    What a file has of this GPU, torch and commit is not measured again.
+    What a file has of this GPU, torch and commit is not measured again; a case that a process ended
+    in is, without the contestant that it ended with.
+
+    Raises:
+        ContextLost: As of :func:`results_of`; the case goes on in another process.
     """
+    diary = Diary(file, head)
     lines: list[dict[str, Any]] = []
-    known: dict[str, list[dict[str, Any]]] = {}
-    if file is not None and file.is_file():
-        for line in map(json.loads, file.read_text().splitlines()):
-            if all(line.get(name) == head[name] for name in ("gpu", "torch", "commit")):
-                known.setdefault(line["case"], []).append(line)
     missed = 0
     for case in cases:
-        found = known.get(case.name)
-        if found is None and time.monotonic() >= end:
-            missed += 1
-            continue
-        if found is None:
-            found = [{**head, **line} for line in _measured(case, contestants, device)]
-            if file is not None:
-                with file.open("a") as out:
-                    out.writelines(json.dumps(line) + "\n" for line in found)
-        lines += found
+        if not diary.is_done(case.name):
+            if time.monotonic() >= end:
+                missed += 1
+                continue
+            _measure(case, contestants, device, diary)
+        lines += diary.results(case.name)
     return lines, missed
 
 
-def _measured(
-    case: Case, contestants: Sequence[Contestant], device: torch.device
-) -> list[dict[str, Any]]:
-    lines: list[dict[str, Any]] = []
-    try:
-        lines += results_of(case, contestants, device)
-    except torch.OutOfMemoryError as error:
-        lines.append({"case": case.name, "problem": _sentence(error)})
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return lines
+def _measure(
+    case: Case, contestants: Sequence[Contestant], device: torch.device, diary: Diary
+) -> None:
+    out = diary.left_out(case.name)
+    told = {line["contestant"] for line in diary.results(case.name) if "problem" in line}
+    if not diary.ended_in_times(case.name):
+        diary.write({"case": case.name, "event": Event.START})
+        for name, reason in out.items():
+            diary.write({"case": case.name, "contestant": name, "problem": reason})
+        chosen = [c for c in contestants if c.name not in {*out, *told}]
+        try:
+            for line in results_of(case, chosen, device):
+                diary.write(line)
+        except torch.OutOfMemoryError as error:
+            diary.write({"case": case.name, "problem": _sentence(error)})
+        except SystemExit:
+            diary.write({"case": case.name, "event": Event.CUT})
+            raise
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    else:
+        diary.write({"case": case.name, "problem": "hung or crashed when times were taken, twice"})
+    diary.write({"case": case.name, "event": Event.DONE})
 
 
 def table(lines: Iterable[dict[str, Any]], contestants: Sequence[Contestant], unit: str) -> str:
@@ -331,7 +363,13 @@ def main(
         args.out.mkdir(parents=True, exist_ok=True)
     cases = [case for case in grid(dry) if args.only in case.name]
     file = args.out / f"{name}.jsonl" if args.out else None
-    lines, missed = race(cases, contestants, device, head, file, end)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        lines, missed = race(cases, contestants, device, head, file, end)
+    except ContextLost as lost:
+        raise SystemExit(
+            f"{lost} has broken the context: cases go on if you run it again"
+        ) from lost
     print(problems(lines))
     print(table(lines, contestants, unit))
     print("a CPU, tiny shapes" if dry else json.dumps(head))

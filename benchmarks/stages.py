@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 LOG = "log.txt"
 GRACE_SECONDS = 3.0
@@ -56,6 +56,7 @@ class Stage:
         limit_s: After so long it counts as hung, whatever time the piece has left.
         least_s: Not begun with less time.
         headline: The last line of the log that this pattern is found in says what came out.
+        silence_s: After so long without a word in its folder it is stopped, and run again.
         more: That line has this pattern where there is more to do: the next piece runs it again.
         refusal: Why it can't run here, None if it can.
         beside: Stages in a row with the same word here run at once. They take no times.
@@ -66,6 +67,7 @@ class Stage:
     limit_s: float
     least_s: float = 5.0
     headline: str = r"\S"
+    silence_s: float | None = None
     more: str | None = None
     refusal: Callable[[], str | None] = lambda: None
     beside: str = ""
@@ -102,19 +104,31 @@ def run(
         command = stage.command(Piece(own, limit, before.pieces == 0))
         with (own / LOG).open("ab") as log:
             start = log.tell()
-            code = _wait(command, log, limit, environment)
+            end = _wait(command, log, limit, stage.silence_s, own, environment)
         text = (own / LOG).read_bytes()[start:].decode(errors="replace")
-        status, said = _verdict(stage, code, text, limit)
+        status, said = _verdict(stage, end, text, limit)
     except OSError as error:  # a full disk, or a program that isn't there
         status, said = Status.FAILED, str(error)
     spent = before.seconds + time.monotonic() - begin
     return Outcome(status, said, round(spent, 1), before.pieces + 1)
 
 
+class End(NamedTuple):
+    """Of a process: its exit status, or why it was stopped."""
+
+    code: int | None
+    why: str = ""
+
+
 def _wait(
-    command: Sequence[str], log: Any, limit: float, environment: Mapping[str, str]
-) -> int | None:
-    """The exit status of a process, None if it was stopped. None of its children outlives it."""
+    command: Sequence[str],
+    log: Any,
+    limit: float,
+    silence: float | None,
+    folder: Path,
+    environment: Mapping[str, str],
+) -> End:
+    """Until it ends, or is stopped. None of its children outlives it."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -124,17 +138,32 @@ def _wait(
         start_new_session=True,
     )
     _running.add(process)
+    begin = time.monotonic()
     try:
-        return process.wait(limit)
-    except subprocess.TimeoutExpired:
-        _signal(process, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_SECONDS)
-        return None
+        while True:
+            left = begin + limit - time.monotonic()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return End(process.wait(max(0.0, left if silence is None else min(left, 0.5))))
+            if begin + limit <= time.monotonic():
+                _signal(process, signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE_SECONDS)
+                return End(None, LIMIT)
+            if silence is not None and _silent_since(folder, begin) > silence:
+                return End(None, SILENCE)
     finally:
         _signal(process, signal.SIGKILL)
         process.wait()
         _running.discard(process)
+
+
+LIMIT, SILENCE = "limit", "silence"
+
+
+def _silent_since(folder: Path, begin: float) -> float:
+    """Seconds since a file in it was written to, or a process was begun."""
+    written = max((p.stat().st_mtime for p in folder.iterdir() if p.is_file()), default=0.0)
+    return min(time.monotonic() - begin, time.time() - written)
 
 
 _running: set[subprocess.Popen[bytes]] = set()
@@ -152,13 +181,15 @@ def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
         os.killpg(process.pid, number)
 
 
-def _verdict(stage: Stage, code: int | None, text: str, limit: float) -> tuple[Status, str]:
-    said = _headline(stage, text)
+def _verdict(stage: Stage, end: End, text: str, limit: float) -> tuple[Status, str]:
+    said, code = _headline(stage, text), end.code
     if code is not None and code >= 0 and stage.more and re.search(stage.more, said):
         return Status.UNFINISHED, said
     if code == 0:
         return Status.DONE, said
     if code is None:
+        if end.why == SILENCE:
+            return Status.UNFINISHED, f"no word for {stage.silence_s:.0f} s; {said}"
         if limit < stage.limit_s:
             return Status.UNFINISHED, f"cut after {limit:.0f} s; {said}"
         return Status.FAILED, f"no end within {limit:.0f} s; {said}"

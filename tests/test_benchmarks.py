@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import attention, harness, layernorm, loss
+from benchmarks import attention, ffn, harness, layernorm, loss
+from benchmarks.diary import Event
 from benchmarks.harness import Case, Contestant, Given, Run, Work
 
 CPU = torch.device("cpu")
-RACES = [attention, layernorm, loss]
+RACES = [attention, layernorm, loss, ffn]
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def test_who_is_wrong_has_no_number() -> None:
     assert problems["nan"] == "error nan, allowed 0.02"
     assert problems["refuses"] == "it takes no such case"
     assert problems["missing"] == "no_such_package is not installed"
+    begun = [line["contestant"] for line in lines if line.get("event") == Event.BEGUN]
+    assert begun == [contestant.name for contestant in CONTESTANTS]
     assert problems["large"] == "CUDA out of memory"
     timed = [line for line in lines if "us" in line]
     assert [(line["contestant"], line["pass"]) for line in timed] == [
@@ -122,7 +125,67 @@ def test_a_race_goes_on_where_it_was_cut(tmp_path: Path) -> None:
     assert [line["date"] for line in lines] == ["today"] * 3 + ["tomorrow"] * 6
     race(cases[:1], late, commit="def")
     assert measured[3:] == ["a"], "another commit's kernels"
-    assert len([*map(json.loads, file.read_text().splitlines())]) == 12
+    written = [*map(json.loads, file.read_text().splitlines())]
+    assert sum("us" in line for line in written) == 12
+
+
+def _ends_the_process(case: Any, values: dict[str, Any]) -> Run:
+    raise KeyboardInterrupt
+
+
+def test_a_race_goes_on_without_whom_it_ended_with(tmp_path: Path) -> None:
+    """The case is measured again, in another process; after two of them nobody asks again."""
+    cases, file = [Square(name, []) for name in "abc"], tmp_path / "race.jsonl"
+    head = {"gpu": "H200", "torch": "2", "commit": "abc"}
+    three = [CONTESTANTS[0], Contestant("crashes", _ends_the_process), CONTESTANTS[-1]]
+    late = time.monotonic() + 60.0
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            harness.race(cases, three, CPU, head, file, late)
+    lines, missed = harness.race(cases, three, CPU, head, file, late)
+    assert missed == 0
+    problems = [(line["case"], line["problem"]) for line in lines if "problem" in line]
+    assert problems == [
+        ("a", "hung or crashed"),
+        ("b", "hung or crashed"),
+        ("c", "hung or crashed in 2 cases"),
+    ]
+    for case in "abc":
+        timed = [line["contestant"] for line in lines if line["case"] == case and "us" in line]
+        assert timed == ["right", "right too"] * 3
+
+
+def test_a_lost_context_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But only the one who lost it has no number."""
+    case, file = Square("a", []), tmp_path / "race.jsonl"
+    head = {"gpu": "H200", "torch": "2", "commit": "abc"}
+    three = [CONTESTANTS[0], CONTESTANTS[4], CONTESTANTS[-1]]
+    late = time.monotonic() + 60.0
+    monkeypatch.setattr(harness, "_context_lives", lambda device: False)
+    with pytest.raises(harness.ContextLost, match="refuses"):
+        harness.race([case], three, CPU, head, file, late)
+    lines, _ = harness.race([case], three, CPU, head, file, late)
+    assert [line["problem"] for line in lines if "problem" in line] == ["it takes no such case"]
+    assert {line["contestant"] for line in lines if "us" in line} == {"right", "right too"}
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_cut_is_no_hang(cut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(calls: object, device: object) -> list[list[float]]:
+        raise SystemExit(143) if cut else KeyboardInterrupt
+
+    case, file = Square("a", []), tmp_path / "race.jsonl"
+    head = {"gpu": "H200", "torch": "2", "commit": "abc"}
+    late = time.monotonic() + 60.0
+    with monkeypatch.context() as patch:
+        patch.setattr(harness, "_times", ended)
+        for _ in range(2):
+            with pytest.raises((SystemExit, KeyboardInterrupt)):
+                harness.race([case], CONTESTANTS[:1], CPU, head, file, late)
+    lines, _ = harness.race([case], CONTESTANTS[:1], CPU, head, file, late)
+    problems = [line["problem"] for line in lines if "problem" in line]
+    assert problems == ([] if cut else ["hung or crashed when times were taken, twice"])
+    assert any("us" in line for line in lines) == cut
 
 
 def test_the_table_has_a_cell_for_every_time_and_none_for_what_failed() -> None:
@@ -196,6 +259,12 @@ def test_norms_move_each_tensor_once() -> None:
         plain.work()["fwd"].bytes == 2 * 8 * 64 * 2 and fused.work()["fwd"].bytes == 4 * 8 * 64 * 2
     )
     assert layernorm.Case(256).N == layernorm.MOST_ROWS and layernorm.Case(16384).N == 4096
+
+
+def test_gated_networks_have_a_product_more() -> None:
+    plain, gated = ffn.Case(16, 32), ffn.Case(16, 32, "swiglu")
+    assert plain.work()["fwd"].flops == 2 * 2 * ffn.TOKENS * 16 * 32
+    assert gated.work()["bwd"].flops / plain.work()["bwd"].flops == 1.5
 
 
 def test_a_step_of_the_loss_writes_what_it_reads() -> None:
