@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fused_lm
-from benchmarks import harness
+from benchmarks import command, harness
 from benchmarks.attention_peers import PEERS
 from benchmarks.harness import Contestant, Given, Run, Work
 
@@ -96,9 +96,10 @@ class Case:
         queries = self.T * self.heads * self.D
         keys = self.S * (self.heads // self.group) * self.D
         size = self.batch * self.dtype.itemsize
+        bias = self.heads * self.T * self.S * self.dtype.itemsize if "bias" in self.features else 0
         return {
-            "fwd": Work(flops, size * (2.0 * queries + 2 * keys)),
-            "bwd": Work(BACKWARD_FLOPS * flops, size * (4.0 * queries + 4 * keys)),
+            "fwd": Work(flops, size * (2.0 * queries + 2 * keys) + bias),
+            "bwd": Work(BACKWARD_FLOPS * flops, size * (4.0 * queries + 4 * keys) + 2 * bias),
         }
 
 
@@ -158,7 +159,9 @@ def ours(backend: str, case: Case, values: dict[str, Any]) -> Run:
 
 
 def sdpa(kind: SDPBackend, case: Case, values: dict[str, Any]) -> Run:
-    """PyTorch's operator, which takes causal or a mask, not both: they are merged before."""
+    """PyTorch's operator. It takes causal or a mask, not both: a call merges them."""
+    if kind is SDPBackend.MATH:
+        harness.check_scores(case)
     causal, mask = case.causal, values["bias"]
     if values["key_mask"] is not None:
         mask = values["key_mask"][:, None, None, :]
@@ -198,4 +201,4 @@ CONTESTANTS = [
 ]
 
 if __name__ == "__main__":
-    harness.main("attention", grid, CONTESTANTS, "tflops")
+    command.main("attention", grid, CONTESTANTS, "tflops")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Contestant, Run
+from benchmarks.harness import Contestant, Run, check_scores
 
 Values = dict[str, Any]
 
@@ -122,6 +122,7 @@ def flex_attention(case: Any, values: Values) -> Run:
 
 def formula(compiled: bool, case: Any, values: Values) -> Run:
     """What a textbook has, in eager PyTorch or compiled."""
+    check_scores(case)
     q = values["q"]
     if compiled and not q.is_cuda:
         raise ValueError("compiling takes a CPU half a minute")

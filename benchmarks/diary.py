@@ -5,8 +5,11 @@ that hung, crashed or was cut.
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import json
+import os
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,13 @@ class Event(str, Enum):
     DONE = "done"
 
 
+def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Without one that a kill or a full disk has torn."""
+    for text in file.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            yield json.loads(text)
+
+
 class Diary:
     """The lines of one GPU, torch and commit in a file, by case. Each is there at once."""
 
@@ -32,7 +42,7 @@ class Diary:
         self.file, self.head = file, head
         self.lines: dict[str, list[dict[str, Any]]] = {}
         if file is not None and file.is_file():
-            for line in map(json.loads, file.read_text().splitlines()):
+            for line in _whole_lines(file):
                 if all(line.get(name) == head[name] for name in ("gpu", "torch", "commit")):
                     self.lines.setdefault(line["case"], []).append(line)
 
@@ -41,7 +51,16 @@ class Diary:
         self.lines.setdefault(line["case"], []).append(line)
         if self.file is not None:
             with self.file.open("a") as out:
-                out.write(json.dumps(line) + "\n")
+                out.write("\n" * self._is_torn() + json.dumps(line) + "\n")
+
+    def _is_torn(self) -> bool:
+        """Whether the file ends in the middle of a line."""
+        assert self.file is not None
+        with self.file.open("rb") as file:
+            if file.seek(0, os.SEEK_END) == 0:
+                return False
+            file.seek(-1, os.SEEK_END)
+            return file.read() != b"\n"
 
     def is_done(self, case: str) -> bool:
         return any(line.get("event") == Event.DONE for line in self.lines.get(case, ()))

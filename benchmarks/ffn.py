@@ -1,8 +1,9 @@
-"""The feed-forward network of a transformer block, forward and backward, at 16k tokens:
+"""The feed-forward network of a transformer block, forward and step, at 16k tokens:
 ``python -m benchmarks.ffn --out DIR``. How it is measured: :mod:`benchmarks.harness`.
 
+A step is forward and backward together: some overwrite in the backward what the forward saved.
 FLOPs are those of the products: two of N C F multiply-adds forward, a gated network three, and
-twice as many backward. Bytes are inputs, weights and outputs, once.
+three times as many in a step. Bytes are inputs, weights, outputs and gradients, once.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_lm
-from benchmarks import harness
+from benchmarks import command, harness
 from benchmarks.harness import Contestant, Given, Run, Work
 
 TOKENS = 16384
@@ -79,7 +80,7 @@ class Case:
         size = self.dtype.itemsize
         return {
             "fwd": Work(flops, size * (2.0 * rows + weights)),
-            "bwd": Work(2 * flops, size * (3.0 * rows + 2 * weights)),
+            "step": Work(3 * flops, size * (5.0 * rows + 3 * weights)),
         }
 
 
@@ -149,4 +150,4 @@ CONTESTANTS = [
 ]
 
 if __name__ == "__main__":
-    harness.main("ffn", grid, CONTESTANTS, "tflops")
+    command.main("ffn", grid, CONTESTANTS, "tflops")

@@ -42,8 +42,8 @@ FORMAT = 1
 RESERVE_SECONDS = 8.0
 """Of a piece, for the archive and the table."""
 QUICK_MINUTES = 4.0
-MOST_RUNS = 6
-"""Of a stage in one piece: it may lose the GPU's context, or be stopped for its silence."""
+MOST_ROUNDS = 6
+"""Of a piece, over stages that their own limit, a crash or silence has left open."""
 
 
 class Suite:
@@ -70,6 +70,15 @@ class Suite:
                 other = f"{name} {about.get(name)!r}, here it is {self.about[name]!r}"
                 raise SystemExit(f"{archive} is of {other}: results of two can't be one record")
         self.about["pieces"] = [*about["pieces"], *self.about["pieces"]]
+        absent = [n for n, o in self.outcomes.items() if o.status is Status.ABSENT]
+        self.reopen(absent)  # another machine may have what it takes
+
+    def reopen(self, names: Iterable[str]) -> None:
+        """Stages that failed or couldn't run are to run again."""
+        for name in names:
+            outcome = self.outcomes.get(name)
+            if outcome is not None and outcome.status in (Status.FAILED, Status.ABSENT):
+                self.outcomes[name] = replace(outcome, status=Status.UNFINISHED)
 
     def run(self, chosen: Sequence[Stage], end: float) -> None:
         """Stages that are open, until the clock (time.monotonic) says ``end``."""
@@ -78,23 +87,30 @@ class Suite:
             "PYTHONUNBUFFERED": "1",
             "XDG_CACHE_HOME": str(self.folder / CACHE),
             "TRITON_CACHE_DIR": str(self.folder / CACHE / "triton"),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.folder / CACHE / "inductor"),
             "COLUMNS": "160",
         }
+        for _ in range(MOST_ROUNDS):
+            if not self._round(chosen, end, environment):
+                break
+
+    def _round(self, chosen: Sequence[Stage], end: float, environment: Mapping[str, str]) -> bool:
+        """Each open stage once; whether there was one that the time was enough for."""
+        ran = False
         for _, group in itertools.groupby(chosen, lambda stage: stage.beside or stage.name):
-            members = [*group]
-            for _ in range(MOST_RUNS):
-                left = end - time.monotonic() - RESERVE_SECONDS
-                begun = {
-                    stage: self.outcomes.get(stage.name, Outcome())
-                    for stage in members
-                    if self._is_open(stage) and left >= stage.least_s
-                }
-                if not begun:
-                    break
-                for stage, before in begun.items():
-                    self.outcomes[stage.name] = replace(before, status=None, said="begun")
+            left = end - time.monotonic() - RESERVE_SECONDS
+            begun = {
+                stage: self.outcomes.get(stage.name, Outcome())
+                for stage in group
+                if self._is_open(stage) and left >= stage.least_s
+            }
+            for stage, before in begun.items():
+                self.outcomes[stage.name] = replace(before, status=None, said="begun")
+            if begun:
                 self.keep()
                 self._run_at_once(begun, left, environment)
+                ran = True
+        return ran
 
     def _is_open(self, stage: Stage) -> bool:
         return self.outcomes.get(stage.name, Outcome()).status in stages.OPEN
@@ -212,6 +228,7 @@ def main() -> int:
     suite = Suite(folder, (args.archive or folder / ARCHIVE).resolve(), _about(args.device, commit))
     if args.resume:
         suite.resume(args.resume.resolve())
+        suite.reopen(args.only)
     signal.signal(signal.SIGTERM, stop)
     try:
         suite.run(chosen, end)

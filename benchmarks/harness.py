@@ -12,11 +12,7 @@ On a CPU it is a dry run: every line says so, and names no GPU.
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import signal
-import sys
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,14 +26,14 @@ from torch import Tensor
 from benchmarks.diary import Diary, Event
 from fused_lm import dispatch
 from fused_lm.explain import call_of
-from fused_lm.parity.run import use_interpreter_without_gpu
 from fused_lm.parity.timing import interleaved_times, median
 
 MOST_ERROR = 2e-2
 """Norm of the difference to fp64 over fp64's: 16-bit operands are at 1e-3 to 1e-2."""
 SECONDS_PER_CALL = 0.05
-HOST_RUNS, DRY_RUNS = 20, 3
+HOST_RUNS, DRY_RUNS = 20, 1
 SENTENCE = 160
+MOST_SCORES_GIB = 4.0
 
 Run = Callable[[], Tensor]
 """One call, whose output is differentiated."""
@@ -97,6 +93,13 @@ def check_backend(op: str, backend: str, arguments: dict[str, Any]) -> None:
         raise ValueError(reason)
 
 
+def check_scores(case: Any) -> None:
+    """Raises ValueError where whole score matrices would leave too little for the others."""
+    gib = 2.0 * case.batch * case.heads * case.T * case.S / 2**30
+    if gib > MOST_SCORES_GIB:
+        raise ValueError(f"its scores are {gib:.0f} GiB, several times over")
+
+
 def relative_error(got: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
     """The largest, of tensors each as large as its exact one; NaN if any is."""
     errors = [
@@ -118,40 +121,72 @@ def results_of(
     Raises:
         ContextLost: After the line that says why.
     """
+    if device.type == "cuda":
+        _forget_compiled()
     torch.manual_seed(0)
     given = case.given(device)
     passes: dict[str, dict[str, Callable[[], None]]] = {way: {} for way in case.work()}
     about: dict[str, dict[str, Any]] = {}
     for contestant in contestants:
-        label = {"case": case.name, "contestant": contestant.name}
-        yield {**label, "event": Event.BEGUN}
+        yield {"case": case.name, "contestant": contestant.name, "event": Event.BEGUN}
+        calls, problem = None, None
         try:
-            run = contestant.prepare(case, given.values)
-            out, measured = _first_step(run, given, device)
+            calls, about[contestant.name] = _admitted(contestant, case, given, device)
         except ImportError as error:
-            yield {**label, "problem": f"{error.name or error} is not installed"}
-            continue
+            problem = f"{error.name or error} is not installed"
         except Exception as error:  # what a contestant refuses, in its words
-            yield {**label, "problem": _sentence(error)}
-            if not _context_lives(device):
-                raise ContextLost(contestant.name) from error
+            problem = _sentence(error)
+        if calls is None:
+            yield {"case": case.name, "contestant": contestant.name, "problem": problem}
+            _free(device, contestant.name)
             continue
-        if not measured.get("error", 0.0) <= MOST_ERROR:
-            yield {**label, "problem": f"error {measured['error']:.3g}, allowed {MOST_ERROR:g}"}
-            continue
-        about[contestant.name] = measured
-        for way, calls in passes.items():
-            calls[contestant.name] = WAYS[way](run, out, given)
+        for way, call in calls.items():
+            passes[way][contestant.name] = call
     yield {"case": case.name, "event": Event.TIMES}
-    for way, calls in passes.items():
+    for way, named in passes.items():
         work = case.work()[way]
-        for name, times in zip(calls, _times(list(calls.values()), device), strict=True):
+        for name, times in zip(named, _times(list(named.values()), device), strict=True):
             us = median(times)
             yield {
                 "case": case.name, "contestant": name, "pass": way, "us": round(us, 1),
                 "spread": round(_spread(times), 3), "tflops": _round(work.flops / us / 1e6),
                 "tbps": _round(work.bytes / us / 1e6), **about[name],
             }  # fmt: skip
+
+
+def _admitted(
+    contestant: Contestant, case: Case, given: Given, device: torch.device
+) -> tuple[dict[str, Callable[[], None]], dict[str, Any]]:
+    """Its calls by pass, each run once, and what was measured beside; raises if it is wrong."""
+    run = contestant.prepare(case, given.values)
+    out, measured = _first_steps(run, given, device)
+    calls = {way: WAYS[way](run, out, given) for way in case.work()}
+    for call in calls.values():
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return calls, measured
+
+
+def _free(device: torch.device, name: str) -> None:
+    """What a contestant has left behind; raises ContextLost if that is the GPU's context."""
+    gc.collect()
+    if not _context_lives(device):
+        raise ContextLost(name)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _forget_compiled() -> None:
+    """What torch.compile made for the cases before: else it gives up after eight of them, and runs
+    the next ones in eager mode. Backwards are run more than once, which donated buffers forbid.
+    """
+    import torch._dynamo
+    import torch._functorch.config
+
+    torch._dynamo.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._functorch.config.donated_buffer = False
 
 
 def _context_lives(device: torch.device) -> bool:
@@ -163,19 +198,30 @@ def _context_lives(device: torch.device) -> bool:
     return True
 
 
-def _first_step(run: Run, given: Given, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
-    """A forward and backward: its output, and error, most memory and the host's time for a call."""
+def _first_steps(run: Run, given: Given, device: torch.device) -> tuple[Tensor, dict[str, Any]]:
+    """Two forwards and backwards: an output, and error, most memory and the host's time of a call.
+    The first step compiles and tunes, and is judged; the second one's memory counts.
+
+    Raises:
+        ValueError: It is wrong.
+    """
     measured: dict[str, Any] = {}
     gpu = device.type == "cuda"
+    out = run()
+    gradients = torch.autograd.grad(out, given.leaves, given.dout, retain_graph=True)
+    if given.error is not None:
+        error = given.error((out.detach(), *gradients))
+        if not error <= MOST_ERROR:
+            raise ValueError(f"error {error:.3g}, allowed {MOST_ERROR:g}")
+        measured["error"] = float(f"{error:.3g}")
+    del out, gradients
     if gpu:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     out = run()
-    gradients = torch.autograd.grad(out, given.leaves, given.dout, retain_graph=True)
+    torch.autograd.grad(out, given.leaves, given.dout, retain_graph=True)
     if gpu:
         measured["step_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-    if given.error is not None:
-        measured["error"] = float(f"{given.error((out.detach(), *gradients)):.3g}")
     measured["host_us"] = round(_host_us(run, gpu), 1)
     return out, measured
 
@@ -301,77 +347,3 @@ def _measure(
     else:
         diary.write({"case": case.name, "problem": "hung or crashed when times were taken, twice"})
     diary.write({"case": case.name, "event": Event.DONE})
-
-
-def table(lines: Iterable[dict[str, Any]], contestants: Sequence[Contestant], unit: str) -> str:
-    """A row per case and pass, a column per contestant; ``unit`` is "tflops", "tbps" or "us"."""
-    names = [contestant.name for contestant in contestants]
-    rows: dict[tuple[str, str], dict[str, float]] = {}
-    for line in lines:
-        if unit in line:
-            rows.setdefault((line["case"], line["pass"]), {})[line["contestant"]] = line[unit]
-    width = max((len(case) for case, _ in rows), default=4)
-    text = [f"{unit:{width}} pass " + " ".join(f"{name:>18}" for name in names)]
-    for (case, way), found in rows.items():
-        cells = (f"{found[name]:18.4g}" if name in found else f"{'-':>18}" for name in names)
-        text.append(f"{case:{width}} {way:4} " + " ".join(cells))
-    return "\n".join(text)
-
-
-def problems(lines: Iterable[dict[str, Any]]) -> str:
-    """Why there is no number, a row per reason."""
-    cases: dict[str, list[str]] = {}
-    for line in lines:
-        if "problem" in line:
-            reason = f"{line.get('contestant', 'all')}: {line['problem']}"
-            cases.setdefault(reason, []).append(line["case"])
-    return "\n".join(
-        f"{reason} ({found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''})"
-        for reason, found in cases.items()
-    )
-
-
-def main(
-    name: str,
-    grid: Callable[[bool], Sequence[Case]],
-    contestants: Sequence[Contestant],
-    unit: str,
-) -> None:
-    """The command line of a benchmark; ``grid(dry)`` are its cases, in order of worth."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
-    parser.add_argument("--out", type=Path, help=f"folder for {name}.jsonl, gone on with if there")
-    parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--only", default="", help="cases with this in their names")
-    parser.add_argument("--commit", default="", help="what is written beside the numbers")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    args = parser.parse_args()
-    end = time.monotonic() + 60.0 * args.minutes
-    device = torch.device(args.device)
-    dry = device.type == "cpu"
-    if dry:
-        use_interpreter_without_gpu()
-        import fused_lm.triton_kernels.attention  # noqa: F401  # it is found by being there
-    elif not torch.cuda.is_available():
-        raise SystemExit("there is no GPU; --device cpu is a dry run")
-    head = {
-        "gpu": None if dry else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "commit": args.commit,
-        "date": datetime.date.today().isoformat(),
-    }
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-    cases = [case for case in grid(dry) if args.only in case.name]
-    file = args.out / f"{name}.jsonl" if args.out else None
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        lines, missed = race(cases, contestants, device, head, file, end)
-    except ContextLost as lost:
-        raise SystemExit(
-            f"{lost} has broken the context: cases go on if you run it again"
-        ) from lost
-    print(problems(lines))
-    print(table(lines, contestants, unit))
-    print("a CPU, tiny shapes" if dry else json.dumps(head))
-    left = f", {missed} not reached: run it again, it goes on there" if missed else ""
-    print(f"{len(cases) - missed} cases{left}")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_lm
-from benchmarks import harness
+from benchmarks import command, harness
 from benchmarks.harness import Contestant, Given, Run, Work
 
 EPS = 1e-5
@@ -194,4 +194,4 @@ CONTESTANTS = [
 ]
 
 if __name__ == "__main__":
-    harness.main("layernorm", grid, CONTESTANTS, "tbps")
+    command.main("layernorm", grid, CONTESTANTS, "tbps")

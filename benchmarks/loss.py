@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_lm
-from benchmarks import harness
+from benchmarks import command, harness
 from benchmarks.harness import Contestant, Given, Run, Work
 
 ROWS = 8192
@@ -150,4 +150,4 @@ CONTESTANTS = [
 ]
 
 if __name__ == "__main__":
-    harness.main("loss", grid, CONTESTANTS, "us")
+    command.main("loss", grid, CONTESTANTS, "us")

@@ -56,7 +56,8 @@ class Stage:
         limit_s: After so long it counts as hung, whatever time the piece has left.
         least_s: Not begun with less time.
         headline: The last line of the log that this pattern is found in says what came out.
-        silence_s: After so long without a word in its folder it is stopped, and run again.
+        silence_s: After so long without a word in its folder it is stopped. A stage with this goes
+            on behind what hung, crashed or was cut in it, whatever its exit status.
         more: That line has this pattern where there is more to do: the next piece runs it again.
         refusal: Why it can't run here, None if it can.
         beside: Stages in a row with the same word here run at once. They take no times.
@@ -93,7 +94,10 @@ def run(
         before: Of the pieces before.
         environment: Variables of its process.
     """
-    why = stage.refusal()
+    try:
+        why = stage.refusal()
+    except RuntimeError as error:  # of a GPU that doesn't answer
+        return Outcome(Status.FAILED, str(error), before.seconds, before.pieces)
     if why is not None:
         return Outcome(Status.ABSENT, why, before.seconds, before.pieces)
     limit = min(stage.limit_s, seconds)
@@ -190,11 +194,11 @@ def _verdict(stage: Stage, end: End, text: str, limit: float) -> tuple[Status, s
     if code is None:
         if end.why == SILENCE:
             return Status.UNFINISHED, f"no word for {stage.silence_s:.0f} s; {said}"
-        if limit < stage.limit_s:
+        if limit < stage.limit_s or stage.silence_s is not None:
             return Status.UNFINISHED, f"cut after {limit:.0f} s; {said}"
         return Status.FAILED, f"no end within {limit:.0f} s; {said}"
     reason = f"exit status {code}" if code > 0 else _signal_name(-code)
-    return Status.FAILED, f"{reason}; {said}"
+    return Status.FAILED if stage.silence_s is None else Status.UNFINISHED, f"{reason}; {said}"
 
 
 def _signal_name(number: int) -> str:

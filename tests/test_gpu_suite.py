@@ -141,23 +141,46 @@ def test_no_stage_loses_the_others(tmp_path: Path, capsys: pytest.CaptureFixture
     assert not (tmp_path / "late").exists(), "what a stage started ends with it"
 
 
-def test_a_silent_stage_is_run_again(tmp_path: Path) -> None:
-    """One that writes is not, however long it takes; one that stays silent is given up."""
-    once = "len(open('{out}/runs').read()) == 1 and time.sleep(99)"
+def test_a_stage_that_can_goes_on_behind_a_hang_or_a_crash(tmp_path: Path) -> None:
+    """In the next round. One that writes isn't stopped for its silence, however long it takes."""
+    first = "len(open('{out}/runs').read()) == 1"
     talks = "for i in range(12): time.sleep(0.1); open('{out}/runs', 'a').write(' ')"
     chosen = [
-        _counts("silent once", once, silence_s=0.7),
+        _counts("silent once", f"{first} and time.sleep(99)", silence_s=0.7),
+        _counts("crashes once", f"{first} and os.abort()", silence_s=9.0),
         _counts("talks", talks, silence_s=0.7),
         _counts("silent", "time.sleep(99)", silence_s=0.1),
     ]
     suite = _suite(tmp_path)
     suite.run(chosen, time.monotonic() + 60.0)
-    outcomes = suite.outcomes
-    assert (outcomes["silent once"].status, outcomes["silent once"].pieces) == (Status.DONE, 2)
-    assert (outcomes["talks"].status, outcomes["talks"].pieces) == (Status.DONE, 1)
-    assert outcomes["silent"].status is Status.UNFINISHED
-    assert outcomes["silent"].said == "no word for 0 s; it says"
-    assert _runs(tmp_path, "silent") == outcomes["silent"].pieces == gpu_suite.MOST_RUNS
+    found = {name: (outcome.status, outcome.pieces) for name, outcome in suite.outcomes.items()}
+    assert found == {
+        "silent once": (Status.DONE, 2),
+        "crashes once": (Status.DONE, 2),
+        "talks": (Status.DONE, 1),
+        "silent": (Status.UNFINISHED, gpu_suite.MOST_ROUNDS),
+    }
+    assert suite.outcomes["silent"].said == "no word for 0 s; it says"
+
+
+def test_what_failed_or_was_absent_is_asked_again(tmp_path: Path) -> None:
+    """On another machine, which may have what it takes; what failed only by its name."""
+    refusals = ["not here"]
+    chosen = [
+        _counts("absent", refusal=lambda: refusals[0] if refusals else None),
+        _counts("failed", "raise SystemExit(3)"),
+    ]
+    suite = _suite(tmp_path / "a")
+    suite.run(chosen, time.monotonic() + 60.0)
+    refusals.clear()
+    other = _suite(tmp_path / "b")
+    other.resume(suite.archive)
+    other.run(chosen, time.monotonic() + 60.0)
+    assert other.outcomes["absent"].status is Status.DONE
+    assert _runs(tmp_path / "b", "failed") == 1
+    other.reopen(["failed"])
+    other.run(chosen, time.monotonic() + 60.0)
+    assert _runs(tmp_path / "b", "failed") == 2
 
 
 def test_proofs_run_at_once(tmp_path: Path) -> None:
