@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fused_lm
-from benchmarks import command, harness
+from benchmarks import command, contest
 from benchmarks.attention_peers import PEERS
-from benchmarks.harness import Contestant, Given, Run, Work
+from benchmarks.contest import Contestant, Given, Run, Work
 
 BACKWARD_FLOPS = 2.5
 DROPOUT_P = 0.1
@@ -142,26 +142,18 @@ def one_head(case: Case, values: dict[str, Any], dout: Tensor) -> list[Tensor]:
 def error_of(exact: Sequence[Tensor], got: Sequence[Tensor]) -> float:
     """Of an output and gradients, the exact ones of one head, and a bias' gradient unseen."""
     parts = [mine[:1, : truth.shape[1]] for mine, truth in zip(got, exact, strict=False)]
-    return harness.relative_error(parts, exact)
+    return contest.relative_error(parts, exact)
 
 
 def ours(backend: str, case: Case, values: dict[str, Any]) -> Run:
     arguments = {**values, "causal": case.causal, "dropout_p": case.dropout_p}
-    harness.check_backend("attention", backend, arguments)
-
-    def run() -> Tensor:
-        with fused_lm.use_backend(backend):
-            out = fused_lm.attention(**arguments)
-        assert isinstance(out, Tensor)
-        return out
-
-    return run
+    return contest.ours("attention", backend, arguments)
 
 
 def sdpa(kind: SDPBackend, case: Case, values: dict[str, Any]) -> Run:
     """PyTorch's operator. It takes causal or a mask, not both: a call merges them."""
     if kind is SDPBackend.MATH:
-        harness.check_scores(case)
+        contest.check_scores(case)
     causal, mask = case.causal, values["bias"]
     if values["key_mask"] is not None:
         mask = values["key_mask"][:, None, None, :]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Contestant, Run, check_scores
+from benchmarks.contest import Contestant, Run, check_scores
 
 Values = dict[str, Any]
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Case, Contestant, ContextLost, race
+from benchmarks.contest import Case, Contestant
+from benchmarks.harness import ContextLost, race
 from fused_lm.parity.run import use_interpreter_without_gpu
 
 

@@ -8,7 +8,6 @@ import collections
 import contextlib
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -42,6 +41,9 @@ class Diary:
         self.file, self.head = file, head
         self.lines: dict[str, list[dict[str, Any]]] = {}
         if file is not None and file.is_file():
+            if not file.read_bytes().endswith(b"\n"):
+                with file.open("a") as out:
+                    out.write("\n")  # behind a torn line
             for line in _whole_lines(file):
                 if all(line.get(name) == head[name] for name in ("gpu", "torch", "commit")):
                     self.lines.setdefault(line["case"], []).append(line)
@@ -51,16 +53,7 @@ class Diary:
         self.lines.setdefault(line["case"], []).append(line)
         if self.file is not None:
             with self.file.open("a") as out:
-                out.write("\n" * self._is_torn() + json.dumps(line) + "\n")
-
-    def _is_torn(self) -> bool:
-        """Whether the file ends in the middle of a line."""
-        assert self.file is not None
-        with self.file.open("rb") as file:
-            if file.seek(0, os.SEEK_END) == 0:
-                return False
-            file.seek(-1, os.SEEK_END)
-            return file.read() != b"\n"
+                out.write(json.dumps(line) + "\n")
 
     def is_done(self, case: str) -> bool:
         return any(line.get("event") == Event.DONE for line in self.lines.get(case, ()))

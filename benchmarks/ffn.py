@@ -8,7 +8,6 @@ three times as many in a step. Bytes are inputs, weights, outputs and gradients,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fused_lm
-from benchmarks import command, harness
-from benchmarks.harness import Contestant, Given, Run, Work
+from benchmarks import command, contest
+from benchmarks.contest import Contestant, Given, Run, Work
 
 TOKENS = 16384
 GPT2 = {"small": 768, "medium": 1024, "large": 1280, "XL": 1600}
@@ -60,7 +58,7 @@ class Case:
         leaves = [t.requires_grad_() for t in values.values() if t is not None]
         dout = randn(self.tokens, width)
         exact = self._exact(values, dout)
-        return Given(values, leaves, dout, lambda got: harness.relative_error(got, exact))
+        return Given(values, leaves, dout, lambda got: contest.relative_error(got, exact))
 
     def _exact(self, values: dict[str, Any], dout: Tensor) -> list[Tensor]:
         """fp64's output and gradients."""
@@ -93,6 +91,10 @@ def grid(dry: bool) -> list[Case]:
     return [*cases, Case(1024, 4096, "relu"), Case(1024, 4096, dtype=torch.float16)]
 
 
+def ours(backend: str, case: Case, values: dict[str, Any]) -> Run:
+    return contest.ours("ffn", backend, {**values, "activation": case.activation})
+
+
 def activate(case: Case, hidden: Tensor) -> Tensor:
     if case.gated:
         gate, value = hidden.chunk(2, -1)
@@ -106,28 +108,6 @@ def formula(case: Case, values: dict[str, Any]) -> Tensor:
     """In eager PyTorch, of whatever dtype."""
     hidden = F.linear(values["x"], values["up_weight"], values["up_bias"])
     return F.linear(activate(case, hidden), values["down_weight"], values["down_bias"])
-
-
-def eager(case: Case, values: dict[str, Any]) -> Run:
-    return lambda: formula(case, values)
-
-
-def compiled(case: Case, values: dict[str, Any]) -> Run:
-    if not values["x"].is_cuda:
-        raise ValueError("compiling takes a CPU half a minute")
-    run: Callable[..., Tensor] = torch.compile(formula, dynamic=False)
-    return lambda: run(case, values)
-
-
-def ours(backend: str, case: Case, values: dict[str, Any]) -> Run:
-    arguments = {**values, "activation": case.activation}
-    harness.check_backend("ffn", backend, arguments)
-
-    def run() -> Tensor:
-        with fused_lm.use_backend(backend):
-            return fused_lm.ffn(**arguments)
-
-    return run
 
 
 def liger(case: Case, values: dict[str, Any]) -> Run:
@@ -144,8 +124,8 @@ def liger(case: Case, values: dict[str, Any]) -> Run:
 
 CONTESTANTS = [
     *(Contestant(name, partial(ours, name)) for name in ("triton", "pytorch")),
-    Contestant("eager", eager),
-    Contestant("compiled", compiled),
+    contest.eager(formula),
+    contest.compiled(formula),
     Contestant("liger", liger),
 ]
 

@@ -58,13 +58,11 @@ def _surroundings(device: str) -> list[Stage]:
 def _proofs(device: str) -> list[Stage]:
     """The harness' calls, plain and under each sanitizer; on a CPU a few, on the harness."""
     kernels = _pytest("-m", "gpu", *_in_parallel(), "tests/test_gpu_kernels.py")
-    refusal = _no_extension
     if device == "cpu":
         kernels = _pytest("tests/test_simt_attention_extremes.py", "-k", "simt_plain and key")
-        refusal = _nothing
     plain = Stage(
         *("kernels", lambda _: kernels, 300.0, 20.0, r"passed|failed|error"),
-        refusal=refusal,
+        refusal=lambda: None if device == "cpu" else extension.refusal_on("cuda", 0),
         beside=PROOFS,
     )
     return [plain, *(_sanitizer(tool) for tool in SANITIZERS)]
@@ -117,18 +115,6 @@ def _in_parallel() -> list[str]:
     return ["-n", str(TEST_PROCESSES)] if importlib.util.find_spec("xdist") else []
 
 
-def _no_gpu() -> str | None:
-    return None if torch.cuda.is_available() else "there is no GPU"
-
-
-def _nothing() -> str | None:
-    return None
-
-
-def _no_extension() -> str | None:
-    return extension.refusal_on("cuda", 0)
-
-
 def _no_smi() -> str | None:
     return None if shutil.which("nvidia-smi") else "nvidia-smi is not installed"
 
@@ -136,4 +122,4 @@ def _no_smi() -> str | None:
 def _no_sanitizer() -> str | None:
     if shutil.which("compute-sanitizer") is None:
         return "compute-sanitizer is not installed"
-    return _no_gpu() or _no_extension()
+    return extension.refusal_on("cuda", 0) if torch.cuda.is_available() else "there is no GPU"

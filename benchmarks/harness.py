@@ -4,8 +4,8 @@ its neighbours say what is raced; here is how.
 Gate first: a contestant whose output or gradients are off gets a sentence and no number, and so
 does one that isn't installed or refuses the case. Then times: of forward and backward, or of both
 together, calls in turn, so that they share clocks and temperature, behind a flushed L2, of the GPU
-alone (:mod:`fused_lm.parity.timing`). Each case is written down as soon as it is done, and a race
-that was cut goes on where it was.
+alone (:mod:`fused_lm.parity.timing`). Each line is written down at once, and a race that was cut
+goes on where it was (:mod:`benchmarks.diary`).
 
 On a CPU it is a dry run: every line says so, and names no GPU.
 """
@@ -15,17 +15,15 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.contest import Case, Contestant, Given, Run
 from benchmarks.diary import Diary, Event
-from fused_lm import dispatch
-from fused_lm.explain import call_of
 from fused_lm.parity.timing import interleaved_times, median
 
 MOST_ERROR = 2e-2
@@ -33,80 +31,6 @@ MOST_ERROR = 2e-2
 SECONDS_PER_CALL = 0.05
 HOST_RUNS, DRY_RUNS = 20, 1
 SENTENCE = 160
-MOST_SCORES_GIB = 4.0
-
-Run = Callable[[], Tensor]
-"""One call, whose output is differentiated."""
-
-
-@dataclass(frozen=True)
-class Given:
-    """What every contestant of a case gets.
-
-    Attributes:
-        values: By name, as the contestants of the operator know them.
-        leaves: Those with a gradient.
-        dout: Gradient of the output.
-        error: Of an output and the gradients of the leaves, in units of the exact ones' norms, the
-            largest; NaN if any is. None: nothing to compare with, as where each draws its own
-            dropout mask.
-    """
-
-    values: dict[str, Any]
-    leaves: Sequence[Tensor]
-    dout: Tensor
-    error: Callable[[Sequence[Tensor]], float] | None
-
-
-class Work(NamedTuple):
-    """Of one pass, by the textbook."""
-
-    flops: float
-    bytes: float
-
-
-class Case(Protocol):
-    """One shape with its features."""
-
-    @property
-    def name(self) -> str: ...
-
-    def given(self, device: torch.device) -> Given: ...
-
-    def work(self) -> dict[str, Work]:
-        """Of the passes that are timed: "fwd", "bwd", or "step", which is both together."""
-
-
-class Contestant(NamedTuple):
-    """Who runs a case. ``prepare`` may raise ImportError, or what a refusal raises there."""
-
-    name: str
-    prepare: Callable[[Any, dict[str, Any]], Run]
-
-
-def check_backend(op: str, backend: str, arguments: dict[str, Any]) -> None:
-    """Raises ValueError, in the sentence of the backend alone, if it can't run a call of ours."""
-    call = call_of(op, **arguments)
-    impl = next(impl for impl in dispatch.TABLE[op] if impl.name == backend)
-    reason = impl.refuses(call)
-    if reason is not None:
-        raise ValueError(reason)
-
-
-def check_scores(case: Any) -> None:
-    """Raises ValueError where whole score matrices would leave too little for the others."""
-    gib = 2.0 * case.batch * case.heads * case.T * case.S / 2**30
-    if gib > MOST_SCORES_GIB:
-        raise ValueError(f"its scores are {gib:.0f} GiB, several times over")
-
-
-def relative_error(got: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
-    """The largest, of tensors each as large as its exact one; NaN if any is."""
-    errors = [
-        (mine.double() - truth).norm() / truth.norm().clamp_min(1e-30)
-        for mine, truth in zip(got, exact, strict=True)
-    ]
-    return float(torch.stack(errors).max())
 
 
 class ContextLost(Exception):

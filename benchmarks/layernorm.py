@@ -8,7 +8,6 @@ residual's gradient too. Rows are as many as make 128 MB of x, at most 64k.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fused_lm
-from benchmarks import command, harness
-from benchmarks.harness import Contestant, Given, Run, Work
+from benchmarks import command, contest
+from benchmarks.contest import Contestant, Given, Run, Work
 
 EPS = 1e-5
 WIDTHS = (768, 1024, 1600, 2048, 4096, 8192, 256, 512, 16384)
@@ -60,7 +58,7 @@ class Case:
         leaves = [t.requires_grad_() for t in values.values() if t is not None]
         dout = randn(self.N, self.width)
         exact = self._exact(values, dout)
-        return Given(values, leaves, dout, lambda got: harness.relative_error(got, exact))
+        return Given(values, leaves, dout, lambda got: contest.relative_error(got, exact))
 
     def _exact(self, values: dict[str, Tensor | None], dout: Tensor) -> list[Tensor]:
         """fp64's output and gradients."""
@@ -88,6 +86,12 @@ def grid(dry: bool) -> list[Case]:
     return [*cases, Case(1024, dtype=torch.float32), Case(1024, dtype=torch.float16)]
 
 
+def ours(backend: str, case: Case, values: dict[str, Any]) -> Run:
+    arguments = {name: t for name, t in values.items() if not (case.rms and name == "bias")}
+    arguments |= {"eps": EPS, "return_residual": True}
+    return contest.ours("rms_norm" if case.rms else "layer_norm", backend, arguments)
+
+
 def formula(case: Case, values: dict[str, Tensor | None]) -> Tensor:
     """In eager PyTorch, of whatever dtype."""
     x, residual, weight, bias = values["x"], values["residual"], values["weight"], values["bias"]
@@ -96,32 +100,6 @@ def formula(case: Case, values: dict[str, Tensor | None]) -> Tensor:
     if case.rms:
         return F.rms_norm(stream, (case.width,), weight, EPS)
     return F.layer_norm(stream, (case.width,), weight, bias, EPS)
-
-
-def eager(case: Case, values: dict[str, Any]) -> Run:
-    return lambda: formula(case, values)
-
-
-def compiled(case: Case, values: dict[str, Any]) -> Run:
-    if not values["x"].is_cuda:
-        raise ValueError("compiling takes a CPU half a minute")
-    run: Callable[..., Tensor] = torch.compile(formula, dynamic=False)
-    return lambda: run(case, values)
-
-
-def ours(backend: str, case: Case, values: dict[str, Any]) -> Run:
-    op = "rms_norm" if case.rms else "layer_norm"
-    norm = fused_lm.rms_norm if case.rms else fused_lm.layer_norm
-    arguments = {name: t for name, t in values.items() if not (case.rms and name == "bias")}
-    arguments["eps"] = EPS
-    harness.check_backend(op, backend, arguments)
-
-    def run() -> Tensor:
-        with fused_lm.use_backend(backend):
-            y, _ = norm(**arguments, return_residual=True)
-        return y
-
-    return run
 
 
 def liger(case: Case, values: dict[str, Any]) -> Run:
@@ -185,8 +163,8 @@ def _module(
 
 CONTESTANTS = [
     *(Contestant(name, partial(ours, name)) for name in ("cuda", "triton")),
-    Contestant("eager", eager),
-    Contestant("compiled", compiled),
+    contest.eager(formula),
+    contest.compiled(formula),
     Contestant("liger", liger),
     Contestant("quack", quack),
     Contestant("transformer-engine", transformer_engine),

@@ -8,7 +8,6 @@ gradient written too. FLOPs of the last layer: one product forward, three in a s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fused_lm
-from benchmarks import command, harness
-from benchmarks.harness import Contestant, Given, Run, Work
+from benchmarks import command, contest
+from benchmarks.contest import Contestant, Given, Run, Work
 
 ROWS = 8192
 VOCABULARIES = (50304, 32000, 128256)
@@ -57,7 +55,7 @@ class Case:
         exact = self._exact(values, target)
         dout = torch.ones((), device=device)
         values["target"] = target
-        return Given(values, leaves, dout, lambda got: harness.relative_error(got, exact))
+        return Given(values, leaves, dout, lambda got: contest.relative_error(got, exact))
 
     def _exact(self, values: dict[str, Tensor], target: Tensor) -> list[Tensor]:
         """The loss and its gradients, of fp32 where fp64 would not fit: the gate is coarser."""
@@ -85,33 +83,15 @@ def grid(dry: bool) -> list[Case]:
     return [*cases, *(Case(50304, width) for width in (768, 1600)), Case(128256, 4096)]
 
 
+def ours(backend: str, case: Case, values: dict[str, Any]) -> Run:
+    op = "linear_cross_entropy" if case.width else "cross_entropy"
+    return contest.ours(op, backend, values)
+
+
 def formula(case: Case, values: dict[str, Any]) -> Tensor:
     """In eager PyTorch."""
     logits = values["x"] @ values["weight"].t() if case.width else values["logits"]
     return F.cross_entropy(logits.float(), values["target"])
-
-
-def eager(case: Case, values: dict[str, Any]) -> Run:
-    return lambda: formula(case, values)
-
-
-def compiled(case: Case, values: dict[str, Any]) -> Run:
-    if not values["target"].is_cuda:
-        raise ValueError("compiling takes a CPU half a minute")
-    run: Callable[..., Tensor] = torch.compile(formula, dynamic=False)
-    return lambda: run(case, values)
-
-
-def ours(backend: str, case: Case, values: dict[str, Any]) -> Run:
-    op = "linear_cross_entropy" if case.width else "cross_entropy"
-    loss: Callable[..., Tensor] = getattr(fused_lm, op)
-    harness.check_backend(op, backend, values)
-
-    def run() -> Tensor:
-        with fused_lm.use_backend(backend):
-            return loss(**values)
-
-    return run
 
 
 def liger(case: Case, values: dict[str, Any]) -> Run:
@@ -143,8 +123,8 @@ def _loss(result: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 CONTESTANTS = [
     *(Contestant(name, partial(ours, name)) for name in ("triton", "pytorch")),
-    Contestant("eager", eager),
-    Contestant("compiled", compiled),
+    contest.eager(formula),
+    contest.compiled(formula),
     Contestant("liger", liger),
     Contestant("quack", quack),
 ]

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import attention, command, ffn, harness, layernorm, loss
+from benchmarks import attention, command, contest, ffn, harness, layernorm, loss
+from benchmarks.contest import Case, Contestant, Given, Run, Work
 from benchmarks.diary import Event
-from benchmarks.harness import Case, Contestant, Given, Run, Work
 
 CPU = torch.device("cpu")
 RACES = [attention, layernorm, loss, ffn]
@@ -37,7 +37,7 @@ class Square:
         dout = torch.randn(8, device=device)
         wide = x.detach().double()
         exact = [wide**2, 2 * wide * dout]
-        return Given({"x": x}, [x], dout, lambda got: harness.relative_error(got, exact))
+        return Given({"x": x}, [x], dout, lambda got: contest.relative_error(got, exact))
 
     def work(self) -> dict[str, Work]:
         return {"fwd": Work(8e6, 64e6), "bwd": Work(16e6, 96e6), "step": Work(24e6, 96e6)}

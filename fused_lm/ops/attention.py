@@ -68,7 +68,8 @@ def attention(
         fp32 (fp64 for fp64), natural log. Rows without a visible key are 0 with lse = -inf and
         zero gradients, never NaN.
     Accuracy: |err| <= 2 x the error of the same-dtype torch reference (fused_lm/tolerance.py). In
-        fp16 gradients of scores overflow above 65504, as PyTorch's do: lower the loss scale.
+        fp16 gradients of scores overflow above 65504, as PyTorch's flash kernel's do, and not its
+        math backend's: lower the loss scale.
     Memory: 4*B*H*T bytes beyond the output in the kernels; the reference stores the T x S matrix.
     Backends: cuda (Ampere and later; 16 bits, head dims that are multiples of 8 up to 256), triton
         (Ampere and later), pytorch, reference.

@@ -1,0 +1,117 @@
+"""What a race is made of: cases, and who runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+import fused_lm
+from fused_lm import dispatch, use_backend
+from fused_lm.explain import call_of
+
+MOST_SCORES_GIB = 4.0
+
+Run = Callable[[], Tensor]
+"""One call, whose output is differentiated."""
+Formula = Callable[[Any, dict[str, Any]], Tensor]
+"""Of a case and its values, as a textbook has it."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What every contestant of a case gets.
+
+    Attributes:
+        values: By name, as the contestants of the operator know them.
+        leaves: Those with a gradient.
+        dout: Gradient of the output.
+        error: Of an output and the gradients of the leaves, in units of the exact ones' norms, the
+            largest; NaN if any is. None: nothing to compare with, as where each draws its own
+            dropout mask.
+    """
+
+    values: dict[str, Any]
+    leaves: Sequence[Tensor]
+    dout: Tensor
+    error: Callable[[Sequence[Tensor]], float] | None
+
+
+class Work(NamedTuple):
+    """Of one pass, by the textbook."""
+
+    flops: float
+    bytes: float
+
+
+class Case(Protocol):
+    """One shape with its features."""
+
+    @property
+    def name(self) -> str: ...
+
+    def given(self, device: torch.device) -> Given: ...
+
+    def work(self) -> dict[str, Work]:
+        """Of the passes that are timed: "fwd", "bwd", or "step", which is both together."""
+
+
+class Contestant(NamedTuple):
+    """Who runs a case. ``prepare`` may raise ImportError, or what a refusal raises there."""
+
+    name: str
+    prepare: Callable[[Any, dict[str, Any]], Run]
+
+
+def ours(op: str, backend: str, arguments: dict[str, Any]) -> Run:
+    """A call of ours on one backend; of an operator that returns more than one tensor the first.
+
+    Raises:
+        ValueError: The backend can't run it, in its sentence alone.
+    """
+    impl = next(impl for impl in dispatch.TABLE[op] if impl.name == backend)
+    reason = impl.refuses(call_of(op, **arguments))
+    if reason is not None:
+        raise ValueError(reason)
+    function = getattr(fused_lm, op)
+
+    def run() -> Tensor:
+        with use_backend(backend):
+            result = function(**arguments)
+        return result if isinstance(result, Tensor) else result[0]
+
+    return run
+
+
+def eager(formula: Formula) -> Contestant:
+    """A formula in eager PyTorch."""
+    return Contestant("eager", lambda case, values: lambda: formula(case, values))
+
+
+def compiled(formula: Formula) -> Contestant:
+    def prepare(case: Any, values: dict[str, Any]) -> Run:
+        if not torch.cuda.is_available():
+            raise ValueError("compiling takes a CPU half a minute")
+        run: Formula = torch.compile(formula, dynamic=False)
+        return lambda: run(case, values)
+
+    return Contestant("compiled", prepare)
+
+
+def check_scores(case: Any) -> None:
+    """Raises ValueError where whole score matrices would leave too little for the others."""
+    gib = 2.0 * case.batch * case.heads * case.T * case.S / 2**30
+    if gib > MOST_SCORES_GIB:
+        raise ValueError(f"its scores are {gib:.0f} GiB, several times over")
+
+
+def relative_error(got: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
+    """The largest, of tensors each as large as its exact one; NaN if any is."""
+    errors = [
+        (mine.double() - truth).norm() / truth.norm().clamp_min(1e-30)
+        for mine, truth in zip(got, exact, strict=True)
+    ]
+    return float(torch.stack(errors).max())
