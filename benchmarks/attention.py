@@ -179,7 +179,8 @@ def _merged(mask: Tensor) -> Tensor:
 
 
 CONTESTANTS = [
-    *(Contestant(name, partial(ours, name)) for name in ("cuda", "triton")),
+    Contestant("cuda", partial(ours, "cuda")),
+    Contestant("triton", partial(ours, "triton"), compiles=True),
     *(
         Contestant(f"sdpa-{name}", partial(sdpa, kind))
         for name, kind in (

@@ -148,11 +148,11 @@ def formula(compiled: bool, case: Any, values: Values) -> Run:
 
 PEERS = [
     Contestant("eager", partial(formula, False)),
-    Contestant("compiled", partial(formula, True)),
-    Contestant("flex", flex_attention),
+    Contestant("compiled", partial(formula, True), compiles=True),
+    Contestant("flex", flex_attention, compiles=True),
     Contestant("flash-attn-2", flash_attention_2),
     Contestant("flash-attn-3", flash_attention_3),
-    Contestant("flash-attn-4", flash_attention_4),
+    Contestant("flash-attn-4", flash_attention_4, compiles=True),
     Contestant("xformers", xformers),
     Contestant("transformer-engine", transformer_engine),
 ]

@@ -47,6 +47,12 @@ def problems(lines: Iterable[dict[str, Any]]) -> str:
     )
 
 
+def use_stand_ins() -> None:
+    """Of a GPU, in a dry run: Triton's interpreter, which kernels are found by being imported."""
+    use_interpreter_without_gpu()
+    import fused_lm.triton_kernels.attention  # noqa: F401
+
+
 def main(
     name: str,
     grid: Callable[[bool], Sequence[Case]],
@@ -65,8 +71,7 @@ def main(
     device = torch.device(args.device)
     dry = device.type == "cpu"
     if dry:
-        use_interpreter_without_gpu()
-        import fused_lm.triton_kernels.attention  # noqa: F401  # it is found by being there
+        use_stand_ins()
     elif not torch.cuda.is_available():
         raise SystemExit("there is no GPU; --device cpu is a dry run")
     head = {

@@ -32,12 +32,14 @@ class Given:
         error: Of an output and the gradients of the leaves, in units of the exact ones' norms, the
             largest; NaN if any is. None: nothing to compare with, as where each draws its own
             dropout mask.
+        optimizer: Of the leaves, for the pass "train".
     """
 
     values: dict[str, Any]
     leaves: Sequence[Tensor]
     dout: Tensor
     error: Callable[[Sequence[Tensor]], float] | None
+    optimizer: torch.optim.Optimizer | None = None
 
 
 class Work(NamedTuple):
@@ -45,6 +47,7 @@ class Work(NamedTuple):
 
     flops: float
     bytes: float
+    tokens: int = 0  # where their number per second is the measure, and energy counts
 
 
 class Case(Protocol):
@@ -56,14 +59,22 @@ class Case(Protocol):
     def given(self, device: torch.device) -> Given: ...
 
     def work(self) -> dict[str, Work]:
-        """Of the passes that are timed: "fwd", "bwd", or "step", which is both together."""
+        """Of the passes that are timed: "fwd", "bwd", "step", which is both together, or "train",
+        which is a step with the optimizer's.
+        """
 
 
 class Contestant(NamedTuple):
-    """Who runs a case. ``prepare`` may raise ImportError, or what a refusal raises there."""
+    """Who runs a case.
+
+    Attributes:
+        prepare: May raise ImportError, or what a refusal raises there.
+        compiles: At its first call, for seconds, into a cache on disk.
+    """
 
     name: str
     prepare: Callable[[Any, dict[str, Any]], Run]
+    compiles: bool = False
 
 
 def ours(op: str, backend: str, arguments: dict[str, Any]) -> Run:
@@ -98,7 +109,7 @@ def compiled(formula: Formula) -> Contestant:
         run: Formula = torch.compile(formula, dynamic=False)
         return lambda: run(case, values)
 
-    return Contestant("compiled", prepare)
+    return Contestant("compiled", prepare, compiles=True)
 
 
 def check_scores(case: Any) -> None:

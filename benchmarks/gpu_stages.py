@@ -12,9 +12,17 @@ from benchmarks.stages import Piece, Stage
 from fused_lm.cuda import extension
 
 TEST_PROCESSES = 8
-SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+SANITIZERS = {
+    "memcheck": ("memcheck", ""),
+    "racecheck": ("racecheck", "not backward"),
+    "racecheck backward": ("racecheck", "backward"),  # the longest, halved
+    "synccheck": ("synccheck", ""),
+    "initcheck": ("initcheck", ""),
+}
+"""Stage -> the tool, and tests by pytest's -k."""
 OURS = "kernel_substring=fused_lm"
-RECORD_SECONDS, RACE_SECONDS = 200.0, 120.0
+SANITIZER_SECONDS = 120.0
+RECORD_SECONDS, RACE_SECONDS, WARM_SECONDS = 200.0, 60.0, 120.0
 """In a round, so that all of them begin."""
 SILENCE_SECONDS = 75.0
 """Of a race, whose contestants may compile for half a minute and more."""
@@ -26,7 +34,7 @@ QUICK = ("environment", "kernels", "record")
 """Parity and record."""
 
 
-RACES = ("attention", "layernorm", "loss", "ffn")
+RACES = ("attention", "train", "block", "layernorm", "ffn", "loss")
 
 
 def all_stages(device: str, commit: str) -> list[Stage]:
@@ -34,9 +42,10 @@ def all_stages(device: str, commit: str) -> list[Stage]:
     return [
         *_surroundings(device),
         *_proofs(device),
-        _record("record", "cuda", device),
+        _warm(device),
+        _record("record", device, "bfloat16"),
         *(_race(name, device, commit) for name in RACES),
-        _record("record of Triton", "triton", device),
+        _record("record of others", device, "float16", "float32"),
     ]
 
 
@@ -65,27 +74,40 @@ def _proofs(device: str) -> list[Stage]:
         refusal=lambda: None if device == "cpu" else extension.refusal_on("cuda", 0),
         beside=PROOFS,
     )
-    return [plain, *(_sanitizer(tool) for tool in SANITIZERS)]
+    return [plain, *(_sanitizer(name, *what) for name, what in SANITIZERS.items())]
 
 
-def _sanitizer(tool: str) -> Stage:
+def _sanitizer(name: str, tool: str, tests: str) -> Stage:
     quiet = ["--print-level", "error"] if tool == "racecheck" else []
     # Without PyTorch's cache of memory, which would hide what is out of bounds or unwritten.
     alone = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "OMP_NUM_THREADS=2"]
     run = [*alone, "compute-sanitizer", "--tool", tool, "--kernel-name", OURS, *quiet]
-    command = [*run, "--error-exitcode", "9", *_pytest("tests/test_gpu_kernels.py")]
+    command = [*run, "--error-exitcode", "9", *_pytest("tests/test_gpu_kernels.py", "-k", tests)]
     said = r"(ERROR|RACECHECK) SUMMARY"
     return Stage(
-        *(tool, lambda _: command, 300.0, 60.0, said), refusal=_no_sanitizer, beside=PROOFS
+        *(name, lambda _: command, SANITIZER_SECONDS, 60.0, said),
+        refusal=_no_sanitizer,
+        beside=PROOFS,
     )
 
 
-def _record(name: str, kernels: str, device: str) -> Stage:
-    """``fused-lm verify`` of one backend's kernels; on a CPU of one case."""
+def _warm(device: str) -> Stage:
+    """Beside the proofs, since what it does takes no times either."""
+
+    def command(piece: Piece) -> list[str]:
+        minutes = f"{max(0.1, (piece.seconds - 15.0) / 60.0):.2f}"
+        processes = ["--processes", "1"] if device == "cpu" else []
+        return _python("benchmarks.warm", "--device", device, "--minutes", minutes, *processes)
+
+    return Stage("warm", command, WARM_SECONDS, 30.0, r"\d processes", beside=PROOFS)
+
+
+def _record(name: str, device: str, *dtypes: str) -> Stage:
+    """``fused-lm verify`` of what has no record yet; on a CPU of one case."""
 
     def command(piece: Piece) -> list[str]:
         minutes = max(0.1, (piece.seconds - 10.0) / 60.0)  # it writes its records at the end
-        extent = ["--only", f" {kernels}", *["--again"] * piece.first]
+        extent = ["--only", *(f" {dtype} " for dtype in dtypes)]
         if device == "cpu":
             extent = ["--limit", "1"]
         where = ["--device", device, "--out", str(piece.folder)]

@@ -88,6 +88,10 @@ class Suite:
             "XDG_CACHE_HOME": str(self.folder / CACHE),
             "TRITON_CACHE_DIR": str(self.folder / CACHE / "triton"),
             "TORCHINDUCTOR_CACHE_DIR": str(self.folder / CACHE / "inductor"),
+            "TORCHINDUCTOR_COMPILE_THREADS": "2",
+            "QUACK_CACHE_DIR": str(self.folder / CACHE / "quack"),
+            "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",
+            "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": str(self.folder / CACHE / "flash_attention"),
             "COLUMNS": "160",
         }
         for _ in range(MOST_ROUNDS):

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.contest import Case, Contestant, Given, Run
 from benchmarks.diary import Diary, Event
+from benchmarks.energy import counter, millijoules
 from fused_lm.parity.timing import interleaved_times, median
 
 MOST_ERROR = 2e-2
@@ -56,8 +57,6 @@ def results_of(
         calls, problem = None, None
         try:
             calls, about[contestant.name] = _admitted(contestant, case, given, device)
-        except ImportError as error:
-            problem = f"{error.name or error} is not installed"
         except Exception as error:  # what a contestant refuses, in its words
             problem = _sentence(error)
         if calls is None:
@@ -67,15 +66,41 @@ def results_of(
         for way, call in calls.items():
             passes[way][contestant.name] = call
     yield {"case": case.name, "event": Event.TIMES}
+    read = counter() if device.type == "cuda" else None
     for way, named in passes.items():
         work = case.work()[way]
         for name, times in zip(named, _times(list(named.values()), device), strict=True):
             us = median(times)
+            rate = {"tokens_per_s": round(work.tokens / us * 1e6)} if work.tokens else {}
+            if work.tokens and read is not None:
+                rate["mj"] = round(millijoules(named[name], read))
             yield {
                 "case": case.name, "contestant": name, "pass": way, "us": round(us, 1),
                 "spread": round(_spread(times), 3), "tflops": _round(work.flops / us / 1e6),
-                "tbps": _round(work.bytes / us / 1e6), **about[name],
+                "tbps": _round(work.bytes / us / 1e6), **rate, **about[name],
             }  # fmt: skip
+
+
+def first_steps(
+    case: Case, contestants: Sequence[Contestant], device: torch.device
+) -> Iterator[tuple[str, float, str | None]]:
+    """What each compiles at its first calls, compiled: its seconds, and why it was not.
+
+    Raises:
+        ContextLost: As of :func:`results_of`.
+    """
+    if device.type == "cuda":
+        _forget_compiled()
+    given = case.given(device)
+    for contestant in contestants:
+        begin, problem = perf_counter(), None
+        try:
+            run = contestant.prepare(case, given.values)
+            _called_once(_calls(run, run(), case, given), device)
+        except Exception as error:
+            problem = _sentence(error)
+        yield contestant.name, perf_counter() - begin, problem
+        _free(device, contestant.name)
 
 
 def _admitted(
@@ -84,12 +109,20 @@ def _admitted(
     """Its calls by pass, each run once, and what was measured beside; raises if it is wrong."""
     run = contestant.prepare(case, given.values)
     out, measured = _first_steps(run, given, device)
-    calls = {way: WAYS[way](run, out, given) for way in case.work()}
+    calls = _calls(run, out, case, given)
+    _called_once(calls, device)
+    return calls, measured
+
+
+def _calls(run: Run, out: Tensor, case: Case, given: Given) -> dict[str, Callable[[], None]]:
+    return {way: WAYS[way](run, out, given) for way in case.work()}
+
+
+def _called_once(calls: dict[str, Callable[[], None]], device: torch.device) -> None:
     for call in calls.values():
         call()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return calls, measured
 
 
 def _free(device: torch.device, name: str) -> None:
@@ -184,10 +217,25 @@ def _step(run: Run, out: Tensor, given: Given) -> Callable[[], None]:
     return step
 
 
+def _train(run: Run, out: Tensor, given: Given) -> Callable[[], None]:
+    optimizer = given.optimizer
+    assert optimizer is not None
+
+    def train() -> None:
+        gradients = torch.autograd.grad(run(), given.leaves, given.dout)
+        for leaf, gradient in zip(given.leaves, gradients, strict=True):
+            leaf.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return train
+
+
 WAYS: dict[str, Callable[[Run, Tensor, Given], Callable[[], None]]] = {
     "fwd": _without_grad,
     "bwd": _backward,
     "step": _step,
+    "train": _train,
 }
 
 
@@ -217,6 +265,8 @@ def _round(value: float) -> float:
 
 
 def _sentence(error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return f"{error.name or error} is not installed"
     return (" ".join(str(error).split()) or type(error).__name__)[:SENTENCE]
 
 

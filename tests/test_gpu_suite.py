@@ -83,7 +83,7 @@ def test_a_dry_run_in_two_pieces_runs_every_stage(tmp_path: Path) -> None:
     assert outcomes.keys() == {stage.name for stage in all_stages("cpu", "")}
     done = {name for name, outcome in outcomes.items() if outcome.status is Status.DONE}
     races = {*gpu_stages.RACES}
-    always = {"environment", "roofs", "record", "record of Triton"} | races
+    always = {"environment", "roofs", "warm", "record", "record of others"} | races
     assert done >= always | ({"kernels"} if simt.BACKENDS else set())
     for name, outcome in outcomes.items():
         assert outcome.status in (Status.DONE, Status.ABSENT), (name, outcome)
@@ -317,11 +317,12 @@ def test_the_stages_of_a_gpu_fit_a_piece() -> None:
         assert 0 < stage.least_s < stage.limit_s <= 600.0
         command = stage.command(Piece(Path("/out"), 100.0, first=True))
         assert all(isinstance(part, str) for part in command)
-    for name, kernels in (("record", " cuda"), ("record of Triton", " triton")):
+    for name, dtypes in (
+        ("record", (" bfloat16 ",)),
+        ("record of others", (" float16 ", " float32 ")),
+    ):
         stage = next(stage for stage in found if stage.name == name)
-        commands = [stage.command(Piece(Path("/out"), 100.0, first)) for first in (True, False)]
-        assert ["--again" in command for command in commands] == [True, False]
-        assert all(kernels in command for command in commands)
+        assert {*dtypes} <= {*stage.command(Piece(Path("/out"), 100.0, first=True))}
 
 
 def test_roofs_are_of_the_device_they_name() -> None:

@@ -30,6 +30,8 @@ from fused_lm.parity.run import DTYPES, run_case, use_interpreter_without_gpu, w
 from fused_lm.parity.supervise import RESTART
 from fused_lm.parity.timing import interleaved_medians
 
+TIMES_SECONDS, LEAST_ROUNDS = 0.05, 7
+"""Of both calls together: minutes are few where many kernels are to be timed."""
 LONG = 4096
 """Rows from which parity looks at one batch entry and one head: its fp64 scores are T x S."""
 
@@ -155,9 +157,8 @@ def _times(job: Job, device: torch.device) -> dict[str, dict[str, float]]:
 
     found = {}
     for mode, make in (("infer", forward), ("train", step)):
-        ours_us, theirs_us = interleaved_medians(
-            [make(ours, problem.theirs), make(peer, problem.theirs)]
-        )
+        calls = [make(ours, problem.theirs), make(peer, problem.theirs)]
+        ours_us, theirs_us = interleaved_medians(calls, TIMES_SECONDS, LEAST_ROUNDS)
         found[mode] = {"ours_us": ours_us, "pytorch_us": theirs_us, "ratio": theirs_us / ours_us}
     return found
 
