@@ -110,7 +110,7 @@ def grid(dry: bool) -> list[Case]:
         bias = replace(tiny, features=("bias",), group=1)
         return [tiny, bias, replace(tiny, features=("key_mask", "dropout"), queries=1)]
     shapes = [
-        *((D, S) for D in (128, 64) for S in (4096, 1024, 16384, 512)),
+        *((D, S) for S in (4096, 1024, 16384, 512) for D in (128, 64)),
         *((D, S) for D in (256, 96, 32, 192) for S in (4096,)),
     ]
     cases = [Case(D, S, f) for D, S in shapes for f in (("causal",), ())]

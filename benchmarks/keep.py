@@ -1,0 +1,130 @@
+"""What a run of the GPU suite found, as a record: ``python -m benchmarks.keep suite.tar.gz``.
+
+The record is ``benchmarks/results/<gpu>/<date>-<commit>/``, without logs and caches:
+
+environment.json   the machine, and when
+stages.json        each stage: how it went, what it said last, seconds
+results.jsonl      ``fused-lm verify``: parity and times of each kernel, a line per case
+roofs.jsonl        what this GPU can do at most
+attention.jsonl    and other races: a line per case, contestant and pass, or why there is none
+proofs.txt         the last words of the kernels' tests and of each sanitizer
+
+A record of the same GPU, day and commit is replaced. Of a dry run there is none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_stages import RACES, SANITIZERS
+from benchmarks.gpu_suite import STATE
+from benchmarks.stages import LOG
+from benchmarks.suite_archive import unpack
+
+RESULTS = Path(__file__).parent / "results"
+LAST_WORDS = re.compile(r"\d+ (passed|failed|error)|SUMMARY|^FAILED")
+REPORTS = re.compile(r"(Error: |Uninitialized |Invalid |Barrier error ).*")
+ADDRESS = re.compile(r"\+?0x[0-9a-f]+")
+OF_THE_USER = ("records", "forced backend")
+"""What ``doctor`` says that is no property of the machine."""
+
+
+def keep(archive: Path, results: Path = RESULTS) -> Path:
+    """Writes the record of an archive; returns its folder.
+
+    Raises:
+        ValueError: The archive is of a dry run.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        suite = Path(temporary)
+        unpack(archive, suite)
+        state = json.loads((suite / STATE).read_text())
+        if state["device"] != "cuda":
+            raise ValueError(f"{archive} is of a dry run on a CPU, which proves nothing of a GPU")
+        folder = results / slug(state["gpu"]) / f"{state['pieces'][0][:10]}-{state['commit']}"
+        folder.mkdir(parents=True, exist_ok=True)
+        stages = state.pop("stages")
+        _write(folder / "environment.json", {**state, **_machine(suite)})
+        _write(folder / "stages.json", stages)
+        _write_lines(folder / "results.jsonl", verified(suite))
+        _write_lines(folder / "roofs.jsonl", _lines(suite / "roofs/roofs.jsonl"))
+        for race in RACES:
+            lines = _lines(suite / race / f"{race}.jsonl")
+            _write_lines(folder / f"{race}.jsonl", (line for line in lines if "event" not in line))
+        (folder / "proofs.txt").write_text("\n".join(_proofs(suite)) + "\n")
+    return folder
+
+
+def slug(gpu: str) -> str:
+    """A folder's name for a GPU: ``NVIDIA H200`` is ``nvidia-h200``."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+
+
+def _machine(suite: Path) -> dict[str, Any]:
+    """What ``doctor`` said of it; nothing if it wasn't reached."""
+    try:
+        said = json.loads((suite / "environment" / LOG).read_text())
+    except (OSError, ValueError):
+        return {}
+    about = {k: v for k, v in said["environment"].items() if k not in OF_THE_USER}
+    about["platform"] = about["platform"].split("-")[0]
+    return {"environment": about, "gpus": said["gpus"]}
+
+
+def verified(suite: Path) -> Iterator[dict[str, Any]]:
+    """A line per kernel and case: the last one with times, or else the last one."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for path in sorted(suite.glob("record*/results.jsonl")):
+        for line in _lines(path):
+            key = tuple(line.get(name) for name in ("op", "case", "dtype", "backend", "kernel"))
+            if "times" in line or "times" not in found.get(key, {}):
+                found[key] = line
+    yield from found.values()
+
+
+def _proofs(suite: Path) -> Iterator[str]:
+    """Last words, and before them each report once, with how often it came."""
+    for name in ("kernels", *SANITIZERS):
+        path = suite / name / LOG
+        if path.is_file():
+            lines = path.read_bytes().decode(errors="replace").splitlines()
+            reports = (REPORTS.search(line) for line in lines)
+            times = Counter(ADDRESS.sub("", found[0])[:200] for found in reports if found)
+            yield f"== {name}"
+            yield from (f"{count} times {report}" for report, count in times.items())
+            yield from (line.strip()[:200] for line in lines if LAST_WORDS.search(line))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def _write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """None, if there are none."""
+    texts = [json.dumps(line) + "\n" for line in lines]
+    if texts:
+        path.write_text("".join(texts))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.keep")
+    parser.add_argument("archive", type=Path, nargs="+")
+    for archive in parser.parse_args().archive:
+        print(keep(archive))
+
+
+if __name__ == "__main__":
+    main()
