@@ -17,8 +17,8 @@ MOST_SCORES_GIB = 1.25
 
 Run = Callable[[], Tensor]
 """One call, whose output is differentiated."""
-Formula = Callable[[Any, dict[str, Any]], Tensor]
-"""Of a case and its values, as a textbook has it."""
+Formula = Callable[[Any, dict[str, Any]], Any]
+"""Of a case and its values, as a textbook has it: the output, or that and what else is returned."""
 
 
 @dataclass(frozen=True)
@@ -91,25 +91,35 @@ def ours(op: str, backend: str, arguments: dict[str, Any]) -> Run:
 
     def run() -> Tensor:
         with use_backend(backend):
-            result = function(**arguments)
-        return result if isinstance(result, Tensor) else result[0]
+            return first(function(**arguments))
 
     return run
 
 
+def first(result: Any) -> Tensor:
+    """The output, of operators that return more beside it too."""
+    out: Tensor = result if isinstance(result, Tensor) else result[0]
+    return out
+
+
 def eager(formula: Formula) -> Contestant:
     """A formula in eager PyTorch."""
-    return Contestant("eager", lambda case, values: lambda: formula(case, values))
+    return Contestant("eager", lambda case, values: lambda: first(formula(case, values)))
 
 
 def compiled(formula: Formula) -> Contestant:
     def prepare(case: Any, values: dict[str, Any]) -> Run:
-        if not torch.cuda.is_available():
-            raise ValueError("compiling takes a CPU half a minute")
+        check_compiles()
         run: Formula = torch.compile(formula, dynamic=False)
-        return lambda: run(case, values)
+        return lambda: first(run(case, values))
 
     return Contestant("compiled", prepare, compiles=True)
+
+
+def check_compiles() -> None:
+    """Raises ValueError without a GPU."""
+    if not torch.cuda.is_available():
+        raise ValueError("compiling takes a CPU half a minute")
 
 
 def check_scores(case: Any) -> None:

@@ -8,6 +8,7 @@ import collections
 import contextlib
 import itertools
 import json
+import time
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -38,7 +39,7 @@ class Diary:
     """The lines of one GPU, torch and commit in a file, by case. Each is there at once."""
 
     def __init__(self, file: Path | None, head: dict[str, Any]) -> None:
-        self.file, self.head = file, head
+        self.file, self.head, self.begin = file, head, time.monotonic()
         self.lines: dict[str, list[dict[str, Any]]] = {}
         if file is not None and file.is_file():
             if not file.read_bytes().endswith(b"\n"):
@@ -49,7 +50,8 @@ class Diary:
                     self.lines.setdefault(line["case"], []).append(line)
 
     def write(self, line: dict[str, Any]) -> None:
-        line = {**self.head, **line}
+        """With the seconds since the process began: what the minutes went to."""
+        line = {**self.head, **line, "at": round(time.monotonic() - self.begin, 1)}
         self.lines.setdefault(line["case"], []).append(line)
         if self.file is not None:
             with self.file.open("a") as out:

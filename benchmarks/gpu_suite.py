@@ -35,9 +35,10 @@ from benchmarks import stages
 from benchmarks.gpu_stages import QUICK, all_stages
 from benchmarks.stages import Outcome, Stage, Status
 from benchmarks.suite_archive import CACHE, pack, unpack
+from fused_lm.cuda import extension
 
 ROOT = Path(__file__).resolve().parents[1]
-STATE, ARCHIVE, SUMMARY = "state.json", "suite.tar.gz", "summary.txt"
+STATE, ARCHIVE, SUMMARY, BUILD = "state.json", "suite.tar.gz", "summary.txt", "build.json"
 FORMAT = 1
 RESERVE_SECONDS = 8.0
 """Of a piece, for the archive and the table."""
@@ -229,6 +230,7 @@ def main() -> int:
     chosen = list(_chosen(found, args.quick, args.only))
     folder = args.out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / BUILD).write_text(json.dumps(extension.build_report(), indent=1) + "\n")
     suite = Suite(folder, (args.archive or folder / ARCHIVE).resolve(), _about(args.device, commit))
     if args.resume:
         suite.resume(args.resume.resolve())

@@ -3,6 +3,7 @@
 The record is ``benchmarks/results/<gpu>/<date>-<commit>/``, without logs and caches:
 
 environment.json   the machine, and when
+build.json         what the CUDA kernels that ran were built of
 stages.json        each stage: how it went, what it said last, seconds
 results.jsonl      ``fused-lm verify``: parity and times of each kernel, a line per case
 roofs.jsonl        what this GPU can do at most
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_stages import RACES, SANITIZERS
-from benchmarks.gpu_suite import STATE
+from benchmarks.gpu_suite import BUILD, STATE
 from benchmarks.stages import LOG
 from benchmarks.suite_archive import unpack
 
@@ -53,6 +54,8 @@ def keep(archive: Path, results: Path = RESULTS) -> Path:
         stages = state.pop("stages")
         _write(folder / "environment.json", {**state, **_machine(suite)})
         _write(folder / "stages.json", stages)
+        if (suite / BUILD).is_file():
+            _write(folder / BUILD, json.loads((suite / BUILD).read_text()))
         _write_lines(folder / "results.jsonl", verified(suite))
         _write_lines(folder / "roofs.jsonl", _lines(suite / "roofs/roofs.jsonl"))
         for race in RACES:

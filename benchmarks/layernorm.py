@@ -66,7 +66,7 @@ class Case:
             name: None if t is None else t.detach().double().requires_grad_()
             for name, t in values.items()
         }
-        out = formula(self, wide)
+        out, _ = formula(self, wide)
         leaves = [t for t in wide.values() if t is not None]
         return [out.detach(), *torch.autograd.grad(out, leaves, dout.double())]
 
@@ -92,14 +92,14 @@ def ours(backend: str, case: Case, values: dict[str, Any]) -> Run:
     return contest.ours("rms_norm" if case.rms else "layer_norm", backend, arguments)
 
 
-def formula(case: Case, values: dict[str, Tensor | None]) -> Tensor:
-    """In eager PyTorch, of whatever dtype."""
+def formula(case: Case, values: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
+    """In eager PyTorch, of whatever dtype: y and the stream, which the next layer needs."""
     x, residual, weight, bias = values["x"], values["residual"], values["weight"], values["bias"]
     assert x is not None
     stream = x if residual is None else x + residual
     if case.rms:
-        return F.rms_norm(stream, (case.width,), weight, EPS)
-    return F.layer_norm(stream, (case.width,), weight, bias, EPS)
+        return F.rms_norm(stream, (case.width,), weight, EPS), stream
+    return F.layer_norm(stream, (case.width,), weight, bias, EPS), stream
 
 
 def liger(case: Case, values: dict[str, Any]) -> Run:

@@ -120,8 +120,8 @@ def quack(case: Case, values: dict[str, Any]) -> Run:
 
 
 def _loss(result: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """Alone, of those that return more beside it; in fp32, as the gradient that it is given."""
-    return (result if isinstance(result, Tensor) else result[0]).float()
+    """In fp32, as the gradient that it is given."""
+    return contest.first(result).float()
 
 
 CONTESTANTS = [

@@ -168,8 +168,13 @@ def kernel_id(op: str, backend: str, device_index: int | None = None) -> str:
         )
         text = " ".join(extension.kernel_hashes(files, capability))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-    digest = hashlib.sha256(_triton_minor().encode())
-    for name in files:
+    return triton_kernel_id(op, _triton_minor())
+
+
+def triton_kernel_id(op: str, minor: str) -> str:
+    """:func:`kernel_id` of a Triton kernel as the Triton of that version, like "3.6", runs it."""
+    digest = hashlib.sha256(minor.encode())
+    for name in KERNEL_SOURCES[op, "triton"]:
         digest.update(_code_of((_PACKAGE / name).read_text()).encode())
     return digest.hexdigest()[:16]
 

@@ -1,0 +1,165 @@
+"""What the records below ``benchmarks/results`` say, where people read it:
+``python -m benchmarks.report`` writes
+
+benchmarks/STATUS.md    which kernels have run on a GPU (:mod:`benchmarks.status`)
+benchmarks/README.md    every race, a table each
+README.md               a few rows of them
+benchmarks/plots/       the same drawn (:mod:`benchmarks.plots`)
+
+In the two README.md, text between ``<!-- NAME -->`` and ``<!-- end -->`` is generated, the rest is
+not. A test fails where a file doesn't follow from the records.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from benchmarks import plots
+from benchmarks.record import Line, Record, gpus, records, roofs_of, times_of
+from benchmarks.status import OURS, RACES_OF_OURS, status
+
+ROOT = Path(__file__).resolve().parents[1]
+STATUS, TABLES, FRONT = "benchmarks/STATUS.md", "benchmarks/README.md", "README.md"
+NOT_YET = "Not yet run on a GPU."
+UNITS = {
+    "attention": "tflops", "ffn": "tflops", "block": "tflops",
+    "layernorm": "tbps", "loss": "us", "train": "tokens_per_s",
+}  # fmt: skip
+UNIT_NAMES = {
+    "tflops": "TFLOP/s", "tbps": "TB/s", "us": "microseconds", "tokens_per_s": "tokens a second",
+}  # fmt: skip
+FRONT_CASES = (
+    ("attention", "causal d128 t4096 bfloat16", "fwd", "attention, causal, 4096 tokens, D = 128"),
+    ("attention", "causal d128 t4096 bfloat16", "bwd", "its backward"),
+    ("layernorm", "layer+residual c1024 bfloat16", "bwd", "LayerNorm + residual, backward, 1024"),
+    ("block", "gpt2 c1600 h25 t1024 bfloat16", "step", "block of GPT-2 XL, forward and backward"),
+    ("train", "gpt2-124M b16 t1024 autocast bfloat16", "train", "training step of GPT-2 124M"),
+)
+"""Race, case, pass, and how the first page calls it."""
+MOST_FRONT_PEERS = 4
+
+
+def written(found: list[Record], root: Path = ROOT) -> dict[str, str]:
+    """Path below ``root`` -> what belongs there, of every text."""
+    tables = {race: race_tables(race, found) for race in RACES_OF_OURS}
+    tables["roofs"] = roof_table(found)
+    front = {"measured": front_table(found)}
+    return {
+        STATUS: status(found),
+        TABLES: filled((root / TABLES).read_text(), tables),
+        FRONT: filled((root / FRONT).read_text(), front),
+    }
+
+
+def filled(text: str, parts: dict[str, str]) -> str:
+    """The text with what is between its marks replaced.
+
+    Raises:
+        ValueError: A part has no place, or a place no part.
+    """
+    places = re.findall(r"<!-- (?!end )(\w+) -->", text)
+    if sorted(places) != sorted(parts):
+        raise ValueError(f"places for {sorted(places)}, parts for {sorted(parts)}")
+    for name, part in parts.items():
+        found = re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", text, re.DOTALL)
+        if found is None:
+            raise ValueError(f"the place for {name} has no end")
+        text = f"{text[: found.start(1)]}{part}\n{text[found.end(1) :]}"
+    return text
+
+
+def race_tables(race: str, found: list[Record]) -> str:
+    """A table per GPU: a row per case and pass, a column per contestant, the best one bold."""
+    parts = []
+    for gpu in gpus(found):
+        lines = times_of(race, gpu, found)
+        if lines:
+            when = ", ".join(sorted({f"{line['record']}" for line in lines}))
+            unit = UNIT_NAMES[UNITS[race]]
+            parts.append(f"{gpu}, {unit} ({when}):\n\n{_race_table(race, lines)}")
+    return "\n\n".join(parts) or NOT_YET
+
+
+def _race_table(race: str, lines: Sequence[Line]) -> str:
+    unit = UNITS[race]
+    names = sorted({line["contestant"] for line in lines}, key=lambda n: (n not in OURS, n))
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    for line in lines:
+        rows.setdefault((line["case"], line["pass"]), {})[line["contestant"]] = line[unit]
+    text = [f"| case | pass | {' | '.join(names)} |", f"| --- | --- |{' ---: |' * len(names)}"]
+    for (case, way), values in rows.items():
+        best = (min if unit == "us" else max)(values.values())
+        cells = [_cell(values.get(name), best) for name in names]
+        text.append(f"| {case} | {way} | {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
+def _cell(value: float | None, best: float) -> str:
+    if value is None:
+        return ""
+    shown = _shown(value)
+    return f"**{shown}**" if value == best else shown
+
+
+def _shown(value: float) -> str:
+    """Three digits; whole numbers whole."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def roof_table(found: list[Record]) -> str:
+    rows = []
+    for gpu in gpus(found):
+        roofs = roofs_of(gpu, found)
+        if roofs:
+            rows.append(
+                f"| {gpu} | {roofs['copy']:g} | {roofs['matmul bf16']:g} | {roofs['launch']:g} |"
+            )
+    head = "| GPU | copy, TB/s | cuBLAS bf16, TFLOP/s | launch, microseconds of the host |"
+    return "\n".join([head, "| --- | ---: | ---: | ---: |", *rows]) if rows else NOT_YET
+
+
+def front_table(found: list[Record]) -> str:
+    """Ours against the fastest others, in microseconds."""
+    parts = []
+    for gpu in gpus(found):
+        rows = []
+        for race, case, way, name in FRONT_CASES:
+            lines = [
+                line
+                for line in times_of(race, gpu, found)
+                if (line["case"], line["pass"]) == (case, way)
+            ]
+            rows += _front_row(name, lines)
+        if rows:
+            head = f"| {gpu}, bf16, microseconds | ours | others, the fastest first |"
+            parts.append("\n".join([head, "| --- | --- | --- |", *rows]))
+    return "\n\n".join(parts) or NOT_YET
+
+
+def _front_row(name: str, lines: Iterable[Line]) -> list[str]:
+    by_time = sorted(lines, key=lambda line: line["us"])
+    ours = [line for line in by_time if line["contestant"] in OURS]
+    peers = [line for line in by_time if line["contestant"] not in OURS][:MOST_FRONT_PEERS]
+    if not ours or not peers:
+        return []
+    mine, others = f"{_shown(ours[0]['us'])} ({ours[0]['contestant']})", map(_named, peers)
+    return [f"| {name} | {mine} | {', '.join(others)} |"]
+
+
+def _named(line: Line) -> str:
+    return f"{line['contestant']} {_shown(line['us'])}"
+
+
+def main() -> None:
+    found = records()
+    for name, text in written(found).items():
+        (ROOT / name).write_text(text)
+        print(name)
+    for path in plots.draw_all(found, ROOT / plots.FOLDER):
+        print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

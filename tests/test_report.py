@@ -1,0 +1,179 @@
+"""Records of the GPU suite, and what is generated from them: it follows, and only from a GPU's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import keep, plots, record, report, status
+from benchmarks.gpu_suite import STATE
+from benchmarks.record import Record
+from benchmarks.suite_archive import pack
+from build_tools import cuda_build
+
+GPU = "NVIDIA Imaginary 1"
+MEND = "python -m benchmarks.report"
+
+
+def test_texts_follow_from_the_records() -> None:
+    for name, text in report.written(record.records()).items():
+        assert (report.ROOT / name).read_text() == text, f"{name} is not of the records: {MEND}"
+
+
+def test_plots_follow_from_the_records() -> None:
+    """matplotlib's versions draw differently: what was drawn is compared."""
+    drawn = {path.name for path in (report.ROOT / plots.FOLDER).iterdir()}
+    wanted = list(plots.plots(record.records()))
+    assert drawn == {f"{plot.name}.{kind}" for plot in wanted for kind in ("svg", "png")}, MEND
+    for plot in wanted:
+        svg = report.ROOT / plots.FOLDER / f"{plot.name}.svg"
+        assert plots.digest_in(svg) == plot.digest(), f"{svg.name} is not of the records: {MEND}"
+
+
+def _archive(folder: Path, device: str = "cuda", **about: Any) -> Path:
+    """Of a suite in which a race, two pieces of verify and a sanitizer have run."""
+    suite = folder / "suite"
+    state = {"device": device, "gpu": GPU, "commit": "abc", "pieces": ["2026-01-02T03:04:05"]}
+    stages = {"memcheck": {"status": "done", "said": "ERROR SUMMARY: 0 errors"}}
+    doctor = {"environment": {"triton": "3.6.0", "records": "/home/me"}, "gpus": []}
+    doctor["environment"]["platform"] = "Linux-6.1-of-somebody"
+    line = {"op": "layer_norm", "case": "plain", "dtype": "bfloat16", "backend": "cuda"}
+    line |= {"kernel": "k", "gpu": GPU, "parity": True}
+    raced = {"case": "causal d64 t512 bfloat16", "contestant": "cuda", "pass": "fwd", "us": 2.0}
+    report = "Error: Race reported between Read access at f()+0x10 [128 hazards]"
+    for name, text in {
+        STATE: json.dumps({**state, **about, "stages": stages}),
+        "environment/log.txt": json.dumps(doctor),
+        "record/results.jsonl": json.dumps({**line, "times": {}}),
+        "record of others/results.jsonl": json.dumps(line),
+        "attention/attention.jsonl": json.dumps({"case": "x", "event": "done"})
+        + "\n"
+        + json.dumps({**raced, "tflops": 3.0}),
+        "memcheck/log.txt": f"...{report}\n{report.replace('0x10', '0x20')}\n3 passed\n",
+        "cache/triton/kernel": "binary",
+    }.items():
+        (suite / name).parent.mkdir(parents=True, exist_ok=True)
+        (suite / name).write_text(text + "\n")
+    pack(suite, folder / "suite.tar.gz")
+    return folder / "suite.tar.gz"
+
+
+def test_a_record_is_kept_without_what_belongs_to_the_machine(tmp_path: Path) -> None:
+    folder = keep.keep(_archive(tmp_path), tmp_path / "results")
+    assert folder == tmp_path / "results/nvidia-imaginary-1/2026-01-02-abc"
+    about = json.loads((folder / "environment.json").read_text())
+    assert (
+        about["environment"] == {"triton": "3.6.0", "platform": "Linux"} and "stages" not in about
+    )
+    (kept,) = record.records(tmp_path / "results")
+    assert [("times" in line) for line in kept.lines("results")] == [True], "once, with times"
+    assert [line["us"] for line in kept.lines("attention")] == [2.0], "events are none"
+    assert kept.lines("layernorm") == [] and kept.stages()["memcheck"]["status"] == "done"
+    proofs = (folder / "proofs.txt").read_text().splitlines()
+    assert proofs[0] == "== memcheck" and proofs[1].startswith("2 times Error: Race reported")
+    assert proofs[2:] == ["3 passed"]
+    assert not [path for path in folder.rglob("*") if "cache" in path.name or "log" in path.name]
+
+
+def test_a_dry_run_makes_no_record(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="dry run on a CPU"):
+        keep.keep(_archive(tmp_path, "cpu", gpu=None), tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def _record(folder: Path, when: str, **files: list[dict[str, Any]]) -> Record:
+    folder.mkdir(parents=True)
+    for name, lines in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    gpus = [{"capability": "9.0"}]
+    about = {"gpu": GPU, "commit": folder.name, "pieces": [when], "gpus": gpus}
+    about["environment"] = {"triton": "3.6.0"}
+    (folder / "environment.json").write_text(json.dumps(about))
+    return Record(folder, about)
+
+
+def _time(contestant: str, us: float, case: str = "causal d64 t512 bfloat16") -> dict[str, Any]:
+    way = {"case": case, "pass": "fwd", "contestant": contestant}
+    return {**way, "us": us, "tflops": 1000.0 / us}
+
+
+def test_the_newest_time_counts_and_none_that_was_withdrawn(tmp_path: Path) -> None:
+    old = [_time("cuda", 9.0), _time("sdpa-flash", 8.0), _time("eager", 99.0)]
+    wrong = {"case": "x", "contestant": "flex", "problem": "error 0.3, allowed 0.02"}
+    first = _record(tmp_path / "r/g/a", "2026-01-01", attention=[*old, wrong])
+    second = _record(tmp_path / "r/g/b", "2026-01-02", attention=[_time("cuda", 4.0)])
+    gone = {"race": "attention", "contestant": "eager", "pass": "fwd", "reason": "it ran half"}
+    (first.folder / "withdrawn.json").write_text(json.dumps([gone]))
+    assert [r.folder for r in record.records(tmp_path / "r")] == [first.folder, second.folder]
+    found = record.records(tmp_path / "r")
+    text = report.race_tables("attention", found)
+    assert text.splitlines()[2:] == [
+        "| case | pass | cuda | sdpa-flash |",
+        "| --- | --- | ---: | ---: |",
+        "| causal d64 t512 bfloat16 | fwd | **250** | 125 |",
+    ]
+    assert "2026-01-01, a" in text and "2026-01-02, b" in text
+    assert list(status.ratios(GPU, found)) == [
+        ("attention", "fwd", "sdpa-flash", "1", "2.00", "2.00", "2.00")
+    ]
+    assert report.race_tables("loss", found) == report.NOT_YET
+
+
+def test_without_a_record_everything_says_so(tmp_path: Path) -> None:
+    assert record.records(tmp_path) == []
+    assert report.race_tables("attention", []) == report.front_table([]) == report.NOT_YET
+    assert report.roof_table([]) == report.NOT_YET and report.NOT_YET in status.status([])
+    assert list(plots.plots([])) == []
+
+
+def test_a_kernel_that_changed_is_stale(tmp_path: Path) -> None:
+    """A Triton kernel by its source, a CUDA kernel by what it was built of."""
+    units = status.evidence.KERNEL_SOURCES["layer_norm", "cuda"]
+    line: dict[str, Any] = {"case": "plain", "dtype": "bfloat16", "parity": True, "gpu": GPU}
+    triton = status.evidence.triton_kernel_id("layer_norm", "3.6")
+    assert triton != status.evidence.triton_kernel_id("layer_norm", "3.7")
+    lines = [
+        {**line, "op": "layer_norm", "backend": "triton", "kernel": triton},
+        {**line, "op": "rms_norm", "backend": "triton", "kernel": "of another source"},
+    ]
+    of = _record(tmp_path / "r/g/a", "2026-01-01", results=lines)
+    build = {
+        "kernels": {unit: {"sm_90": f"code of {unit}"} for unit in units},
+        "host_code": {unit: cuda_build.host_code_of(unit) for unit in units},
+    }
+    (of.folder / "build.json").write_text(json.dumps(build))
+    now = {(row[0], row[1]): row[5] for row in status.operators(GPU, [of])}
+    assert now == {("layer_norm", "triton"): "current", ("rms_norm", "triton"): "stale"}
+    assert status._built_id(of, "layer_norm") in status.current_ids([of])
+    build["host_code"][units[0]] = "of another source"
+    (of.folder / "build.json").write_text(json.dumps(build))
+    assert status._built_id(of, "layer_norm") is None
+    assert [row[3] for row in status.sources([of])] == ["stale", "current"]
+
+
+def test_a_text_keeps_what_is_not_generated() -> None:
+    text = "one\n<!-- a -->\nold\n<!-- end -->\ntwo\n<!-- b -->\n<!-- end -->\n"
+    new = report.filled(text, {"a": "A \\1", "b": "B"})
+    assert new == "one\n<!-- a -->\nA \\1\n<!-- end -->\ntwo\n<!-- b -->\nB\n<!-- end -->\n"
+    assert report.filled(new, {"a": "A \\1", "b": "B"}) == new
+    with pytest.raises(ValueError, match="places for"):
+        report.filled(text, {"a": "A"})
+    with pytest.raises(ValueError, match="has no end"):
+        report.filled("<!-- a -->\nold\n", {"a": "A"})
+
+
+def test_a_plot_of_sample_data_is_drawn_and_named(tmp_path: Path) -> None:
+    line = {"cuda": [(512.0, 200.0), (1024.0, 300.0)], "flash": [(512.0, 150.0), (1024.0, 299.0)]}
+    plot = plots.Plot("sample", "Sample", "tokens", "TFLOP/s", line, (700.0, "roof"))
+    svg, png = plots.draw(plot, tmp_path)
+    text = svg.read_text()
+    assert plots.digest_in(svg) == plot.digest() and png.stat().st_size > 5000
+    for word in ("Sample", "cuda", "flash", "roof", "1,024"):
+        assert word in text, f"no {word} in the drawing"
+    assert plot.message() == "At 1,024: cuda 300 TFLOP/s, 1.00 times the fastest other, flash"
+    assert plots._apart([1.0, 1.1, 5.0], 0.5) == [1.0, 1.5, 5.0]
+    (tmp_path / "old.png").write_bytes(b"")
+    assert plots.draw_all([], tmp_path) == [] and not list(tmp_path.iterdir())
