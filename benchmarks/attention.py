@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fused_lm
-from benchmarks import command, contest
-from benchmarks.attention_peers import PEERS
-from benchmarks.contest import Contestant, Given, Run, Work
+
+from . import command, contest
+from .attention_peers import PEERS
+from .contest import Contestant, Given, Run, Work
 
 BACKWARD_FLOPS = 2.5
 DROPOUT_P = 0.1

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.contest import Contestant, Run, check_compiles, check_scores, first
+from .contest import Contestant, Run, check_compiles, check_scores, first
 
 Values = dict[str, Any]
 

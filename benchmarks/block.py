@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import command, contest, ffn
-from benchmarks.contest import Contestant, Given, Run, Work
 from fused_lm import use_backend
 from fused_lm.nn import GPTBlock
 from fused_lm.nn.feedforward import default_ffn_dim
 from fused_lm.nn.positions import rotary_tables
+
+from . import command, contest, ffn
+from .contest import Contestant, Given, Run, Work
 
 TOKENS = 16384
 EPS = 1e-5

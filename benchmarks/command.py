@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.contest import Case, Contestant
-from benchmarks.harness import ContextLost, race
 from fused_lm.parity.run import use_interpreter_without_gpu
+
+from .contest import Case, Contestant
+from .harness import ContextLost, race
 
 
 def table(lines: Iterable[dict[str, Any]], contestants: Sequence[Contestant], unit: str) -> str:

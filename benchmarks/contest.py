@@ -13,6 +13,10 @@ import fused_lm
 from fused_lm import dispatch, use_backend
 from fused_lm.explain import call_of
 
+RACES = ("attention", "train", "block", "layernorm", "loss", "ffn")
+"""Modules of this package, in order of worth."""
+OURS = ("cuda", "triton", "fused_lm", "fused_lm compiled")
+"""Contestants of the races that are this project's kernels."""
 MOST_SCORES_GIB = 1.25
 
 Run = Callable[[], Tensor]

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import command, contest
-from benchmarks.contest import Contestant, Given, Run, Work
+from . import command, contest
+from .contest import Contestant, Given, Run, Work
 
 TOKENS = 16384
 GPT2 = {"small": 768, "medium": 1024, "large": 1280, "XL": 1600}

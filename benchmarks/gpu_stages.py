@@ -8,8 +8,10 @@ import sys
 
 import torch
 
-from benchmarks.stages import Piece, Stage
 from fused_lm.cuda import extension
+
+from .contest import RACES
+from .stages import Piece, Stage
 
 TEST_PROCESSES = 8
 SANITIZERS = {
@@ -33,10 +35,9 @@ QUICK = ("environment", "kernels", "record")
 """Parity and record."""
 
 
-RACES = {
-    "attention": 60.0, "train": 60.0, "block": 45.0, "layernorm": 30.0, "loss": 25.0, "ffn": 25.0,
-}  # fmt: skip
-"""In order of worth, with the seconds of a round, so that all of them begin."""
+RACE_SECONDS = {"attention": 60.0, "train": 60.0, "block": 45.0, "layernorm": 30.0}
+OTHERS_SECONDS = 25.0
+"""Of a race, in a round, so that all of them begin."""
 
 
 def all_stages(device: str, commit: str) -> list[Stage]:
@@ -46,7 +47,7 @@ def all_stages(device: str, commit: str) -> list[Stage]:
         *_proofs(device),
         _warm(device),
         _record("record", device, "bfloat16"),
-        *(_race(name, seconds, device, commit) for name, seconds in RACES.items()),
+        *(_race(name, device, commit) for name in RACES),
         _record("record of others", device, "float16", "float32"),
     ]
 
@@ -120,12 +121,13 @@ def _record(name: str, device: str, *dtypes: str) -> Stage:
     return Stage(name, command, RECORD_SECONDS, 40.0, r"\d passed", more=MORE)
 
 
-def _race(name: str, seconds: float, device: str, commit: str) -> Stage:
+def _race(name: str, device: str, commit: str) -> Stage:
     def command(piece: Piece) -> list[str]:
         minutes = f"{max(0.1, (piece.seconds - 8.0) / 60.0):.2f}"  # it ends after a case
         out = ["--out", str(piece.folder), "--commit", commit, "--device", device]
         return _python(f"benchmarks.{name}", "--minutes", minutes, *out)
 
+    seconds = RACE_SECONDS.get(name, OTHERS_SECONDS)
     return Stage(name, command, seconds, 20.0, r"\d cases", SILENCE_SECONDS, MORE)
 
 

@@ -31,11 +31,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import stages
-from benchmarks.gpu_stages import QUICK, all_stages
-from benchmarks.stages import Outcome, Stage, Status
-from benchmarks.suite_archive import CACHE, pack, unpack
 from fused_lm.cuda import extension
+
+from . import stages
+from .gpu_stages import QUICK, all_stages
+from .stages import Outcome, Stage, Status
+from .suite_archive import CACHE, pack, unpack
 
 ROOT = Path(__file__).resolve().parents[1]
 STATE, ARCHIVE, SUMMARY, BUILD = "state.json", "suite.tar.gz", "summary.txt", "build.json"

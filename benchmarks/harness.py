@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.contest import Case, Contestant, Given, Run
-from benchmarks.diary import Diary, Event
-from benchmarks.energy import counter, millijoules
 from fused_lm.parity.timing import interleaved_times, median
+
+from .contest import Case, Contestant, Given, Run
+from .diary import Diary, Event
+from .energy import counter, millijoules
 
 MOST_ERROR = 2e-2
 """Norm of the difference to fp64 over fp64's: 16-bit operands are at 1e-3 to 1e-2."""

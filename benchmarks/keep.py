@@ -24,12 +24,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_stages import RACES, SANITIZERS
-from benchmarks.gpu_suite import BUILD, STATE
-from benchmarks.stages import LOG
-from benchmarks.suite_archive import unpack
+from .contest import RACES
+from .gpu_stages import SANITIZERS
+from .gpu_suite import BUILD, STATE
+from .record import RESULTS, slug
+from .stages import LOG
+from .suite_archive import unpack
 
-RESULTS = Path(__file__).parent / "results"
 LAST_WORDS = re.compile(r"\d+ (passed|failed|error)|SUMMARY|^FAILED")
 REPORTS = re.compile(r"(Error: |Uninitialized |Invalid |Barrier error ).*")
 ADDRESS = re.compile(r"\+?0x[0-9a-f]+")
@@ -63,11 +64,6 @@ def keep(archive: Path, results: Path = RESULTS) -> Path:
             _write_lines(folder / f"{race}.jsonl", (line for line in lines if "event" not in line))
         (folder / "proofs.txt").write_text("\n".join(_proofs(suite)) + "\n")
     return folder
-
-
-def slug(gpu: str) -> str:
-    """A folder's name for a GPU: ``NVIDIA H200`` is ``nvidia-h200``."""
-    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
 
 def _machine(suite: Path) -> dict[str, Any]:

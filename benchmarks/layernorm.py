@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import command, contest
-from benchmarks.contest import Contestant, Given, Run, Work
+from . import command, contest
+from .contest import Contestant, Given, Run, Work
 
 EPS = 1e-5
 WIDTHS = (768, 1024, 1600, 2048, 4096, 8192, 256, 512, 16384)

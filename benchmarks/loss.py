@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import command, contest
-from benchmarks.contest import Contestant, Given, Run, Work
+from . import command, contest
+from .contest import Contestant, Given, Run, Work
 
 ROWS = 8192
 VOCABULARIES = (50304, 32000, 128256)

@@ -15,9 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.keep import slug
-from benchmarks.record import Record, gpus, roofs_of, times_of
-from benchmarks.status import OURS
+from .contest import OURS
+from .record import Record, gpus, roofs_of, slug, times_of
 
 FOLDER = "benchmarks/plots"
 INK, GREY, PALE = "#1f2933", "#7b8794", "#cbd2d9"
@@ -157,13 +156,9 @@ def _training(gpu: str, found: list[Record]) -> Iterator[Plot]:
 
 
 def draw_all(found: list[Record], folder: Path) -> list[Path]:
-    """Draws all of them, and removes what is none any more; returns the files."""
+    """Draws all of them; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = [path for plot in plots(found) for path in draw(plot, folder)]
-    for path in folder.iterdir():
-        if path not in drawn:
-            path.unlink()
-    return drawn
+    return [path for plot in plots(found) for path in draw(plot, folder)]
 
 
 def draw(plot: Plot, folder: Path) -> list[Path]:

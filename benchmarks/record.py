@@ -9,12 +9,12 @@ kernel is named has changed since, and not the kernel.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.keep import RESULTS
-
+RESULTS = Path(__file__).parent / "results"
 Line = dict[str, Any]
 
 
@@ -69,6 +69,11 @@ class Record:
 
 def _same(line: Line, other: Line, names: tuple[str, ...]) -> bool:
     return all(line.get(name) == other.get(name) for name in names)
+
+
+def slug(gpu: str) -> str:
+    """A folder's name for a GPU: ``NVIDIA H200`` is ``nvidia-h200``."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
 
 
 def records(results: Path = RESULTS) -> list[Record]:

@@ -16,9 +16,10 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import plots
-from benchmarks.record import Line, Record, gpus, records, roofs_of, times_of
-from benchmarks.status import OURS, RACES_OF_OURS, status
+from . import plots
+from .contest import OURS, RACES
+from .record import Line, Record, gpus, records, roofs_of, times_of
+from .status import status
 
 ROOT = Path(__file__).resolve().parents[1]
 STATUS, TABLES, FRONT = "benchmarks/STATUS.md", "benchmarks/README.md", "README.md"
@@ -43,7 +44,7 @@ MOST_FRONT_PEERS = 4
 
 def written(found: list[Record], root: Path = ROOT) -> dict[str, str]:
     """Path below ``root`` -> what belongs there, of every text."""
-    tables = {race: race_tables(race, found) for race in RACES_OF_OURS}
+    tables = {race: race_tables(race, found) for race in RACES}
     tables["roofs"] = roof_table(found)
     front = {"measured": front_table(found)}
     return {
@@ -157,8 +158,11 @@ def main() -> None:
     for name, text in written(found).items():
         (ROOT / name).write_text(text)
         print(name)
-    for path in plots.draw_all(found, ROOT / plots.FOLDER):
-        print(path.relative_to(ROOT))
+    drawn = plots.draw_all(found, ROOT / plots.FOLDER)
+    for path in (ROOT / plots.FOLDER).iterdir():
+        if path not in drawn:  # of a record that is gone
+            path.unlink()
+    print(f"{len(drawn)} files in {plots.FOLDER}")
 
 
 if __name__ == "__main__":

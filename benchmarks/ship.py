@@ -4,9 +4,10 @@ from the records below ``benchmarks/results``.
 
 from __future__ import annotations
 
-from benchmarks.record import records as found
 from fused_lm import records
 from fused_lm.commands.verify import by_class, records_of
+
+from .record import records as found
 
 
 def proven() -> list[records.Record]:

@@ -38,11 +38,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks import gpus, machine_code
-from benchmarks.gpus import BY_CODE, GPUS, WARP, Gpu, Occupancy
-from benchmarks.machine_code import Graph, Instruction, Loop
 from build_tools import compiled, toolchain
 from build_tools.compiled import Kernel
+
+from . import gpus, machine_code
+from .gpus import BY_CODE, GPUS, WARP, Gpu, Occupancy
+from .machine_code import Graph, Instruction, Loop
 
 LEAN_SHARES = (1.0, 0.5, 0.25, 0.125, 0.0)
 UNITS = ("issue", "FP32", "ALU", "MUFU", "shared", "tensor", "L2", "DRAM")

@@ -11,15 +11,14 @@ import hashlib
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 
-from benchmarks.record import Line, Record, gpus, records, times_of, verified
 from build_tools.cuda_build import host_code_of
 from fused_lm import dispatch
 from fused_lm import records as evidence
 from fused_lm.parity.run import NOT_MEASURED
 
-OURS = ("cuda", "triton", "fused_lm", "fused_lm compiled")
-"""Contestants of the races that are this project's kernels."""
-RACES_OF_OURS = ("attention", "layernorm", "loss", "ffn", "block", "train")
+from .contest import OURS, RACES
+from .record import Line, Record, gpus, records, times_of, verified
+
 HEAD = """# What has run on a GPU
 
 Written by `python -m benchmarks.report` from the records below `results/`, never by hand. A record
@@ -139,13 +138,13 @@ def sources(own: list[Record]) -> Iterator[tuple[str, ...]]:
 def proofs(own: list[Record]) -> Iterator[tuple[str, ...]]:
     for record in own:
         for name, stage in record.stages().items():
-            if name not in (*RACES_OF_OURS, "clocks", "warm"):
+            if name not in (*RACES, "clocks", "warm"):
                 yield record.label, name, str(stage["status"]), stage["said"].strip("= ,")
 
 
 def ratios(gpu: str, own: list[Record]) -> Iterator[tuple[str, ...]]:
     """A row per race, pass and other contestant."""
-    for race in RACES_OF_OURS:
+    for race in RACES:
         cases: dict[tuple[str, str], dict[str, float]] = {}
         for line in times_of(race, gpu, own):
             cases.setdefault((line["pass"], line["case"]), {})[line["contestant"]] = line["us"]

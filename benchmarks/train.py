@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import block, command, contest
-from benchmarks.contest import Contestant, Given, Run, Work
 from fused_lm import use_backend
 from fused_lm.lm.gpt import GPT, GPTConfig
 from fused_lm.lm.step import LossModule
+
+from . import block, command, contest
+from .contest import Contestant, Given, Run, Work
 
 VOCABULARY, CONTEXT = 50304, 1024
 

@@ -19,10 +19,9 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import harness
-from benchmarks.command import use_stand_ins
-from benchmarks.contest import Case, Contestant
-from benchmarks.gpu_stages import RACES
+from . import harness
+from .command import use_stand_ins
+from .contest import RACES, Case, Contestant
 
 PROCESSES = 8
 OVERTIME_SECONDS = 8.0

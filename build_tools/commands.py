@@ -17,6 +17,11 @@ from build_tools import cuda_build, toolchain
 from build_tools.toolchain import Missing, Toolchain
 
 NAME = "fused_lm._C"
+BENCHMARKS = (
+    *("__init__", "attention", "attention_peers", "block", "command", "contest", "diary", "energy"),
+    *("ffn", "harness", "layernorm", "loss", "plots", "record", "roofs", "train"),
+)
+"""Of benchmarks/, what an install holds as fused_lm.benchmarks, for ``fused-lm bench``."""
 
 
 @functools.cache
@@ -51,10 +56,15 @@ def schema_hash() -> str:
 
 
 class BuildPython(build_py):
-    """Adds the report to an install without the extension."""
+    """Adds the races, and the report to an install without the extension."""
 
     def run(self) -> None:
         super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib, "fused_lm/benchmarks")
+            self.mkpath(str(target))
+            for name in BENCHMARKS:
+                self.copy_file(str(cuda_build.ROOT / f"benchmarks/{name}.py"), str(target))
         reason = found()
         if isinstance(reason, Missing):
             folder = Path("fused_lm" if self.editable_mode else f"{self.build_lib}/fused_lm")

@@ -1,5 +1,5 @@
-"""``fused-lm``: doctor, parity, verify, train, eval, generate. Each command is a module in
-``commands/``.
+"""``fused-lm``: doctor, parity, verify, bench, train, eval, generate. Each command is a module
+in ``commands/``.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ import argparse
 import os
 import sys
 
-from fused_lm.commands import doctor, eval, generate, parity, train, verify
+from fused_lm.commands import bench, doctor, eval, generate, parity, train, verify
 from fused_lm.commands.errors import EXTRAS, UserError, is_first_process, need_extra
 from fused_lm.version import __version__
 
-COMMANDS = (doctor, parity, verify, train, eval, generate)
+COMMANDS = (doctor, parity, verify, bench, train, eval, generate)
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 

@@ -27,7 +27,7 @@ from fused_lm.ops import schemas
 
 ROOT = Path(__file__).parents[1]
 SITE = Path(sysconfig.get_path("purelib"))
-SOURCES = ("fused_lm", "build_tools", "csrc")
+SOURCES = ("fused_lm", "build_tools", "csrc", "benchmarks")
 FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 ARCH = "80"
 FAST = {"NVCC_APPEND_FLAGS": "-Xcicc -O0 -Xptxas -O0"}
@@ -73,7 +73,7 @@ def _without_nvcc() -> dict[str, str]:
 
 def _copy_of_the_source(folder: Path) -> Path:
     folder.mkdir(parents=True)
-    left_out = shutil.ignore_patterns("__pycache__", "_C.*", "_build.json")
+    left_out = shutil.ignore_patterns("__pycache__", "_C.*", "_build.json", "results", "plots")
     for name in SOURCES:
         shutil.copytree(ROOT / name, folder / name, ignore=left_out)
     for name in FILES:
@@ -168,6 +168,22 @@ from fused_lm.cuda import extension; assert extension.why_not() is None
 from fused_lm import _C; print(_C.__file__, _C.driver_version())
 """
     assert _output_of(installed, code).startswith(str(installed.package / "_C.abi3.so"))
+
+
+@needs_toolchain
+def test_the_races_are_installed(installed: Installed) -> None:
+    """With all that they import: what lies beside the package in a checkout isn't there."""
+    code = f"""
+import importlib, sys
+for name in {commands.BENCHMARKS}:
+    importlib.import_module(f"fused_lm.benchmarks.{{name}}")
+assert "benchmarks" not in sys.modules and "build_tools" not in sys.modules
+from fused_lm.commands.bench import RACES, benchmarks_package
+from fused_lm.benchmarks.contest import RACES as known
+assert sorted(RACES) == sorted(known)
+print(benchmarks_package()[0])
+"""
+    assert _output_of(installed, code).strip() == "fused_lm.benchmarks"
 
 
 @needs_toolchain

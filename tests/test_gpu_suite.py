@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu_stages, gpu_suite, roofs, stages, suite_archive
+from benchmarks import contest, gpu_stages, gpu_suite, roofs, stages, suite_archive
 from benchmarks.gpu_stages import all_stages
 from benchmarks.gpu_suite import ARCHIVE, STATE, Suite
 from benchmarks.stages import Piece, Stage, Status
@@ -82,7 +82,7 @@ def test_a_dry_run_in_two_pieces_runs_every_stage(tmp_path: Path) -> None:
     outcomes = stages.load(tmp_path / "b" / STATE)
     assert outcomes.keys() == {stage.name for stage in all_stages("cpu", "")}
     done = {name for name, outcome in outcomes.items() if outcome.status is Status.DONE}
-    races = {*gpu_stages.RACES}
+    races = {*contest.RACES}
     always = {"environment", "roofs", "warm", "record", "record of others"} | races
     assert done >= always | ({"kernels"} if simt.BACKENDS else set())
     for name, outcome in outcomes.items():

@@ -175,5 +175,3 @@ def test_a_plot_of_sample_data_is_drawn_and_named(tmp_path: Path) -> None:
         assert word in text, f"no {word} in the drawing"
     assert plot.message() == "At 1,024: cuda 300 TFLOP/s, 1.00 times the fastest other, flash"
     assert plots._apart([1.0, 1.1, 5.0], 0.5) == [1.0, 1.5, 5.0]
-    (tmp_path / "old.png").write_bytes(b"")
-    assert plots.draw_all([], tmp_path) == [] and not list(tmp_path.iterdir())
