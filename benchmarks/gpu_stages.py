@@ -77,7 +77,16 @@ def _proofs(device: str) -> list[Stage]:
         refusal=lambda: None if device == "cpu" else extension.refusal_on("cuda", 0),
         beside=PROOFS,
     )
-    return [plain, *(_sanitizer(name, *what) for name, what in SANITIZERS.items())]
+    wrappers = _pytest("tests/test_gpu_wrappers.py", "-k", _of_wrappers(device))
+    small = Stage(
+        *("wrappers", lambda _: wrappers, 120.0, 20.0, r"passed|failed|error"), beside=PROOFS
+    )
+    return [plain, small, *(_sanitizer(name, *what) for name, what in SANITIZERS.items())]
+
+
+def _of_wrappers(device: str) -> str:
+    """Without a GPU there is the harness, which the golden numbers are of."""
+    return "harness_own" if device == "cpu" else "gives"
 
 
 def _sanitizer(name: str, tool: str, tests: str) -> Stage:

@@ -90,7 +90,7 @@ def verified(suite: Path) -> Iterator[dict[str, Any]]:
 
 def _proofs(suite: Path) -> Iterator[str]:
     """Last words, and before them each report once, with how often it came."""
-    for name in ("kernels", *SANITIZERS):
+    for name in ("kernels", "wrappers", *SANITIZERS):
         path = suite / name / LOG
         if path.is_file():
             lines = path.read_bytes().decode(errors="replace").splitlines()

@@ -1,6 +1,7 @@
 """``make golden``: compiles every kernel for every architecture and writes what ptxas says.
 
-``python -m tests.golden.write [triton|cuda]`` writes one of the two files.
+``python -m tests.golden.write [triton|cuda|planted]`` writes one of the files; the last, which no
+other command does, holds what small kernels give on the harness.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from build_tools import compiled as cuda
 from build_tools import toolchain
 from build_tools.toolchain import Missing
 from tests.test_golden_compile import ARCHS, GOLDEN, compiled, golden_of
+from tests.test_gpu_wrappers import GOLDEN as PLANTED
+from tests.test_gpu_wrappers import on_the_harness
 
 
 def write_triton() -> int:
@@ -51,6 +54,15 @@ def write_cuda() -> int:
     return _write(GOLDEN / f"cuda-{toolkit.release}.json", lines)
 
 
+def write_planted() -> int:
+    """What the planted kernels give on the harness, for a GPU to be held against."""
+    found = on_the_harness()
+    lines = [f"{json.dumps(name)}: {json.dumps(found[name])}" for name in sorted(found)]
+    PLANTED.write_text("{\n" + ",\n".join(lines).replace(".0", "") + "\n}\n")
+    print(f"{len(lines)} kernels in {PLANTED}")
+    return 0
+
+
 def _write(path: Path, lines: dict[str, str]) -> int:
     path.write_text(json.dumps(lines, indent=0, sort_keys=True) + "\n")
     print(f"{len(lines)} kernels in {path}")
@@ -59,7 +71,7 @@ def _write(path: Path, lines: dict[str, str]) -> int:
 
 def main() -> int:
     chosen = sys.argv[1:] or ["triton", "cuda"]
-    writers = {"triton": write_triton, "cuda": write_cuda}
+    writers = {"triton": write_triton, "cuda": write_cuda, "planted": write_planted}
     return max(writers[name]() for name in chosen)
 
 

@@ -1,0 +1,63 @@
+// The planted kernels on a GPU: the same list as planted.cu's, launched by the CUDA runtime. One
+// shared library for tests/test_gpu_wrappers.py, which compiles it where nvcc is.
+#include <cstring>
+#include <map>
+#include <string>
+
+#include "planted/case.h"
+
+namespace planted {
+namespace {
+
+struct Entry {
+  Kernel right, wrong;
+  Shape shape;
+};
+
+std::map<std::string, Entry>& cases() {
+  static std::map<std::string, Entry> all;
+  return all;
+}
+
+// What the harness does: gIn[i] = i + 1, gOut zero.
+fused_lm::Status run_on(const Entry& entry, bool with_bug, float* in, float* out, float* result) {
+  float inputs[kInputs];
+  for (int i = 0; i < kInputs; ++i) inputs[i] = static_cast<float>(i + 1);
+  const size_t bytes = entry.shape.outputs * sizeof(float);
+  cudaMemcpy(in, inputs, sizeof(inputs), cudaMemcpyHostToDevice);
+  cudaMemset(out, 0, bytes);
+  const fused_lm::LaunchConfig config{dim3(entry.shape.blocks), dim3(entry.shape.threads),
+                                      entry.shape.smem_bytes, nullptr};
+  const fused_lm::Status status = fused_lm::launch(with_bug ? entry.wrong : entry.right, config,
+                                                   static_cast<const float*>(in), out);
+  if (status != fused_lm::kOk) return status;
+  const cudaError_t error = cudaMemcpy(result, out, bytes, cudaMemcpyDeviceToHost);
+  return error == cudaSuccess ? fused_lm::kOk : cudaGetErrorString(error);
+}
+
+}  // namespace
+
+Case::Case(const char* name, Kernel right, Kernel wrong, Shape shape) {
+  if (shape.outputs == 0) shape.outputs = static_cast<int>(shape.blocks * shape.threads);
+  cases().emplace(name, Entry{right, wrong, shape});
+}
+
+}  // namespace planted
+
+// How many floats a kernel writes; -1 if there is no such kernel.
+extern "C" int planted_outputs(const char* name) {
+  const auto found = planted::cases().find(name);
+  return found == planted::cases().end() ? -1 : found->second.shape.outputs;
+}
+
+// Runs one; an empty sentence if it went well.
+extern "C" const char* planted_run(const char* name, bool with_bug, float* result) {
+  const planted::Entry& entry = planted::cases().at(name);
+  float *in = nullptr, *out = nullptr;
+  cudaMalloc(&in, planted::kInputs * sizeof(float));
+  cudaMalloc(&out, entry.shape.outputs * sizeof(float));
+  const fused_lm::Status status = planted::run_on(entry, with_bug, in, out, result);
+  cudaFree(in);
+  cudaFree(out);
+  return status == fused_lm::kOk ? "" : status;
+}
