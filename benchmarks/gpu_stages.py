@@ -24,7 +24,7 @@ SANITIZERS = {
 """Stage -> the tool, and tests by pytest's -k."""
 OURS = "kernel_substring=fused_lm"
 SANITIZER_SECONDS = 120.0
-RECORD_SECONDS, WARM_SECONDS = 200.0, 120.0
+RECORD_SECONDS, WARM_SECONDS, TUNE_SECONDS = 200.0, 120.0, 240.0
 SILENCE_SECONDS = 75.0
 """Of a race, whose contestants may compile for half a minute and more."""
 MORE = "run it again"
@@ -49,6 +49,7 @@ def all_stages(device: str, commit: str) -> list[Stage]:
         _record("record", device, "bfloat16"),
         *(_race(name, device, commit) for name in RACES),
         _record("record of others", device, "float16", "float32"),
+        _tune(device, commit),
     ]
 
 
@@ -138,6 +139,15 @@ def _race(name: str, device: str, commit: str) -> Stage:
 
     seconds = RACE_SECONDS.get(name, OTHERS_SECONDS)
     return Stage(name, command, seconds, 20.0, r"\d cases", SILENCE_SECONDS, MORE)
+
+
+def _tune(device: str, commit: str) -> Stage:
+    def command(piece: Piece) -> list[str]:
+        minutes = f"{max(0.1, (piece.seconds - 12.0) / 60.0):.2f}"
+        out = ["--out", str(piece.folder), "--commit", commit, "--device", device]
+        return _python("benchmarks.tune", "sweep", "--minutes", minutes, *out)
+
+    return Stage("tune", command, TUNE_SECONDS, 40.0, r"\d candidates", SILENCE_SECONDS, MORE)
 
 
 def _python(*arguments: str) -> list[str]:

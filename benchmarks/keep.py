@@ -8,6 +8,7 @@ stages.json        each stage: how it went, what it said last, seconds
 results.jsonl      ``fused-lm verify``: parity and times of each kernel, a line per case
 roofs.jsonl        what this GPU can do at most
 attention.jsonl    and other races: a line per case, contestant and pass, or why there is none
+tune.jsonl         a line per tile that was tried (:mod:`benchmarks.tune`)
 proofs.txt         the last words of the kernels' tests and of each sanitizer
 
 A record of the same GPU, day and commit is replaced. Of a dry run there is none.
@@ -59,7 +60,7 @@ def keep(archive: Path, results: Path = RESULTS) -> Path:
             _write(folder / BUILD, json.loads((suite / BUILD).read_text()))
         _write_lines(folder / "results.jsonl", verified(suite))
         _write_lines(folder / "roofs.jsonl", _lines(suite / "roofs/roofs.jsonl"))
-        for race in RACES:
+        for race in (*RACES, "tune"):
             lines = _lines(suite / race / f"{race}.jsonl")
             _write_lines(folder / f"{race}.jsonl", (line for line in lines if "event" not in line))
         (folder / "proofs.txt").write_text("\n".join(_proofs(suite)) + "\n")

@@ -1,0 +1,128 @@
+"""Tiles by measurement: what is tried, what is chosen, and that the tables have it."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fused_lm
+from benchmarks import tiles, tune
+from benchmarks.record import Record
+from benchmarks.tiles import Machine, Spot
+from fused_lm.triton_kernels import attention as attention_launch
+from fused_lm.triton_kernels.launch import shared_memory_limit
+
+GPU = "NVIDIA Imaginary 1"
+SMS = 132
+SPOTS = tiles.spots(False)
+in_the_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+def test_the_tables_have_what_the_recorded_sweeps_choose() -> None:
+    assert not tune.disagreements(tune.recorded()), "python -m benchmarks.tune choose"
+
+
+@pytest.mark.parametrize("spot", SPOTS, ids=lambda spot: spot.name)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_candidates_fit_and_begin_near_the_row(spot: Spot, arch: int) -> None:
+    limit = shared_memory_limit(arch)
+    row = tiles.row_of(spot, limit, SMS)
+    found = tiles.candidates(spot, row, limit)
+    assert len(found) > 3 and row not in found
+    assert len({tuple(config.items()) for config in found}) == len(found)
+    changes = [sum(config[name] != row[name] for name in row) for config in found]
+    assert changes == sorted(changes) and all(config.keys() == row.keys() for config in found)
+    assert not [c for c in found if not tiles._fits(spot, c, limit)]
+    assert not tiles._fits(spot, {**row, "num_stages": 64}, limit)
+    if arch == 90:
+        assert tiles._fits(spot, row, limit), "the table's own row is a candidate's equal"
+
+
+def test_spots_have_names_of_their_own() -> None:
+    names = [spot.name for spot in SPOTS]
+    assert len({*names}) == len(names)
+
+
+def _tile(stages: int, ratio: float, **more: Any) -> dict[str, Any]:
+    config = {"block_m": 128, "num_stages": stages}
+    line = {"gpu": GPU, "commit": "a", "spot": "one", "config": config, "row": stages == 3}
+    return {**line, "ratio": ratio, **more}
+
+
+def test_the_fastest_is_chosen_and_the_row_within_the_noise() -> None:
+    near = [_tile(3, 1.0), _tile(4, 1.0 - tune.NOISE + 0.001), _tile(5, 1.2)]
+    assert tune.choose(near)[GPU, "one"]["config"]["num_stages"] == 3
+    far = [*near, _tile(2, 0.8), _tile(1, 0.8), {**_tile(6, 0.1), "spot": "two"}]
+    del (wrong := _tile(7, 0.1))["ratio"]
+    far.append({**wrong, "problem": "error 0.5, allowed 0.02"})
+    dry = {**_tile(8, 0.1), "gpu": None}
+    for seed in range(8):
+        lines = random.Random(seed).sample([*far, dry], len(far) + 1)
+        chosen = tune.choose(lines)
+        assert chosen[GPU, "one"]["config"]["num_stages"] == 1, "of equal ones the first"
+        assert chosen.keys() == {(GPU, "one"), (GPU, "two")}
+    newer = [_tile(3, 1.0, commit="b"), _tile(4, 0.9, commit="b")]
+    assert tune.choose([*far, *newer])[GPU, "one"]["config"]["num_stages"] == 4
+
+
+def test_a_table_that_disagrees_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    spot = SPOTS[0]
+    row = tiles.row_of(spot, shared_memory_limit(90), SMS)
+    gpus = [{"capability": "9.0", "multiprocessors": SMS}]
+    about = {"gpu": GPU, "gpus": gpus, "pieces": ["now"]}
+    monkeypatch.setattr(tune, "records", lambda: [Record(Path(), about)])
+    line = {"gpu": GPU, "commit": "a", "spot": spot.name, "ratio": 0.8, "row": False}
+    assert tune.disagreements([{**line, "config": row}]) == []
+    other = {**row, "num_stages": row["num_stages"] + 1}
+    (told,) = tune.disagreements([{**line, "config": other}])
+    assert spot.name in told and str(row) in told and str(other) in told
+
+
+@in_the_interpreter
+def test_a_candidate_takes_the_rows_place_in_its_call_alone() -> None:
+    q = torch.randn(1, 1, 16, 16)
+    spot = tiles.spots(True)[0]
+    seen = []
+    own = attention_launch.tune
+
+    def watched(kernel: str, *arguments: Any) -> Any:
+        row = own(kernel, *arguments)
+        seen.append((kernel, row.BLOCK_T))
+        return row
+
+    with pytest.MonkeyPatch.context() as patch, fused_lm.use_backend("triton"):
+        patch.setattr(attention_launch, "tune", watched)
+        with tiles.using(spot, {"BLOCK_T": 32, "BLOCK_S": 16, "num_warps": 4, "num_stages": 1}):
+            assert attention_launch.tune("forward", 16, 16, 2, None).BLOCK_T == 32
+            assert attention_launch.tune("dq", 16, 16, 2, None).BLOCK_T == 64
+            fused_lm.attention(q, q, q)
+        assert attention_launch.tune("forward", 16, 16, 2, None).BLOCK_T == 64
+    assert ("forward", 64) in seen
+
+
+@in_the_interpreter
+def test_a_sweep_goes_on_behind_what_it_has(tmp_path: Path) -> None:
+    machine = Machine.here(torch.device("cpu"))
+    chosen = [replace(spot) for spot in tiles.spots(True)]
+    file = tmp_path / tune.FILE
+
+    def sweep(end: float) -> list[dict[str, Any]]:
+        head = {"gpu": None, "commit": "a"}
+        return list(tune.sweep(chosen, machine, head, file, time.monotonic() + end))
+
+    assert sweep(-1.0) == [] and not file.exists()
+    first = sweep(60.0)
+    assert [line["row"] for line in first] == [True, False] * 2
+    assert all(line["us"] > 0 and line["error"] < 0.02 for line in first)
+    assert [json.loads(text) for text in file.read_text().splitlines()] == first
+    assert sweep(60.0) == [], "nothing twice"
+    file.write_text("".join(json.dumps(line) + "\n" for line in first[:2]))
+    again = sweep(60.0)
+    assert {line["spot"] for line in again} == {chosen[1].name}
