@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fused_lm
 
-from . import command, contest
+from . import command, contest, harness
 from .attention_peers import PEERS
 from .contest import Contestant, Given, Run, Work
 
@@ -109,7 +109,8 @@ def grid(dry: bool) -> list[Case]:
     if dry:
         tiny = Case(16, 16, ("causal",), group=2, tokens=32, model_dim=64)
         bias = replace(tiny, features=("bias",), group=1)
-        return [tiny, bias, replace(tiny, features=("key_mask", "dropout"), queries=1)]
+        weights = replace(bias, features=("weights",))
+        return [tiny, bias, weights, replace(tiny, features=("key_mask", "dropout"), queries=1)]
     shapes = [
         *((D, S) for S in (4096, 1024, 16384, 512) for D in (128, 64)),
         *((D, S) for D in (256, 96, 32, 192) for S in (4096,)),
@@ -119,7 +120,13 @@ def grid(dry: bool) -> list[Case]:
     cases += [replace(one, group=4), replace(one, dtype=torch.float16)]
     cases += [
         replace(small, features=features)
-        for features in (("bias",), ("key_mask",), ("causal", "dropout"), ("causal", "bias"))
+        for features in (
+            ("bias",),
+            ("key_mask",),
+            ("causal", "dropout"),
+            ("causal", "bias"),
+            ("weights",),
+        )
     ]
     return [*cases, replace(one, dtype=torch.float32), replace(one, features=(), queries=1)]
 
@@ -148,11 +155,42 @@ def error_of(exact: Sequence[Tensor], got: Sequence[Tensor]) -> float:
 
 def ours(backend: str, case: Case, values: dict[str, Any]) -> Run:
     arguments = {**values, "causal": case.causal, "dropout_p": case.dropout_p}
-    return contest.ours("attention", backend, arguments)
+    run = contest.ours("attention", backend, arguments)
+    return _with_weights(backend, case, values) if "weights" in case.features else run
+
+
+def _with_weights(backend: str, case: Case, values: dict[str, Any]) -> Run:
+    """The output, and beside it the mean weights over heads, by a second pass from lse; raises
+    ValueError if those are off.
+    """
+    q, k, v = (values[name] for name in ("q", "k", "v"))
+
+    def both() -> tuple[Tensor, Tensor]:
+        with fused_lm.use_backend(backend):
+            out, lse = fused_lm.attention(q, k, v, causal=case.causal, return_lse=True)
+            weights = fused_lm.attention_weights(q, k, lse, causal=case.causal, average_heads=True)
+            return out, weights
+
+    check_weights(case, values, both()[1])
+    return lambda: both()[0]
+
+
+def check_weights(case: Case, values: dict[str, Any], weights: Tensor) -> None:
+    """Raises ValueError if mean weights over heads [B, T, S] are off in the first batch."""
+    q, k = (values[name][:1].detach().double() for name in ("q", "k"))
+    score = q @ k.repeat_interleave(case.group, 1).transpose(-2, -1) * case.D**-0.5
+    if case.causal:
+        score = score.masked_fill(torch.ones_like(score, dtype=torch.bool).triu(1), float("-inf"))
+    exact = score.softmax(-1).mean(1)
+    error = contest.relative_error([weights[:1].detach()], [exact])
+    if not error <= harness.MOST_ERROR:
+        raise ValueError(f"error {error:.3g} of the weights, allowed {harness.MOST_ERROR:g}")
 
 
 def sdpa(kind: SDPBackend, case: Case, values: dict[str, Any]) -> Run:
     """PyTorch's operator. It takes causal or a mask, not both: a call merges them."""
+    if "weights" in case.features:
+        raise ValueError("PyTorch's operator returns no weights")
     if kind is SDPBackend.MATH:
         contest.check_scores(case)
     causal, mask = case.causal, values["bias"]

@@ -20,7 +20,7 @@ Values = dict[str, Any]
 
 def _lacks(who: str, case: Any, *features: str) -> None:
     """Raises ValueError if the case has one of these features."""
-    found = [feature for feature in features if feature in case.features]
+    found = [feature for feature in (*features, "weights") if feature in case.features]
     if case.queries and "decode" in features:
         found.append("fewer queries than keys")
     if found:
@@ -128,7 +128,7 @@ def formula(compiled: bool, case: Any, values: Values) -> Run:
     group, scale = case.group, case.D**-0.5
     key_mask, bias = values["key_mask"], values["bias"]
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         k, v = (t.repeat_interleave(group, 1) if group > 1 else t for t in (k, v))
         score = q @ k.transpose(-2, -1) * scale
         if bias is not None:
@@ -139,10 +139,10 @@ def formula(compiled: bool, case: Any, values: Values) -> Run:
         if key_mask is not None:
             score = score.masked_fill(~key_mask[:, None, None, :], float("-inf"))
         weights = torch.dropout(score.softmax(-1), case.dropout_p, True)
-        return weights @ v
+        return weights @ v, weights.mean(1) if "weights" in case.features else None
 
     run = torch.compile(attend, dynamic=False) if compiled else attend
-    return lambda: run(q, values["k"], values["v"])
+    return lambda: first(run(q, values["k"], values["v"]))
 
 
 PEERS = [

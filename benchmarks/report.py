@@ -31,6 +31,13 @@ UNITS = {
 UNIT_NAMES = {
     "tflops": "TFLOP/s", "tbps": "TB/s", "us": "microseconds", "tokens_per_s": "tokens a second",
 }  # fmt: skip
+ROOFS = {
+    "attention": "matmul bf16", "ffn": "matmul bf16", "block": "matmul bf16", "layernorm": "copy",
+}  # fmt: skip
+BESIDE = (
+    "Most memory of a forward and backward beyond the inputs, MiB; the host's time of a forward, "
+    "microseconds:"
+)
 FRONT_CASES = (
     ("attention", "causal d128 t4096 bfloat16", "fwd", "attention, causal, 4096 tokens, D = 128"),
     ("attention", "causal d128 t4096 bfloat16", "bwd", "its backward"),
@@ -78,22 +85,45 @@ def race_tables(race: str, found: list[Record]) -> str:
         lines = times_of(race, gpu, found)
         if lines:
             when = ", ".join(sorted({f"{line['record']}" for line in lines}))
+            roof = roofs_of(gpu, found).get(ROOFS.get(race, ""))
             unit = UNIT_NAMES[UNITS[race]]
-            parts.append(f"{gpu}, {unit} ({when}):\n\n{_race_table(race, lines)}")
+            parts.append(f"{gpu}, {unit} ({when}):\n\n{_race_table(race, lines, roof)}")
+            parts.append(f"{BESIDE}\n\n{_beside_table(lines)}")
     return "\n\n".join(parts) or NOT_YET
 
 
-def _race_table(race: str, lines: Sequence[Line]) -> str:
-    unit = UNITS[race]
-    names = sorted({line["contestant"] for line in lines}, key=lambda n: (n not in OURS, n))
+def _race_table(race: str, lines: Sequence[Line], roof: float | None) -> str:
+    """With a last column, if there is a roof: how much of it the best of ours reaches."""
+    unit, names = UNITS[race], _names(lines)
     rows: dict[tuple[str, str], dict[str, float]] = {}
     for line in lines:
         rows.setdefault((line["case"], line["pass"]), {})[line["contestant"]] = line[unit]
-    text = [f"| case | pass | {' | '.join(names)} |", f"| --- | --- |{' ---: |' * len(names)}"]
+    head = [*names, *(["ours, % of the roof"] if roof else [])]
+    text = [f"| case | pass | {' | '.join(head)} |", f"| --- | --- |{' ---: |' * len(head)}"]
     for (case, way), values in rows.items():
         best = (min if unit == "us" else max)(values.values())
         cells = [_cell(values.get(name), best) for name in names]
+        mine = max((value for name, value in values.items() if name in OURS), default=0.0)
+        cells += [f"{100 * mine / roof:.0f}"] if roof else []
         text.append(f"| {case} | {way} | {' | '.join(cells)} |")
+    return "\n".join(text)
+
+
+def _names(lines: Iterable[Line]) -> list[str]:
+    """Contestants, ours first."""
+    return sorted({line["contestant"] for line in lines}, key=lambda n: (n not in OURS, n))
+
+
+def _beside_table(lines: Sequence[Line]) -> str:
+    """A row per case: memory and the host's time."""
+    names = _names(lines)
+    rows: dict[str, dict[str, str]] = {}
+    for line in lines:
+        mib = f"{line['step_mib']:,.0f}" if "step_mib" in line else "-"
+        rows.setdefault(line["case"], {})[line["contestant"]] = f"{mib}, {line['host_us']:,.0f}"
+    text = [f"| case | {' | '.join(names)} |", f"| --- |{' ---: |' * len(names)}"]
+    for case, cells in rows.items():
+        text.append(f"| {case} | {' | '.join(cells.get(name, '') for name in names)} |")
     return "\n".join(text)
 
 

@@ -97,13 +97,14 @@ def _record(folder: Path, when: str, **files: list[dict[str, Any]]) -> Record:
 
 def _time(contestant: str, us: float, case: str = "causal d64 t512 bfloat16") -> dict[str, Any]:
     way = {"case": case, "pass": "fwd", "contestant": contestant}
-    return {**way, "us": us, "tflops": 1000.0 / us}
+    return {**way, "us": us, "tflops": 1000.0 / us, "host_us": 1.0, "step_mib": 7.0}
 
 
 def test_the_newest_time_counts_and_none_that_was_withdrawn(tmp_path: Path) -> None:
     old = [_time("cuda", 9.0), _time("sdpa-flash", 8.0), _time("eager", 99.0)]
     wrong = {"case": "x", "contestant": "flex", "problem": "error 0.3, allowed 0.02"}
-    first = _record(tmp_path / "r/g/a", "2026-01-01", attention=[*old, wrong])
+    roofs = [{"roof": "matmul bf16", "value": 500.0}]
+    first = _record(tmp_path / "r/g/a", "2026-01-01", attention=[*old, wrong], roofs=roofs)
     second = _record(tmp_path / "r/g/b", "2026-01-02", attention=[_time("cuda", 4.0)])
     gone = {"race": "attention", "contestant": "eager", "pass": "fwd", "reason": "it ran half"}
     (first.folder / "withdrawn.json").write_text(json.dumps([gone]))
@@ -111,9 +112,15 @@ def test_the_newest_time_counts_and_none_that_was_withdrawn(tmp_path: Path) -> N
     found = record.records(tmp_path / "r")
     text = report.race_tables("attention", found)
     assert text.splitlines()[2:] == [
-        "| case | pass | cuda | sdpa-flash |",
-        "| --- | --- | ---: | ---: |",
-        "| causal d64 t512 bfloat16 | fwd | **250** | 125 |",
+        "| case | pass | cuda | sdpa-flash | ours, % of the roof |",
+        "| --- | --- | ---: | ---: | ---: |",
+        "| causal d64 t512 bfloat16 | fwd | **250** | 125 | 50 |",
+        "",
+        report.BESIDE,
+        "",
+        "| case | cuda | sdpa-flash |",
+        "| --- | ---: | ---: |",
+        "| causal d64 t512 bfloat16 | 7, 1 | 7, 1 |",
     ]
     assert "2026-01-01, a" in text and "2026-01-02, b" in text
     assert list(status.ratios(GPU, found)) == [
