@@ -7,7 +7,8 @@ sweep that was cut goes on behind what it has. Compiling comes first, in several
 
 ``python -m benchmarks.tune choose`` reads the sweeps of the records and says per GPU and spot which
 tile wins: the table's row, unless another one is faster by more than the noise. It depends on the
-lines alone, so that everybody chooses the same; a test holds the tables against it.
+lines alone, so that everybody chooses the same; a test holds the tables against it. Rows of the
+CUDA kernels stand beside their own sweeps (:mod:`benchmarks.cuda_tiles`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 
 from fused_lm.parity.timing import interleaved_times, median
 
-from . import harness
+from . import cuda_tiles, harness
 from .command import use_stand_ins
 from .contest import Given
 from .record import Line, gpus, records
@@ -266,6 +267,7 @@ def main() -> None:
         swept = [line for line in lines if line["gpu"] == gpu]
         print(f"{gpu}: {len(swept)} candidates tried")
     print("\n".join(disagreements(lines)) or "the tables have what they choose")
+    print(cuda_tiles.report(records()))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import fused_lm
-from benchmarks import tiles, tune
-from benchmarks.record import Record
+from benchmarks import cuda_tiles, tiles, tune
+from benchmarks.cuda_tiles import Tile
+from benchmarks.record import Record, records
 from benchmarks.tiles import Machine, Spot
 from fused_lm.triton_kernels import attention as attention_launch
 from fused_lm.triton_kernels.launch import shared_memory_limit
@@ -126,3 +127,59 @@ def test_a_sweep_goes_on_behind_what_it_has(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(line) + "\n" for line in first[:2]))
     again = sweep(60.0)
     assert {line["spot"] for line in again} == {chosen[1].name}
+
+
+MOST_GIVEN_AWAY = 1.05
+"""By a row of the CUDA kernels, for no spill on another architecture, say."""
+IN_TEAMS = {("dkdv", 192), ("dkdv", 256), ("dq", 192), ("dq", 256)}
+"""Where the sweep's GPU runs other kernels, and the row is for others' shared memory."""
+
+
+def test_rows_of_the_cuda_kernels_are_near_the_fastest_recorded() -> None:
+    tried = 0
+    for gpu, kernel, head_dim, row, ratio, fastest in cuda_tiles.chosen(records()):
+        if ratio is not None and (kernel, head_dim) not in IN_TEAMS:
+            tried += 1
+            assert ratio < MOST_GIVEN_AWAY, (gpu, kernel, head_dim, row, ratio, fastest)
+    assert tried > 10
+
+
+HEADER = """
+constexpr AttentionTuning attention_forward_plain_tuning(int head_dim) {
+  if (head_dim <= 64) return {32, 4, 128, 2, QueryPlace::kRegisters, "40 KB"};
+  if (head_dim <= 192) return {16, 8, 64, 1, QueryPlace::kStaged, "96 KB"};
+  return {16, 8, 32, 1, QueryPlace::kStaged, "64 KB"};
+}
+constexpr AttentionBackwardTuning attention_dkdv_tuning(int head_dim, bool general) {
+  if (head_dim <= 32) {
+    if (general) return {1, 1, 1, 1, "features"};
+    return {32, 4, 64, 2, "33 KB"};
+  }
+  if (head_dim <= 192) return {16, 4, 32, 1, "97 KB"};
+  return {16, 4, 16, 1, "97 KB"};
+}
+"""
+
+
+def test_rows_are_read_from_the_header() -> None:
+    header = HEADER + HEADER.split("\n}\n")[1].replace("dkdv", "dq") + "\n}\n"
+    found = cuda_tiles.rows(header)
+    assert found["fwd", 32] == found["fwd", 64] == Tile(32, 4, 128, 2)
+    assert found["fwd", 128] == Tile(16, 8, 64, 1) and found["fwd", 256] == Tile(16, 8, 32, 1)
+    assert found["dkdv", 32] == found["dq", 32] == Tile(32, 4, 64, 2), "not that with features"
+    assert found["dkdv", 64] == Tile(16, 4, 32, 1) and found["dkdv", 256] == Tile(16, 4, 16, 1)
+    with pytest.raises(ValueError, match="no attention_dq_tuning"):
+        cuda_tiles.rows(HEADER)
+
+
+def test_a_ratio_is_over_the_calls_that_all_tiles_ran() -> None:
+    def line(block: int, causal: int, us: float) -> dict[str, Any]:
+        tile = {"rows_per_warp": 32, "warps": 4, "block": block, "blocks_per_sm": 2}
+        return {"kernel": "fwd", "D": 64, "T": 4096, "causal": causal, "us": us, **tile}
+
+    lines = [line(64, 0, 10.0), line(64, 1, 5.0), line(32, 0, 20.0), line(32, 1, 40.0)]
+    lines += [line(64, 0, 11.0), {"kernel": "fwd", "D": 64, "peer": "flash", "us": 1.0}]
+    found = cuda_tiles.ratios(lines)
+    assert found == {("fwd", 64): {Tile(32, 4, 64, 2): 1.0, Tile(32, 4, 32, 2): pytest.approx(4.0)}}
+    alone = cuda_tiles.ratios([*lines, line(16, 1, 5.0)])
+    assert list(alone["fwd", 64]) == [Tile(32, 4, 16, 2), Tile(32, 4, 64, 2), Tile(32, 4, 32, 2)]
