@@ -139,7 +139,8 @@ def formula(compiled: bool, case: Any, values: Values) -> Run:
         if key_mask is not None:
             score = score.masked_fill(~key_mask[:, None, None, :], float("-inf"))
         weights = torch.dropout(score.softmax(-1), case.dropout_p, True)
-        return weights @ v, weights.mean(1) if "weights" in case.features else None
+        shown = weights.detach().mean(1) if "weights" in case.features else None
+        return weights @ v, shown
 
     run = torch.compile(attend, dynamic=False) if compiled else attend
     return lambda: first(run(q, values["k"], values["v"]))

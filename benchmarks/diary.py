@@ -28,7 +28,7 @@ class Event(str, Enum):
     DONE = "done"
 
 
-def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
+def whole_lines(file: Path) -> Iterator[dict[str, Any]]:
     """Without one that a kill or a full disk has torn."""
     for text in file.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError):
@@ -45,7 +45,7 @@ class Diary:
             if not file.read_bytes().endswith(b"\n"):
                 with file.open("a") as out:
                     out.write("\n")  # behind a torn line
-            for line in _whole_lines(file):
+            for line in whole_lines(file):
                 if all(line.get(name) == head[name] for name in ("gpu", "torch", "commit")):
                     self.lines.setdefault(line["case"], []).append(line)
 

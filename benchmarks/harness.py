@@ -129,7 +129,7 @@ def _called_once(calls: dict[str, Callable[[], None]], device: torch.device) -> 
 def _free(device: torch.device, name: str) -> None:
     """What a contestant has left behind; raises ContextLost if that is the GPU's context."""
     gc.collect()
-    if not _context_lives(device):
+    if not context_lives(device):
         raise ContextLost(name)
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -147,7 +147,8 @@ def _forget_compiled() -> None:
     torch._functorch.config.donated_buffer = False
 
 
-def _context_lives(device: torch.device) -> bool:
+def context_lives(device: torch.device) -> bool:
+    """Whether the GPU still answers this process."""
     if device.type == "cuda":
         try:
             torch.cuda.synchronize()

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -26,9 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from .contest import RACES
+from .diary import whole_lines
 from .gpu_stages import SANITIZERS
 from .gpu_suite import BUILD, STATE
-from .record import RESULTS, slug
+from .record import RESULTS, counts_more, slug
 from .stages import LOG
 from .suite_archive import unpack
 
@@ -52,7 +54,8 @@ def keep(archive: Path, results: Path = RESULTS) -> Path:
         if state["device"] != "cuda":
             raise ValueError(f"{archive} is of a dry run on a CPU, which proves nothing of a GPU")
         folder = results / slug(state["gpu"]) / f"{state['pieces'][0][:10]}-{state['commit']}"
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         stages = state.pop("stages")
         _write(folder / "environment.json", {**state, **_machine(suite)})
         _write(folder / "stages.json", stages)
@@ -79,12 +82,12 @@ def _machine(suite: Path) -> dict[str, Any]:
 
 
 def verified(suite: Path) -> Iterator[dict[str, Any]]:
-    """A line per kernel and case: the last one with times, or else the last one."""
+    """A line per kernel and case."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for path in sorted(suite.glob("record*/results.jsonl")):
         for line in _lines(path):
             key = tuple(line.get(name) for name in ("op", "case", "dtype", "backend", "kernel"))
-            if "times" in line or "times" not in found.get(key, {}):
+            if key not in found or counts_more(line, found[key]):
                 found[key] = line
     yield from found.values()
 
@@ -103,9 +106,7 @@ def _proofs(suite: Path) -> Iterator[str]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return list(whole_lines(path)) if path.is_file() else []
 
 
 def _write(path: Path, value: Any) -> None:

@@ -93,16 +93,19 @@ def ours(backend: str, case: Case, values: dict[str, Any]) -> Run:
 
 
 def formula(case: Case, values: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
-    """In eager PyTorch, of whatever dtype: y and the stream, which the next layer needs."""
+    """In eager PyTorch, of whatever dtype: y, and the stream that the next layer reads. Here nobody
+    gives that a gradient: detached, its backward needs none.
+    """
     x, residual, weight, bias = values["x"], values["residual"], values["weight"], values["bias"]
     assert x is not None
     stream = x if residual is None else x + residual
     if case.rms:
-        return F.rms_norm(stream, (case.width,), weight, EPS), stream
-    return F.layer_norm(stream, (case.width,), weight, bias, EPS), stream
+        return F.rms_norm(stream, (case.width,), weight, EPS), stream.detach()
+    return F.layer_norm(stream, (case.width,), weight, bias, EPS), stream.detach()
 
 
 def liger(case: Case, values: dict[str, Any]) -> Run:
+    """With a residual its RMSNorm's backward reads a gradient of the stream too, zeros here."""
     x, residual, weight, bias = values.values()
     if not case.rms:
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction

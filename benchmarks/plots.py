@@ -150,6 +150,8 @@ def _training(gpu: str, found: list[Record]) -> Iterator[Plot]:
         bar = [(0.0, float(line["tokens_per_s"]))]
         cases.setdefault(line["case"], {})[line["contestant"]] = bar
     for case, bars in cases.items():
+        if not any(contestant in OURS for contestant in bars):
+            continue
         name = f"{slug(gpu)}-train-{slug(case.split()[0])}"
         title = f"Training {case.split()[0]}, optimizer included: {gpu}"
         yield Plot(name, title, "", "tokens a second", bars, bars=True)

@@ -1,4 +1,4 @@
-"""What the records below ``benchmarks/results`` hold, newest first where one measured the same.
+"""What the records below ``benchmarks/results`` hold, the newest where several measured the same.
 
 A ``withdrawn.json`` in a record lists what its numbers must not be read as any more, and why:
 ``[{"race", "contestant", "pass", "reason"}]``. The raw lines stay; no table has them. A
@@ -13,6 +13,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .contest import OURS
+from .diary import whole_lines
 
 RESULTS = Path(__file__).parent / "results"
 Line = dict[str, Any]
@@ -44,7 +47,7 @@ class Record:
         if not path.is_file():
             return []
         renamed = self._json("renamed.json", {"kernels": {}})["kernels"]
-        lines = [json.loads(text) for text in path.read_text().splitlines()]
+        lines = list(whole_lines(path))
         for line in lines:
             if "kernel" in line:
                 line["kernel"] = renamed.get(line["kernel"], line["kernel"])
@@ -88,32 +91,42 @@ def gpus(found: list[Record]) -> list[str]:
 
 
 def times_of(race: str, gpu: str, found: list[Record]) -> list[Line]:
-    """Lines with a time of one race on one GPU: of the same case, contestant and pass the newest.
+    """Lines with a time of one race on one GPU: of a case and pass all of one run, the newest that
+    timed one of ours, since contestants of two runs didn't share clocks, inputs or code.
 
     Cases come in the order in which they were first measured.
     """
-    newest: dict[tuple[str, str, str], Line] = {}
+    newest: dict[tuple[str, str], list[Line]] = {}
     for record in found:
         if record.gpu == gpu:
+            rows: dict[tuple[str, str], list[Line]] = {}
             for line in record.lines(race):
                 if "us" in line and "contestant" in line:  # an old race had other names
-                    key = line["case"], line["pass"], line["contestant"]
-                    newest[key] = {**line, "record": record.label}
-    return list(newest.values())
+                    row = rows.setdefault((line["case"], line["pass"]), [])
+                    row.append({**line, "record": record.label})
+            for key, row in rows.items():
+                if key not in newest or any(line["contestant"] in OURS for line in row):
+                    newest[key] = row
+    return [line for row in newest.values() for line in row]
+
+
+def counts_more(new: Line, old: Line) -> bool:
+    """Of two lines of ``fused-lm verify`` about one kernel and case: whether the newer one stands.
+    It does, unless it only repeats, without times, that a timed one is right.
+    """
+    return not (new.get("parity") and "times" not in new and old.get("parity") and "times" in old)
 
 
 def verified(gpu: str, found: list[Record]) -> list[tuple[Record, Line]]:
-    """Lines of ``fused-lm verify``, each with its record: of the same kernel and case the newest
-    that has times, or else the newest.
-    """
-    newest: dict[tuple[Any, ...], tuple[Record, Line]] = {}
+    """Lines of ``fused-lm verify``, each with its record: of the same kernel and case one."""
+    standing: dict[tuple[Any, ...], tuple[Record, Line]] = {}
     for record in found:
         if record.gpu == gpu:
             for line in record.lines("results"):
                 key = tuple(line.get(n) for n in ("op", "backend", "kernel", "case", "dtype"))
-                if "times" in line or key not in newest or "times" not in newest[key][1]:
-                    newest[key] = record, line
-    return list(newest.values())
+                if key not in standing or counts_more(line, standing[key][1]):
+                    standing[key] = record, line
+    return list(standing.values())
 
 
 def roofs_of(gpu: str, found: list[Record]) -> dict[str, float]:

@@ -17,12 +17,13 @@ import argparse
 import contextlib
 import datetime
 import json
+import math
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,7 +32,8 @@ from fused_lm.parity.timing import interleaved_times, median
 from . import cuda_tiles, harness
 from .command import use_stand_ins
 from .contest import Given
-from .record import Line, gpus, records
+from .diary import whole_lines
+from .record import Line, Record, gpus, records
 from .warm import in_time
 
 if TYPE_CHECKING:  # imported where a dry run has chosen Triton's interpreter
@@ -52,12 +54,18 @@ SLOW_TO_COMPILE = 0.5
 def sweep(
     chosen: Iterable[Spot], machine: Machine, head: Line, file: Path, end: float
 ) -> Iterator[Line]:
-    """A line per candidate, each on disk at once, until the time (time.monotonic)."""
-    done = {(line["spot"], _key(line["config"])) for line in _lines(file)}
+    """A line per candidate, each on disk at once, until the time (time.monotonic). A tile that a
+    process ended in is written off by the next one.
+
+    Raises:
+        ContextLost: A tile has broken the GPU's context, and with it this process.
+    """
+    journal = _Journal(file, head)
+    yield from journal.write_off()
     for spot in chosen:
         row, others = machine.choices(spot)
-        left = [c for c in [row, *others] if (spot.name, _key(c)) not in done]
-        left = [c for c in left if c != row] if len(left) > 1 else left
+        left = [config for config in others if not journal.has(spot, config)]
+        left = left or [config for config in [row] if not journal.has(spot, config)]
         if not left or time.monotonic() >= end:
             continue
         torch.manual_seed(0)
@@ -65,35 +73,95 @@ def sweep(
         for first in range(0, len(left), TOGETHER):
             if time.monotonic() >= end:
                 return
-            for line in _timed(spot, given, row, left[first : first + TOGETHER], machine.device):
-                line = {**head, "spot": spot.name, "table": spot.table, **line}
-                with file.open("a") as out:
-                    out.write(json.dumps(line) + "\n")
-                yield line
+            together = [row, *(c for c in left[first : first + TOGETHER] if c != row)]
+            yield from _timed(spot, given, row, together, machine.device, journal)
+
+
+class _Journal:
+    """The file of a sweep: results, and between them what a process was at."""
+
+    def __init__(self, file: Path, head: Line) -> None:
+        self.file, self.head = file, head
+        if file.is_file() and not file.read_bytes().endswith(b"\n"):
+            with file.open("a") as out:
+                out.write("\n")  # behind a torn line
+        self.lines = _lines(file)
+
+    def write(self, line: Line) -> Line:
+        line = {**self.head, **line}
+        self.lines.append(line)
+        with self.file.open("a") as out:
+            out.write(json.dumps(line) + "\n")
+        return line
+
+    def at(self, spot: Spot, config: Config | None) -> None:
+        """That a tile's first call begins; None: that times are taken of all that passed."""
+        self.write({"spot": spot.name, "config": config, "event": BEGUN if config else TIMES})
+
+    def has(self, spot: Spot, config: Config) -> bool:
+        return any(
+            line["config"] == config and line["spot"] == spot.name
+            for line in self.lines
+            if "event" not in line
+        )
+
+    def write_off(self) -> list[Line]:
+        """What the process before this one ended in, unless it was cut."""
+        blamed: list[Line] = []
+        for line in self.lines:
+            if line.get("event") == BEGUN:
+                blamed = [*blamed, line]
+            elif "event" not in line:
+                blamed = [one for one in blamed if one["config"] != line["config"]]
+            elif line["event"] == CUT:
+                blamed = []
+        if not blamed:
+            return []
+        ended_in_times = self.lines[-1].get("event") == TIMES
+        # The first that was begun together with others is the table's row.
+        guilty = blamed[1:] if ended_in_times else blamed[-1:]
+        kept = [{k: line[k] for k in ("spot", "config")} for line in guilty]
+        written = [self.write({**line, "problem": "hung or crashed"}) for line in kept]
+        self.write({"event": CUT, "spot": "", "config": None})  # the others are innocent
+        return written
+
+
+BEGUN, TIMES, CUT = "begun", "times", "cut"
 
 
 def _timed(
-    spot: Spot, given: Given, row: Config, configs: Sequence[Config], device: torch.device
+    spot: Spot,
+    given: Given,
+    row: Config,
+    configs: Sequence[Config],
+    device: torch.device,
+    journal: _Journal,
 ) -> Iterator[Line]:
-    """The table's row, then the candidates, each by its time and by the row's in the same turns."""
+    """Each by its time, and by that of the first that passed: the table's row, if it did."""
     calls: list[tuple[Config, Callable[[], None], float]] = []
-    for config in [row, *(c for c in configs if c != row)]:
+    about = {"spot": spot.name, "table": spot.table}
+    for config in configs:
+        journal.at(spot, config)
         try:
             calls.append((config, *_admitted(spot, given, config)))
         except Exception as error:  # whatever a tile does to the compiler
-            yield {"config": config, "problem": " ".join(str(error).split())[:120]}
-    if not calls or calls[0][0] != row:
+            problem = " ".join(str(error).split())[:120]
+            yield journal.write({**about, "config": config, "problem": problem})
+            if not harness.context_lives(device):
+                raise harness.ContextLost(str(config)) from error
+    if not calls:
         return
+    journal.at(spot, None)
     functions = [call for _, call, _ in calls]
     if device.type == "cuda":
         times = [median(t) for t in interleaved_times(functions, SECONDS * len(calls), least=5)]
     else:
         times = [_host_us(call) for call in functions]
     for (config, _, error), us in zip(calls, times, strict=True):
-        yield {
-            "config": config, "us": round(us, 1), "ratio": round(us / times[0], 4),
+        yield journal.write({
+            **about, "config": config, "us": round(us, 1), "ratio": round(us / times[0], 4),
             "row": config == row, "error": float(f"{error:.3g}"),
-        }  # fmt: skip
+        })  # fmt: skip
 
 
 def _admitted(spot: Spot, given: Given, config: Config) -> tuple[Callable[[], None], float]:
@@ -142,22 +210,26 @@ def compile_ahead(
             with contextlib.suppress(Exception):
                 _admitted(spot, given, config)
                 compiled += 1
+                print(f"compiled: {spot.name}, {config}", flush=True)
     return compiled
 
 
 def choose(lines: Iterable[Line]) -> dict[tuple[str, str], Line]:
-    """(gpu, spot) -> the line of the tile to take there, by the last of several sweeps there: their
-    rows may differ. Of a dry run there is none.
+    """(gpu, spot) -> the line of the tile to take there; of a dry run there is none. Of several
+    sweeps, whose rows may differ, the last one that has timed what those before it chose.
     """
-    last: dict[tuple[str, str], list[Line]] = {}
+    sweeps: dict[tuple[str, str], dict[str, list[Line]]] = {}
     for line in lines:
-        if line["gpu"]:
-            found = last.setdefault((line["gpu"], line["spot"]), [])
-            if found and found[0]["commit"] != line["commit"]:
-                found.clear()
-            found.append(line)
-    chosen = {key: best(found).get(key[1]) for key, found in last.items()}
-    return {key: line for key, line in chosen.items() if line is not None}
+        if line["gpu"] and "ratio" in line:
+            of_spot = sweeps.setdefault((line["gpu"], line["spot"]), {})
+            of_spot.setdefault(line["commit"], []).append(line)
+    chosen: dict[tuple[str, str], Line] = {}
+    for key, by_commit in sweeps.items():
+        for found in by_commit.values():
+            before = chosen.get(key)
+            if before is None or any(line["config"] == before["config"] for line in found):
+                chosen[key] = best(found)[key[1]]
+    return chosen
 
 
 def best(lines: Iterable[Line]) -> dict[str, Line]:
@@ -186,26 +258,70 @@ def recorded() -> list[Line]:
 
 
 def disagreements(lines: Sequence[Line]) -> list[str]:
-    """Spots where a table has another tile than the sweeps of a GPU choose, a sentence each."""
+    """Rows of the tables that the sweeps of a GPU choose against, a sentence each.
+
+    Several spots may have one row: then a tile is chosen for all of them, by the geometric mean of
+    its ratios where it was tried in all.
+    """
     from fused_lm.triton_kernels.launch import shared_memory_limit
 
     from .tiles import row_of, spots
 
-    found, known = [], {spot.name: spot for spot in spots(False)}
-    shapes = {record.gpu: record for record in records()}
-    for (gpu, name), line in sorted(choose(lines).items(), key=lambda item: item[0]):
-        about = shapes[gpu].about["gpus"][0] if gpu in shapes else None
-        if name in known and about is not None:
-            arch = int(about["capability"].replace(".", ""))
-            row = row_of(known[name], shared_memory_limit(arch), about["multiprocessors"])
-            if row != line["config"]:
-                ratio = f"{line['ratio']:.2f} of its row's time then"
-                found.append(f"{gpu}, {name}: {line['config']} ({ratio}), the table has {row}")
+    lines = list(lines)
+    by_row: dict[tuple[Any, ...], list[str]] = {}
+    for gpu in {gpu for gpu, _ in choose(lines)}:
+        about = next(r.about["gpus"][0] for r in reversed(records()) if _tells(r, gpu))
+        limit = shared_memory_limit(int(about["capability"].replace(".", "")))
+        for spot in spots(False):
+            row = row_of(spot, limit, about["multiprocessors"])
+            key = gpu, spot.table, spot.kernel, _key(row)
+            by_row.setdefault(key, []).append(spot.name)
+    found = []
+    for (gpu, table, kernel, row), names in sorted(by_row.items()):
+        tile, ratio = _of_all(gpu, names, lines)
+        if tile and tile != row:
+            told = f"{dict(tile)} ({ratio:.2f} of its row's time then)"
+            found.append(f"{gpu}, {table} {kernel}: {told}, the table has {dict(row)}")
     return found
 
 
+def _tells(record: Record, gpu: str) -> bool:
+    return record.gpu == gpu and bool(record.about.get("gpus"))
+
+
+def _of_all(gpu: str, names: Sequence[str], lines: Sequence[Line]) -> tuple[Any, float]:
+    """The tile for spots that share a row, and its mean ratio; nothing if none was swept."""
+    chosen = choose(lines)
+    swept = [name for name in names if (gpu, name) in chosen]
+    if not swept:
+        return None, 1.0
+    merged: dict[Any, list[float]] = {}
+    rows = set()
+    for name in swept:
+        commit = chosen[gpu, name]["commit"]
+        ratios: dict[Any, float] = {}
+        for line in lines:
+            here = (line["gpu"], line["spot"], line.get("commit")) == (gpu, name, commit)
+            if here and "ratio" in line:
+                key = _key(line["config"])
+                ratios[key] = min(line["ratio"], ratios.get(key, math.inf))
+                rows |= {key} if line["row"] else set()
+        for key, ratio in ratios.items():
+            merged.setdefault(key, []).append(ratio)
+    means = {
+        key: math.exp(sum(map(math.log, found)) / len(found))
+        for key, found in merged.items()
+        if len(found) == len(swept)
+    }
+    fastest = min(means, key=lambda key: (means[key], key))
+    kept = [key for key in means if key in rows]
+    if kept and means[fastest] > 1.0 - NOISE:
+        return kept[0], means[kept[0]]
+    return fastest, means[fastest]
+
+
 def _lines(path: Path) -> list[Line]:
-    return [json.loads(text) for text in path.read_text().splitlines()] if path.is_file() else []
+    return list(whole_lines(path)) if path.is_file() else []
 
 
 def _sweep(args: argparse.Namespace) -> None:
@@ -235,10 +351,18 @@ def _sweep(args: argparse.Namespace) -> None:
         "commit": args.commit,
         "date": datetime.date.today().isoformat(),
     }
-    lines = list(sweep(chosen, machine, head, args.out / FILE, begin + seconds))
+    file = args.out / FILE
+    try:
+        lines = list(sweep(chosen, machine, head, file, begin + seconds))
+    except SystemExit:
+        _Journal(file, head).write({"event": CUT, "spot": "", "config": None})
+        raise
+    except harness.ContextLost as lost:
+        raise SystemExit(f"{lost} has broken the context: it goes on if you run it again") from lost
     for name, line in best(lines).items():
         print(f"{name}: {line['config']}, {line['ratio']:.3f} of the row's time")
-    tried = {(line["spot"], _key(line["config"])) for line in _lines(args.out / FILE)}
+    told = [line for line in _lines(file) if "event" not in line]
+    tried = {(line["spot"], _key(line["config"])) for line in told}
     wanted = ((spot.name, _key(c)) for spot in chosen for c in machine.choices(spot)[1])
     left = sum(one not in tried for one in wanted)
     more = f", {left} not reached: run it again, it goes on there" if left else ""

@@ -161,7 +161,7 @@ def test_a_lost_context_ends_the_process(tmp_path: Path, monkeypatch: pytest.Mon
     head = {"gpu": "H200", "torch": "2", "commit": "abc"}
     three = [CONTESTANTS[0], CONTESTANTS[4], CONTESTANTS[-1]]
     late = time.monotonic() + 60.0
-    monkeypatch.setattr(harness, "_context_lives", lambda device: False)
+    monkeypatch.setattr(harness, "context_lives", lambda device: False)
     with pytest.raises(harness.ContextLost, match="refuses"):
         harness.race([case], three, CPU, head, file, late)
     file.write_text(file.read_text() + '{"case": "a", "con')  # torn, by a kill or a full disk

@@ -178,10 +178,10 @@ import importlib, sys
 for name in {commands.BENCHMARKS}:
     importlib.import_module(f"fused_lm.benchmarks.{{name}}")
 assert "benchmarks" not in sys.modules and "build_tools" not in sys.modules
-from fused_lm.commands.bench import RACES, benchmarks_package
+from fused_lm.commands.bench import RACES, benchmarks_place
 from fused_lm.benchmarks.contest import RACES as known
 assert sorted(RACES) == sorted(known)
-print(benchmarks_package()[0])
+print(benchmarks_place().package)
 """
     assert _output_of(installed, code).strip() == "fused_lm.benchmarks"
 

@@ -78,6 +78,14 @@ def test_a_record_is_kept_without_what_belongs_to_the_machine(tmp_path: Path) ->
     assert not [path for path in folder.rglob("*") if "cache" in path.name or "log" in path.name]
 
 
+def test_a_record_is_replaced_whole(tmp_path: Path) -> None:
+    archive = _archive(tmp_path)
+    folder = keep.keep(archive, tmp_path / "results")
+    (folder / "loss.jsonl").write_text("of an older run\n")
+    assert keep.keep(archive, tmp_path / "results") == folder
+    assert not (folder / "loss.jsonl").exists() and (folder / "attention.jsonl").is_file()
+
+
 def test_a_dry_run_makes_no_record(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dry run on a CPU"):
         keep.keep(_archive(tmp_path, "cpu", gpu=None), tmp_path / "results")
@@ -105,10 +113,12 @@ def test_the_newest_time_counts_and_none_that_was_withdrawn(tmp_path: Path) -> N
     wrong = {"case": "x", "contestant": "flex", "problem": "error 0.3, allowed 0.02"}
     roofs = [{"roof": "matmul bf16", "value": 500.0}]
     first = _record(tmp_path / "r/g/a", "2026-01-01", attention=[*old, wrong], roofs=roofs)
-    second = _record(tmp_path / "r/g/b", "2026-01-02", attention=[_time("cuda", 4.0)])
+    newer = [_time("cuda", 4.0), _time("sdpa-flash", 8.0)]
+    second = _record(tmp_path / "r/g/b", "2026-01-02", attention=newer)
+    _record(tmp_path / "r/g/c", "2026-01-03", attention=[_time("sdpa-flash", 1.0)])
     gone = {"race": "attention", "contestant": "eager", "pass": "fwd", "reason": "it ran half"}
     (first.folder / "withdrawn.json").write_text(json.dumps([gone]))
-    assert [r.folder for r in record.records(tmp_path / "r")] == [first.folder, second.folder]
+    assert [r.folder for r in record.records(tmp_path / "r")][:2] == [first.folder, second.folder]
     found = record.records(tmp_path / "r")
     text = report.race_tables("attention", found)
     assert text.splitlines()[2:] == [
@@ -122,11 +132,36 @@ def test_the_newest_time_counts_and_none_that_was_withdrawn(tmp_path: Path) -> N
         "| --- | ---: | ---: |",
         "| causal d64 t512 bfloat16 | 7, 1 | 7, 1 |",
     ]
-    assert "2026-01-01, a" in text and "2026-01-02, b" in text
+    assert "2026-01-02, b" in text, "all of one run, the newest with one of ours"
+    assert "2026-01-01" not in text and "2026-01-03" not in text
+    alone = report.race_tables("attention", found[:1])
+    assert "sdpa-flash" in alone and "eager" not in alone and "flex" not in alone
     assert list(status.ratios(GPU, found)) == [
         ("attention", "fwd", "sdpa-flash", "1", "2.00", "2.00", "2.00")
     ]
     assert report.race_tables("loss", found) == report.NOT_YET
+
+
+KERNEL = {"op": "rotary", "backend": "triton", "case": "x", "dtype": "bfloat16", "kernel": "k"}
+PASSED: dict[str, Any] = {**KERNEL, "parity": True}
+FAILED: dict[str, Any] = {**KERNEL, "parity": False}
+TIMED: dict[str, Any] = {**PASSED, "times": {way: {"ratio": 2.0} for way in ("infer", "train")}}
+
+
+@pytest.mark.parametrize(
+    ("lines", "standing"),
+    [
+        ([TIMED, PASSED], TIMED),
+        ([PASSED, TIMED], TIMED),
+        ([TIMED, FAILED], FAILED),
+        ([TIMED, FAILED, PASSED], PASSED),
+    ],
+)
+def test_a_failure_stands_until_it_is_mended(
+    lines: list[dict[str, Any]], standing: dict[str, Any], tmp_path: Path
+) -> None:
+    found = [_record(tmp_path / f"{i}", f"{i}", results=[line]) for i, line in enumerate(lines)]
+    assert [line for _, line in record.verified(GPU, found)] == [standing]
 
 
 def test_without_a_record_everything_says_so(tmp_path: Path) -> None:
@@ -134,6 +169,9 @@ def test_without_a_record_everything_says_so(tmp_path: Path) -> None:
     assert report.race_tables("attention", []) == report.front_table([]) == report.NOT_YET
     assert report.roof_table([]) == report.NOT_YET and report.NOT_YET in status.status([])
     assert list(plots.plots([])) == []
+    alone = [{**_time("eager", 1.0, "gpt2-350M b16"), "pass": "train", "tokens_per_s": 5}]
+    of = _record(tmp_path / "r/g/a", "2026-01-01", train=alone)
+    assert list(plots.plots([of])) == [], "none of ours: no message"
 
 
 def test_a_kernel_that_changed_is_stale(tmp_path: Path) -> None:

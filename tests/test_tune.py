@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fused_lm
-from benchmarks import cuda_tiles, tiles, tune
+from benchmarks import cuda_tiles, harness, tiles, tune
 from benchmarks.cuda_tiles import Tile
 from benchmarks.record import Record, records
 from benchmarks.tiles import Machine, Spot
@@ -69,21 +69,41 @@ def test_the_fastest_is_chosen_and_the_row_within_the_noise() -> None:
         chosen = tune.choose(lines)
         assert chosen[GPU, "one"]["config"]["num_stages"] == 1, "of equal ones the first"
         assert chosen.keys() == {(GPU, "one"), (GPU, "two")}
-    newer = [_tile(3, 1.0, commit="b"), _tile(4, 0.9, commit="b")]
-    assert tune.choose([*far, *newer])[GPU, "one"]["config"]["num_stages"] == 4
+
+
+def test_a_later_sweep_counts_if_it_tried_what_was_chosen() -> None:
+    first = [_tile(3, 1.0), _tile(4, 0.8)]
+    cut = [_tile(3, 1.0, commit="b"), _tile(2, 0.9, commit="b")]
+    assert tune.choose([*first, *cut])[GPU, "one"]["config"]["num_stages"] == 4
+    whole = [*cut, _tile(4, 0.95, commit="b")]
+    assert tune.choose([*first, *whole])[GPU, "one"]["config"]["num_stages"] == 2
 
 
 def test_a_table_that_disagrees_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    spot = SPOTS[0]
-    row = tiles.row_of(spot, shared_memory_limit(90), SMS)
+    """For all spots that share a row together: none can be had for one of them alone."""
+    one, two = (spot for spot in SPOTS if (spot.table, spot.kernel) == ("linear", "forward"))
+    row = tiles.row_of(one, shared_memory_limit(90), SMS)
+    assert row == tiles.row_of(two, shared_memory_limit(90), SMS), "one row for both"
     gpus = [{"capability": "9.0", "multiprocessors": SMS}]
-    about = {"gpu": GPU, "gpus": gpus, "pieces": ["now"]}
-    monkeypatch.setattr(tune, "records", lambda: [Record(Path(), about)])
-    line = {"gpu": GPU, "commit": "a", "spot": spot.name, "ratio": 0.8, "row": False}
-    assert tune.disagreements([{**line, "config": row}]) == []
-    other = {**row, "num_stages": row["num_stages"] + 1}
-    (told,) = tune.disagreements([{**line, "config": other}])
-    assert spot.name in told and str(row) in told and str(other) in told
+    about = {"gpu": GPU, "pieces": ["now"]}
+    told, untold = Record(Path(), {**about, "gpus": gpus}), Record(Path(), about)
+    monkeypatch.setattr(tune, "records", lambda: [told, untold])
+
+    def line(spot: Spot, stages: int, ratio: float) -> dict[str, Any]:
+        config = {**row, "num_stages": stages}
+        own = {"gpu": GPU, "commit": "a", "spot": spot.name, "row": config == row}
+        return {**own, "config": config, "ratio": ratio}
+
+    stages = row["num_stages"]
+    of_row = [line(one, stages, 1.0), line(two, stages, 1.0)]
+    assert tune.disagreements(of_row) == []
+    opposed = [line(one, stages + 1, 0.9), line(two, stages + 1, 1.2)]
+    assert tune.disagreements([*of_row, *opposed]) == [], "not faster for both"
+    agreed = [line(one, stages + 1, 0.9), line(two, stages + 1, 0.92)]
+    (said,) = tune.disagreements([*of_row, *agreed])
+    assert "linear forward" in said and f"'num_stages': {stages + 1}" in said and "0.91" in said
+    (said,) = tune.disagreements([line(one, stages, 1.0), line(one, stages + 1, 0.8)])
+    assert "0.80" in said, "one that was swept alone"
 
 
 @in_the_interpreter
@@ -122,11 +142,83 @@ def test_a_sweep_goes_on_behind_what_it_has(tmp_path: Path) -> None:
     first = sweep(60.0)
     assert [line["row"] for line in first] == [True, False] * 2
     assert all(line["us"] > 0 and line["error"] < 0.02 for line in first)
-    assert [json.loads(text) for text in file.read_text().splitlines()] == first
+    assert [line for line in _read(file) if "event" not in line] == first
     assert sweep(60.0) == [], "nothing twice"
-    file.write_text("".join(json.dumps(line) + "\n" for line in first[:2]))
+    file.write_text("".join(json.dumps(line) + "\n" for line in first[:2]) + '{"torn')
     again = sweep(60.0)
     assert {line["spot"] for line in again} == {chosen[1].name}
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in file.read_text().splitlines()]
+
+
+EVENTS = {
+    "in a first call": ([("a", "begun"), ("a", "us"), ("b", "begun")], ["b"]),
+    "in its times": ([("row", "begun"), ("a", "begun"), ("b", "begun"), ("", "times")], ["a", "b"]),
+    "cut": ([("a", "begun"), ("", "cut")], []),
+    "at its end": ([("a", "begun"), ("", "times"), ("a", "us")], []),
+    "after a cut": ([("a", "begun"), ("", "cut"), ("b", "begun")], ["b"]),
+}
+
+
+@pytest.mark.parametrize("how", EVENTS)
+def test_what_a_process_ended_in_is_written_off(how: str, tmp_path: Path) -> None:
+    events, guilty = EVENTS[how]
+    file = tmp_path / tune.FILE
+    lines = [
+        {"spot": "s", "config": {name: 1}, **({"us": 1.0} if event == "us" else {"event": event})}
+        for name, event in events
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    written = tune._Journal(file, {}).write_off()
+    assert [line["config"] for line in written] == [{name: 1} for name in guilty]
+    assert all(line["problem"] == "hung or crashed" for line in written)
+    assert tune._Journal(file, {}).write_off() == [], "once"
+
+
+def _swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: Any) -> list[dict[str, Any]]:
+    """A sweep of three tiles of one spot, in which ``broken`` may raise."""
+    spot = tiles.spots(True)[0]
+    row = {"BLOCK_T": 64}
+    others = [{"BLOCK_T": 32}, {"BLOCK_T": 16}]
+    monkeypatch.setattr(Machine, "choices", lambda self, spot: (row, others))
+
+    def admitted(spot: Spot, given: Any, config: dict[str, int]) -> Any:
+        broken(config["BLOCK_T"])
+        return lambda: None, 0.0
+
+    monkeypatch.setattr(tune, "_admitted", admitted)
+    machine, end = Machine.here(torch.device("cpu")), time.monotonic() + 60.0
+    return list(tune.sweep([spot], machine, {"gpu": None}, tmp_path / tune.FILE, end))
+
+
+def test_tiles_are_timed_where_the_row_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(block: int) -> None:
+        if block == 64:
+            raise ValueError("out of registers")
+
+    failed, first, second = _swept(tmp_path, monkeypatch, broken)
+    assert failed["problem"] == "out of registers" and first["ratio"] == 1.0
+    assert not first["row"] and not second["row"]
+    assert _swept(tmp_path, monkeypatch, broken) == [], "nothing is left to try"
+
+
+def test_a_tile_that_breaks_the_context_ends_the_process_and_no_other_tile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(block: int) -> None:
+        if block == 32:
+            raise RuntimeError("illegal address")
+
+    monkeypatch.setattr(harness, "context_lives", lambda device: False)
+    with pytest.raises(harness.ContextLost):
+        _swept(tmp_path, monkeypatch, broken)
+    monkeypatch.setattr(harness, "context_lives", lambda device: True)
+    found = _swept(tmp_path, monkeypatch, broken)
+    assert [line["config"]["BLOCK_T"] for line in found if "us" in line] == [64, 16]
 
 
 MOST_GIVEN_AWAY = 1.05
