@@ -26,8 +26,8 @@ from .contest import RACES, Case, Contestant
 PROCESSES = 8
 OVERTIME_SECONDS = 8.0
 """For a step that was begun in time."""
-DRY_CASES = 1
-"""Of every race, on a CPU."""
+DRY_ENTRIES = 1
+"""On a CPU, where nothing is compiled."""
 
 
 class Entry(NamedTuple):
@@ -45,8 +45,9 @@ def entries(dry: bool) -> Iterator[Entry]:
         module = importlib.import_module(f"benchmarks.{race}")
         compiling = [c for c in module.CONTESTANTS if c.compiles]
         fields.append([Entry(race, case, compiling) for case in module.grid(dry)])
-    by_worth = itertools.zip_longest(*(field[: DRY_CASES if dry else None] for field in fields))
-    return (entry for together in by_worth for entry in together if entry is not None)
+    by_worth = itertools.zip_longest(*fields)
+    found = (entry for together in by_worth for entry in together if entry is not None)
+    return itertools.islice(found, DRY_ENTRIES if dry else None)
 
 
 def warm(share: Sequence[Entry], device: torch.device, end: float) -> int:

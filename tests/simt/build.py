@@ -44,7 +44,7 @@ class Build:
 BUILDS = {
     build.name: build
     for build in (
-        Build("plain", "-O2", "-O2"),
+        Build("plain", "-O1", "-O2"),
         Build(
             "asan",
             "-O0 -fsanitize=address,undefined -fno-sanitize=alignment,vptr "
