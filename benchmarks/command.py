@@ -54,6 +54,16 @@ def use_stand_ins() -> None:
     import fused_lm.triton_kernels.attention  # noqa: F401
 
 
+def head_of(dry: bool, commit: str) -> dict[str, Any]:
+    """What every line says of where it is from; a dry run names no GPU."""
+    return {
+        "gpu": None if dry else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
 def main(
     name: str,
     grid: Callable[[bool], Sequence[Case]],
@@ -75,12 +85,7 @@ def main(
         use_stand_ins()
     elif not torch.cuda.is_available():
         raise SystemExit("there is no GPU; --device cpu is a dry run")
-    head = {
-        "gpu": None if dry else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "commit": args.commit,
-        "date": datetime.date.today().isoformat(),
-    }
+    head = head_of(dry, args.commit)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     cases = [case for case in grid(dry) if args.only in case.name]

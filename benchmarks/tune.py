@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import math
 import signal
@@ -30,7 +29,7 @@ import torch
 from fused_lm.parity.timing import interleaved_times, median
 
 from . import cuda_tiles, harness
-from .command import use_stand_ins
+from .command import head_of, use_stand_ins
 from .contest import Given
 from .diary import whole_lines
 from .record import Line, Record, gpus, records
@@ -345,12 +344,7 @@ def _sweep(args: argparse.Namespace) -> None:
         shares = [[*own, str(share)] for share in range(args.processes)]
         in_time(shares, compile_end + OVERTIME_SECONDS)
     args.out.mkdir(parents=True, exist_ok=True)
-    head = {
-        "gpu": None if dry else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "commit": args.commit,
-        "date": datetime.date.today().isoformat(),
-    }
+    head = head_of(dry, args.commit)
     file = args.out / FILE
     try:
         lines = list(sweep(chosen, machine, head, file, begin + seconds))
