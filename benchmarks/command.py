@@ -54,6 +54,19 @@ def use_stand_ins() -> None:
     import fused_lm.triton_kernels.attention  # noqa: F401
 
 
+def device_of(name: str) -> torch.device:
+    """The device to race on; on a CPU with stand-ins.
+
+    Raises:
+        SystemExit: There is no GPU.
+    """
+    if name == "cpu":
+        use_stand_ins()
+    elif not torch.cuda.is_available():
+        raise SystemExit("there is no GPU; --device cpu is a dry run")
+    return torch.device(name)
+
+
 def head_of(dry: bool, commit: str) -> dict[str, Any]:
     """What every line says of where it is from; a dry run names no GPU."""
     return {
@@ -79,12 +92,8 @@ def main(
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     args = parser.parse_args()
     end = time.monotonic() + 60.0 * args.minutes
-    device = torch.device(args.device)
+    device = device_of(args.device)
     dry = device.type == "cpu"
-    if dry:
-        use_stand_ins()
-    elif not torch.cuda.is_available():
-        raise SystemExit("there is no GPU; --device cpu is a dry run")
     head = head_of(dry, args.commit)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -74,11 +75,13 @@ class Contestant(NamedTuple):
     Attributes:
         prepare: May raise ImportError, or what a refusal raises there.
         compiles: At its first call, for seconds, into a cache on disk.
+        within: What all of its work is done in, backwards too.
     """
 
     name: str
     prepare: Callable[[Any, dict[str, Any]], Run]
     compiles: bool = False
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 def ours(op: str, backend: str, arguments: dict[str, Any]) -> Run:

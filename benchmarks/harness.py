@@ -15,6 +15,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,16 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_lm.parity.timing import interleaved_times, median
+from fused_lm.parity.timing import median
 
 from .contest import Case, Contestant, Given, Run
 from .diary import Diary, Event
 from .energy import counter, millijoules
+from .passes import WAYS, host_us, spread, times_of
 
 MOST_ERROR = 2e-2
 """Norm of the difference to fp64 over fp64's: 16-bit operands are at 1e-3 to 1e-2."""
-SECONDS_PER_CALL = 0.05
-HOST_RUNS, DRY_RUNS = 20, 1
 SENTENCE = 160
 
 
@@ -70,14 +70,14 @@ def results_of(
     read = counter() if device.type == "cuda" else None
     for way, named in passes.items():
         work = case.work()[way]
-        for name, times in zip(named, _times(list(named.values()), device), strict=True):
+        for name, times in zip(named, times_of(list(named.values()), device), strict=True):
             us = median(times)
             rate = {"tokens_per_s": round(work.tokens / us * 1e6)} if work.tokens else {}
             if work.tokens and read is not None:
                 rate["mj"] = round(millijoules(named[name], read))
             yield {
                 "case": case.name, "contestant": name, "pass": way, "us": round(us, 1),
-                "spread": round(_spread(times), 3), "tflops": _round(work.flops / us / 1e6),
+                "spread": round(spread(times), 3), "tflops": _round(work.flops / us / 1e6),
                 "tbps": _round(work.bytes / us / 1e6), **rate, **about[name],
             }  # fmt: skip
 
@@ -96,8 +96,10 @@ def first_steps(
     for contestant in contestants:
         begin, problem = perf_counter(), None
         try:
-            run = contestant.prepare(case, given.values)
-            _called_once(_calls(run, run(), case, given), device)
+            with contestant.within():
+                run = contestant.prepare(case, given.values)
+                out = run()
+            _called_once(contestant, run, out, case, given, device)
         except Exception as error:
             problem = _sentence(error)
         yield contestant.name, perf_counter() - begin, problem
@@ -108,28 +110,44 @@ def _admitted(
     contestant: Contestant, case: Case, given: Given, device: torch.device
 ) -> tuple[dict[str, Callable[[], None]], dict[str, Any]]:
     """Its calls by pass, each run once, and what was measured beside; raises if it is wrong."""
-    run = contestant.prepare(case, given.values)
-    out, measured = _first_steps(run, given, device)
-    calls = _calls(run, out, case, given)
-    _called_once(calls, device)
-    return calls, measured
+    with contestant.within():
+        run = contestant.prepare(case, given.values)
+        out, measured = _first_steps(run, given, device)
+    return _called_once(contestant, run, out, case, given, device), measured
 
 
-def _calls(run: Run, out: Tensor, case: Case, given: Given) -> dict[str, Callable[[], None]]:
-    return {way: WAYS[way](run, out, given) for way in case.work()}
-
-
-def _called_once(calls: dict[str, Callable[[], None]], device: torch.device) -> None:
+def _called_once(
+    contestant: Contestant,
+    run: Run,
+    out: Tensor,
+    case: Case,
+    given: Given,
+    device: torch.device,
+) -> dict[str, Callable[[], None]]:
+    """Its calls by pass, each run once."""
+    calls = {way: _within(contestant, WAYS[way](run, out, given)) for way in case.work()}
     for call in calls.values():
         call()
     if device.type == "cuda":
         torch.cuda.synchronize()
+    return calls
+
+
+def _within(contestant: Contestant, call: Callable[[], None]) -> Callable[[], None]:
+    if contestant.within is nullcontext:
+        return call
+
+    def inside() -> None:
+        with contestant.within():
+            call()
+
+    return inside
 
 
 def _free(device: torch.device, name: str) -> None:
     """What a contestant has left behind; raises ContextLost if that is the GPU's context."""
     gc.collect()
-    if not context_lives(device):
+    if not _context_lives(device):
         raise ContextLost(name)
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -147,8 +165,7 @@ def _forget_compiled() -> None:
     torch._functorch.config.donated_buffer = False
 
 
-def context_lives(device: torch.device) -> bool:
-    """Whether the GPU still answers this process."""
+def _context_lives(device: torch.device) -> bool:
     if device.type == "cuda":
         try:
             torch.cuda.synchronize()
@@ -181,85 +198,8 @@ def _first_steps(run: Run, given: Given, device: torch.device) -> tuple[Tensor, 
     torch.autograd.grad(out, given.leaves, given.dout, retain_graph=True)
     if gpu:
         measured["step_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-    measured["host_us"] = round(_host_us(run, gpu), 1)
+    measured["host_us"] = round(host_us(run, gpu), 1)
     return out, measured
-
-
-def _host_us(run: Run, gpu: bool) -> float:
-    """Median time in which a call returns, the GPU's queue empty."""
-    times = []
-    for _ in range(HOST_RUNS if gpu else DRY_RUNS):
-        if gpu:
-            torch.cuda.synchronize()
-        begin = perf_counter()
-        run()
-        times.append((perf_counter() - begin) * 1e6)
-    return median(times)
-
-
-def _without_grad(run: Run, out: Tensor, given: Given) -> Callable[[], None]:
-    def forward() -> None:
-        with torch.no_grad():
-            run()
-
-    return forward
-
-
-def _backward(run: Run, out: Tensor, given: Given) -> Callable[[], None]:
-    def backward() -> None:
-        torch.autograd.grad(out, given.leaves, given.dout, retain_graph=True)
-
-    return backward
-
-
-def _step(run: Run, out: Tensor, given: Given) -> Callable[[], None]:
-    def step() -> None:
-        torch.autograd.grad(run(), given.leaves, given.dout)
-
-    return step
-
-
-def _train(run: Run, out: Tensor, given: Given) -> Callable[[], None]:
-    optimizer = given.optimizer
-    assert optimizer is not None
-
-    def train() -> None:
-        gradients = torch.autograd.grad(run(), given.leaves, given.dout)
-        for leaf, gradient in zip(given.leaves, gradients, strict=True):
-            leaf.grad = gradient
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return train
-
-
-WAYS: dict[str, Callable[[Run, Tensor, Given], Callable[[], None]]] = {
-    "fwd": _without_grad,
-    "bwd": _backward,
-    "step": _step,
-    "train": _train,
-}
-
-
-def _times(calls: Sequence[Callable[[], None]], device: torch.device) -> list[list[float]]:
-    if not calls:
-        return []
-    if device.type == "cuda":
-        return interleaved_times(calls, SECONDS_PER_CALL * len(calls), least=5)
-    found: list[list[float]] = [[] for _ in calls]
-    for _ in range(DRY_RUNS):
-        for call, times in zip(calls, found, strict=True):
-            begin = perf_counter()
-            call()
-            times.append((perf_counter() - begin) * 1e6)
-    return found
-
-
-def _spread(times: Sequence[float]) -> float:
-    """From the 10th to the 90th percentile, in units of the median."""
-    ordered = sorted(times)
-    tenth = len(ordered) // 10
-    return (ordered[-1 - tenth] - ordered[tenth]) / median(times)
 
 
 def _round(value: float) -> float:

@@ -1,14 +1,17 @@
 """Which tiles a sweep tries: spots, the rows that the tables have there, and candidates.
 
-Importing this imports Triton's kernels.
+A sweep is a race (:mod:`benchmarks.harness`) whose contestants are the table's row and a dozen
+candidates in each case. Importing this imports Triton's kernels.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -20,12 +23,14 @@ from fused_lm.triton_kernels import linear_act as linear_launch
 from fused_lm.triton_kernels.launch import shared_memory_limit
 
 from . import attention, ffn
-from .contest import Given, Run
+from .contest import Contestant, Given, Run, Work
+from .tune_choice import BATCH, ROW, Config
 
 MOST_SUMS = 128
 """fp32 sums of a thread: more leave no registers for anything else."""
 
-Config = dict[str, int]
+TOGETHER = 12
+"""Candidates of a batch."""
 LINEAR_FIELDS = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
 
 
@@ -49,9 +54,9 @@ class Spot:
     def name(self) -> str:
         return f"{self.table} {self.kernel}: {self.case.name}"
 
-    def run(self, given: Given) -> Run:
+    def run(self, values: dict[str, Any]) -> Run:
         race = attention if self.table == "attention" else ffn
-        return race.ours("triton", self.case, given.values)
+        return race.ours("triton", self.case, values)
 
 
 def spots(dry: bool) -> list[Spot]:
@@ -78,11 +83,9 @@ def spots(dry: bool) -> list[Spot]:
 
 
 @contextlib.contextmanager
-def using(spot: Spot, config: Config | None) -> Iterator[None]:
-    """Calls inside have this tile for the spot's kernel; None: the table's row."""
-    if config is None:
-        yield
-    elif spot.table == "attention":
+def using(spot: Spot, config: Config) -> Iterator[None]:
+    """Calls inside have this tile for the spot's kernel."""
+    if spot.table == "attention":
         own = attention_launch.tune
 
         def tune(kernel: str, *arguments: Any) -> attention_tuning.Tuning:
@@ -184,3 +187,37 @@ class Machine:
         if self.shared_limit is None:
             return row, [{n: max(16, v // 2) if "lock" in n.lower() else v for n, v in row.items()}]
         return row, candidates(spot, row, self.shared_limit)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some candidates of a spot, which are timed in turns with the table's row."""
+
+    spot: Spot
+    number: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.spot.name}{BATCH}{self.number}"
+
+    def given(self, device: torch.device) -> Given:
+        given: Given = self.spot.case.given(device)
+        return given
+
+    def work(self) -> dict[str, Work]:
+        return {self.spot.way: self.spot.case.work()[self.spot.way]}
+
+
+def batches(spot: Spot, machine: Machine) -> Iterator[tuple[Batch, list[Contestant]]]:
+    """All of a spot's tiles; the table's row runs in every one."""
+    row, others = machine.choices(spot)
+    for number, first in enumerate(range(0, len(others), TOGETHER)):
+        own = [_contestant(spot, config, "") for config in others[first : first + TOGETHER]]
+        yield Batch(spot, number), [_contestant(spot, row, ROW), *own]
+
+
+def _contestant(spot: Spot, config: Config, prefix: str) -> Contestant:
+    name = f"{prefix}{json.dumps(config, sort_keys=True)}"
+    return Contestant(
+        name, lambda batch, values: batch.spot.run(values), True, partial(using, spot, config)
+    )

@@ -19,7 +19,7 @@ from build_tools.toolchain import Missing, Toolchain
 NAME = "fused_lm._C"
 BENCHMARKS = (
     *("__init__", "attention", "attention_peers", "block", "command", "contest", "diary", "energy"),
-    *("ffn", "harness", "layernorm", "loss", "plots", "record", "roofs", "train"),
+    *("ffn", "harness", "layernorm", "loss", "passes", "plots", "record", "roofs", "train"),
 )
 """Of benchmarks/, what an install holds as fused_lm.benchmarks, for ``fused-lm bench``."""
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import attention, block, command, contest, ffn, harness, layernorm, loss, train
+from benchmarks import (
+    attention,
+    block,
+    command,
+    contest,
+    ffn,
+    harness,
+    layernorm,
+    loss,
+    passes,
+    train,
+)
 from benchmarks.contest import Case, Contestant, Given, Run, Work
 from benchmarks.diary import Event
 
@@ -108,6 +120,32 @@ def test_who_is_wrong_has_no_number() -> None:
         assert line["tbps"] / line["tflops"] == pytest.approx(intensity, 0.01)
 
 
+def test_all_of_a_contestants_work_is_within_its_context() -> None:
+    """First steps, passes and times, backwards too."""
+    inside: list[bool] = [False]
+    seen: list[bool] = []
+
+    @contextlib.contextmanager
+    def within() -> Iterator[None]:
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    def watched(x: Tensor) -> Tensor:
+        seen.append(inside[0])
+        y = x**2
+        if y.requires_grad:
+            y.register_hook(lambda gradient: seen.append(inside[0]))
+        return y
+
+    one = Contestant("one", _squares(watched), within=within)
+    lines = list(harness.results_of(Square("one", []), [one, CONTESTANTS[0]], CPU))
+    assert len([line for line in lines if "us" in line]) == 6
+    assert len(seen) > 8 and all(seen) and not inside[0]
+    ((_, _, problem),) = harness.first_steps(Square("one", []), [one], CPU)
+    assert problem is None and all(seen)
+
+
 def test_a_race_goes_on_where_it_was_cut(tmp_path: Path) -> None:
     measured: list[str] = []
     cases, file = [Square(name, measured) for name in "abc"], tmp_path / "race.jsonl"
@@ -161,7 +199,7 @@ def test_a_lost_context_ends_the_process(tmp_path: Path, monkeypatch: pytest.Mon
     head = {"gpu": "H200", "torch": "2", "commit": "abc"}
     three = [CONTESTANTS[0], CONTESTANTS[4], CONTESTANTS[-1]]
     late = time.monotonic() + 60.0
-    monkeypatch.setattr(harness, "context_lives", lambda device: False)
+    monkeypatch.setattr(harness, "_context_lives", lambda device: False)
     with pytest.raises(harness.ContextLost, match="refuses"):
         harness.race([case], three, CPU, head, file, late)
     file.write_text(file.read_text() + '{"case": "a", "con')  # torn, by a kill or a full disk
@@ -181,7 +219,7 @@ def test_a_cut_is_no_hang(cut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyP
     head = {"gpu": "H200", "torch": "2", "commit": "abc"}
     late = time.monotonic() + 60.0
     with monkeypatch.context() as patch:
-        patch.setattr(harness, "_times", ended)
+        patch.setattr(harness, "times_of", ended)
         for _ in range(2):
             with pytest.raises((SystemExit, KeyboardInterrupt)):
                 harness.race([case], CONTESTANTS[:1], CPU, head, file, late)
@@ -214,7 +252,7 @@ def test_cases_have_names_of_their_own(module: ModuleType) -> None:
         cases: list[Case] = module.grid(dry)
         assert len({case.name for case in cases}) == len(cases) > 1
         for case in cases:
-            assert case.work() and case.work().keys() <= harness.WAYS.keys()
+            assert case.work() and case.work().keys() <= passes.WAYS.keys()
             assert all(work.flops > 0 and work.bytes > 0 for work in case.work().values())
     assert len({contestant.name for contestant in module.CONTESTANTS}) == len(module.CONTESTANTS)
 

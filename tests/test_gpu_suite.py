@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,6 +76,7 @@ def test_a_dry_run_in_two_pieces_runs_every_stage(tmp_path: Path) -> None:
     first = _dry(tmp_path / "a", "--only", "environment", "roofs")
     assert first.returncode == 0, first.stdout + first.stderr
     (tmp_path / "a" / ARCHIVE).rename(tmp_path / "kept")
+    shutil.rmtree(tmp_path / "a")
     second = _dry(tmp_path / "b", "--resume", str(tmp_path / "kept"))
     assert second.returncode == 0, second.stdout + second.stderr
     assert "nothing here is from a GPU, commit unknown" in second.stdout

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ import pytest
 import torch
 
 import fused_lm
-from benchmarks import cuda_tiles, harness, tiles, tune
+from benchmarks import cuda_tiles, harness, record, tiles, tune, tune_choice
 from benchmarks.cuda_tiles import Tile
 from benchmarks.record import Record, records
 from benchmarks.tiles import Machine, Spot
+from benchmarks.tune_choice import best, standing
 from fused_lm.triton_kernels import attention as attention_launch
 from fused_lm.triton_kernels.launch import shared_memory_limit
 
@@ -51,32 +51,44 @@ def test_spots_have_names_of_their_own() -> None:
     assert len({*names}) == len(names)
 
 
-def _tile(stages: int, ratio: float, **more: Any) -> dict[str, Any]:
-    config = {"block_m": 128, "num_stages": stages}
-    line = {"gpu": GPU, "commit": "a", "spot": "one", "config": config, "row": stages == 3}
-    return {**line, "ratio": ratio, **more}
+def _line(stages: int, us: float, **more: Any) -> dict[str, Any]:
+    """Of one spot and batch, where 3 stages are the row."""
+    config = json.dumps({"block_m": 128, "num_stages": stages})
+    name = f"{tune_choice.ROW * (stages == 3)}{config}"
+    line = {"gpu": GPU, "commit": "a", "case": f"one{tune_choice.BATCH}0", "contestant": name}
+    return {**line, "us": us, **more}
+
+
+def _chosen(lines: list[dict[str, Any]], spot: str = "one") -> int:
+    return dict(best(standing(lines)[GPU, spot]).config)["num_stages"]
 
 
 def test_the_fastest_is_chosen_and_the_row_within_the_noise() -> None:
-    near = [_tile(3, 1.0), _tile(4, 1.0 - tune.NOISE + 0.001), _tile(5, 1.2)]
-    assert tune.choose(near)[GPU, "one"]["config"]["num_stages"] == 3
-    far = [*near, _tile(2, 0.8), _tile(1, 0.8), {**_tile(6, 0.1), "spot": "two"}]
-    del (wrong := _tile(7, 0.1))["ratio"]
-    far.append({**wrong, "problem": "error 0.5, allowed 0.02"})
-    dry = {**_tile(8, 0.1), "gpu": None}
+    near = [_line(3, 100.0), _line(4, 101.0 - 100.0 * tune_choice.NOISE), _line(5, 120.0)]
+    assert _chosen(near) == 3
+    other = {"case": f"two{tune_choice.BATCH}0"}
+    far = [*near, _line(2, 80.0), _line(1, 80.0), _line(6, 10.0, **other)]
+    del (wrong := _line(7, 1.0))["us"]
+    far += [{**wrong, "problem": "error 0.5, allowed 0.02"}, _line(8, 1.0, gpu=None)]
     for seed in range(8):
-        lines = random.Random(seed).sample([*far, dry], len(far) + 1)
-        chosen = tune.choose(lines)
-        assert chosen[GPU, "one"]["config"]["num_stages"] == 1, "of equal ones the first"
-        assert chosen.keys() == {(GPU, "one"), (GPU, "two")}
+        lines = random.Random(seed).sample(far, len(far))
+        assert _chosen(lines) == 1, "of equal ones the first"
+        assert standing(lines).keys() == {(GPU, "one"), (GPU, "two")}
+
+
+def test_batches_are_compared_by_their_rows() -> None:
+    """Not by their times: clocks may differ. Where the row failed, by the fastest of those."""
+    slow = {"case": f"one{tune_choice.BATCH}1"}
+    lines = [_line(3, 100.0), _line(4, 90.0), _line(3, 200.0, **slow), _line(5, 170.0, **slow)]
+    assert _chosen(lines) == 5
+    assert _chosen([_line(4, 90.0), _line(5, 170.0, **slow), _line(6, 80.0, **slow)]) == 6
 
 
 def test_a_later_sweep_counts_if_it_tried_what_was_chosen() -> None:
-    first = [_tile(3, 1.0), _tile(4, 0.8)]
-    cut = [_tile(3, 1.0, commit="b"), _tile(2, 0.9, commit="b")]
-    assert tune.choose([*first, *cut])[GPU, "one"]["config"]["num_stages"] == 4
-    whole = [*cut, _tile(4, 0.95, commit="b")]
-    assert tune.choose([*first, *whole])[GPU, "one"]["config"]["num_stages"] == 2
+    first = [_line(3, 100.0), _line(4, 80.0)]
+    cut = [_line(3, 100.0, commit="b"), _line(2, 90.0, commit="b")]
+    assert _chosen([*first, *cut]) == 4
+    assert _chosen([*first, *cut, _line(4, 95.0, commit="b")]) == 2
 
 
 def test_a_table_that_disagrees_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,20 +101,21 @@ def test_a_table_that_disagrees_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     told, untold = Record(Path(), {**about, "gpus": gpus}), Record(Path(), about)
     monkeypatch.setattr(tune, "records", lambda: [told, untold])
 
-    def line(spot: Spot, stages: int, ratio: float) -> dict[str, Any]:
+    def line(spot: Spot, stages: int, us: float) -> dict[str, Any]:
         config = {**row, "num_stages": stages}
-        own = {"gpu": GPU, "commit": "a", "spot": spot.name, "row": config == row}
-        return {**own, "config": config, "ratio": ratio}
+        name = f"{tune_choice.ROW * (config == row)}{json.dumps(config)}"
+        case = f"{spot.name}{tune_choice.BATCH}0"
+        return {"gpu": GPU, "commit": "a", "case": case, "contestant": name, "us": us}
 
     stages = row["num_stages"]
-    of_row = [line(one, stages, 1.0), line(two, stages, 1.0)]
+    of_row = [line(one, stages, 100.0), line(two, stages, 100.0)]
     assert tune.disagreements(of_row) == []
-    opposed = [line(one, stages + 1, 0.9), line(two, stages + 1, 1.2)]
+    opposed = [line(one, stages + 1, 90.0), line(two, stages + 1, 120.0)]
     assert tune.disagreements([*of_row, *opposed]) == [], "not faster for both"
-    agreed = [line(one, stages + 1, 0.9), line(two, stages + 1, 0.92)]
+    agreed = [line(one, stages + 1, 90.0), line(two, stages + 1, 92.0)]
     (said,) = tune.disagreements([*of_row, *agreed])
     assert "linear forward" in said and f"'num_stages': {stages + 1}" in said and "0.91" in said
-    (said,) = tune.disagreements([line(one, stages, 1.0), line(one, stages + 1, 0.8)])
+    (said,) = tune.disagreements([line(one, stages, 100.0), line(one, stages + 1, 80.0)])
     assert "0.80" in said, "one that was swept alone"
 
 
@@ -129,96 +142,32 @@ def test_a_candidate_takes_the_rows_place_in_its_call_alone() -> None:
 
 
 @in_the_interpreter
-def test_a_sweep_goes_on_behind_what_it_has(tmp_path: Path) -> None:
-    machine = Machine.here(torch.device("cpu"))
-    chosen = [replace(spot) for spot in tiles.spots(True)]
-    file = tmp_path / tune.FILE
-
-    def sweep(end: float) -> list[dict[str, Any]]:
-        head = {"gpu": None, "commit": "a"}
-        return list(tune.sweep(chosen, machine, head, file, time.monotonic() + end))
-
-    assert sweep(-1.0) == [] and not file.exists()
-    first = sweep(60.0)
-    assert [line["row"] for line in first] == [True, False] * 2
-    assert all(line["us"] > 0 and line["error"] < 0.02 for line in first)
-    assert [line for line in _read(file) if "event" not in line] == first
-    assert sweep(60.0) == [], "nothing twice"
-    file.write_text("".join(json.dumps(line) + "\n" for line in first[:2]) + '{"torn')
-    again = sweep(60.0)
-    assert {line["spot"] for line in again} == {chosen[1].name}
+def test_a_batch_is_a_race_of_tiles_with_the_row(tmp_path: Path) -> None:
+    machine, device = Machine.here(torch.device("cpu")), torch.device("cpu")
+    ((batch, contestants),) = tiles.batches(tiles.spots(True)[0], machine)
+    end, file = time.monotonic() + 60.0, tmp_path / tune.FILE
+    lines, missed = harness.race([batch], contestants, device, {"gpu": None}, file, end)
+    row, other = lines
+    assert missed == 0 and row["contestant"].startswith(tune_choice.ROW)
+    assert not other["contestant"].startswith(tune_choice.ROW)
+    assert all(line["us"] > 0 and line["error"] < 0.02 for line in lines)
+    assert [line for line in record.whole_lines(file) if "us" in line]
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(text) for text in file.read_text().splitlines()]
-
-
-EVENTS = {
-    "in a first call": ([("a", "begun"), ("a", "us"), ("b", "begun")], ["b"]),
-    "in its times": ([("row", "begun"), ("a", "begun"), ("b", "begun"), ("", "times")], ["a", "b"]),
-    "cut": ([("a", "begun"), ("", "cut")], []),
-    "at its end": ([("a", "begun"), ("", "times"), ("a", "us")], []),
-    "after a cut": ([("a", "begun"), ("", "cut"), ("b", "begun")], ["b"]),
-}
-
-
-@pytest.mark.parametrize("how", EVENTS)
-def test_what_a_process_ended_in_is_written_off(how: str, tmp_path: Path) -> None:
-    events, guilty = EVENTS[how]
-    file = tmp_path / tune.FILE
-    lines = [
-        {"spot": "s", "config": {name: 1}, **({"us": 1.0} if event == "us" else {"event": event})}
-        for name, event in events
-    ]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    written = tune._Journal(file, {}).write_off()
-    assert [line["config"] for line in written] == [{name: 1} for name in guilty]
-    assert all(line["problem"] == "hung or crashed" for line in written)
-    assert tune._Journal(file, {}).write_off() == [], "once"
-
-
-def _swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: Any) -> list[dict[str, Any]]:
-    """A sweep of three tiles of one spot, in which ``broken`` may raise."""
-    spot = tiles.spots(True)[0]
-    row = {"BLOCK_T": 64}
-    others = [{"BLOCK_T": 32}, {"BLOCK_T": 16}]
-    monkeypatch.setattr(Machine, "choices", lambda self, spot: (row, others))
-
-    def admitted(spot: Spot, given: Any, config: dict[str, int]) -> Any:
-        broken(config["BLOCK_T"])
-        return lambda: None, 0.0
-
-    monkeypatch.setattr(tune, "_admitted", admitted)
-    machine, end = Machine.here(torch.device("cpu")), time.monotonic() + 60.0
-    return list(tune.sweep([spot], machine, {"gpu": None}, tmp_path / tune.FILE, end))
-
-
-def test_tiles_are_timed_where_the_row_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(block: int) -> None:
-        if block == 64:
-            raise ValueError("out of registers")
-
-    failed, first, second = _swept(tmp_path, monkeypatch, broken)
-    assert failed["problem"] == "out of registers" and first["ratio"] == 1.0
-    assert not first["row"] and not second["row"]
-    assert _swept(tmp_path, monkeypatch, broken) == [], "nothing is left to try"
-
-
-def test_a_tile_that_breaks_the_context_ends_the_process_and_no_other_tile(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(block: int) -> None:
-        if block == 32:
-            raise RuntimeError("illegal address")
-
-    monkeypatch.setattr(harness, "context_lives", lambda device: False)
-    with pytest.raises(harness.ContextLost):
-        _swept(tmp_path, monkeypatch, broken)
-    monkeypatch.setattr(harness, "context_lives", lambda device: True)
-    found = _swept(tmp_path, monkeypatch, broken)
-    assert [line["config"]["BLOCK_T"] for line in found if "us" in line] == [64, 16]
+def test_all_candidates_are_in_batches_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    spot = SPOTS[0]
+    machine = Machine(torch.device("cpu"), shared_memory_limit(90), SMS)
+    row, others = machine.choices(spot)
+    found = list(tiles.batches(spot, machine))
+    names = [contestant.name for _, own in found for contestant in own[1:]]
+    assert names == [json.dumps(config, sort_keys=True) for config in others]
+    assert {own[0].name for _, own in found} == {f"row {json.dumps(row, sort_keys=True)}"}
+    assert len({batch.name for batch, _ in found}) == len(found) > 1
+    inside = []
+    monkeypatch.setattr(tiles, "using", lambda *arguments: inside.append(arguments))
+    ((batch, own), *_) = tiles.batches(spot, machine)
+    own[1].within()
+    assert inside == [(spot, others[0])] and batch.work().keys() == {spot.way}
 
 
 MOST_GIVEN_AWAY = 1.05
