@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_lm
+from fused_lm.nn.stock_attention import StockCall
 
 E, H, N, T, S = 24, 4, 3, 7, 9
 BACKENDS = ("auto", "reference", "triton")
@@ -101,6 +102,7 @@ def test_constructor_options(
     _compare(stock, ours, inputs, {}, backend)
 
 
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_self_attention_unbatched_and_causal(backend: str, device: torch.device) -> None:
     stock, ours = _pair(device)
@@ -142,17 +144,27 @@ def _auto_is_torch(backend: str, x: Tensor) -> bool:
     return backend == "auto" and not x.is_cuda
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_rows_without_a_key_are_not_nan(backend: str, device: torch.device) -> None:
-    _, ours = _pair(device, batch_first=True)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_without_a_key_are_not_nan(backend: str, training: bool, device: torch.device) -> None:
+    stock, ours = _pair(device, batch_first=True)
+    stock.train(training), ours.train(training)
     x = torch.randn(N, T, E, device=device)
     padding = torch.zeros(N, T, dtype=torch.bool, device=device)
     padding[1] = True
-    with fused_lm.use_backend(backend):
+    with fused_lm.use_backend(backend), torch.set_grad_enabled(training):
         out, weights = ours(x, x, x, key_padding_mask=padding)
-    assert torch.all(weights[1] == 0)
-    torch.testing.assert_close(out[1], ours.out_proj.bias.expand(T, E))
-    assert torch.isfinite(out).all()
+        if training:
+            grads = torch.autograd.grad(out.square().sum() + weights.sum(), [*ours.parameters()])
+            assert all(bool(torch.isfinite(g).all()) for g in grads)
+        assert torch.all(weights[1] == 0)
+        torch.testing.assert_close(out[1], ours.out_proj.bias.expand(T, E))
+        assert torch.isfinite(out).all()
+        wanted, _ = stock(x, x, x, key_padding_mask=padding)
+        strict = fused_lm.nn.MultiheadAttention(E, H, batch_first=True, strict_nan=True)
+        strict.to(device).train(training).load_state_dict(stock.state_dict())
+        got, _ = strict(x, x, x, key_padding_mask=padding)
+    assert torch.equal(torch.isnan(got), torch.isnan(wanted)) and torch.isnan(wanted).any()
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -198,6 +210,85 @@ def test_module_survives_what_modules_go_through(backend: str, device: torch.dev
         torch.testing.assert_close(compiled(x, x, x, need_weights=False)[0], expected)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             assert ours(x, x, x)[0].dtype == stock(x, x, x)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_the_output_is_contiguous(batch_first: bool, backend: str, device: torch.device) -> None:
+    """Users call ``view`` on it; torch's own is contiguous unless batch_first."""
+    stock, ours = _pair(device, batch_first=batch_first)
+    x = torch.randn(N, T, E, device=device)
+    with fused_lm.use_backend(backend):
+        out = ours(x, x, x, need_weights=False)[0]
+    assert out.stride() == stock(x, x, x, need_weights=False)[0].stride() or out.is_contiguous()
+    assert backend == "auto" or out.is_contiguous()
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
+def test_no_tensor_of_all_heads_is_built() -> None:
+    """Masks that torch merges into [N*H, T, S] go to the kernels as they are."""
+    _, ours = _pair(CPU, batch_first=True)
+    x = torch.randn(N, T, E)
+    causal = torch.ones(T, T).triu(1).bool()
+    floats = torch.zeros(T, T).masked_fill(causal, float("-inf"))
+    kinds = (_padding("bool", T, CPU), _padding("float", T, CPU))
+    for attn, padding in itertools.product((causal, floats), kinds):
+        assert padding is not None
+        seen: list[Any] = []
+
+        def choose(op: str, call: Any, seen: list[Any] = seen) -> str:
+            seen.append(call)
+            return "reference"
+
+        with pytest.MonkeyPatch.context() as patch, fused_lm.use_backend("reference"):
+            patch.setattr("fused_lm.ops.attention.dispatch.choose", choose)
+            ours(x, x, x, attn_mask=attn, key_padding_mask=padding, need_weights=False)
+        (call,) = seen
+        floats_meet = attn.dtype == padding.dtype == torch.float32
+        most = N * T * T if floats_meet else T * T
+        for mask in (call.mask, call.bias):
+            held = 0 if mask is None else mask.untyped_storage().nbytes() // mask.element_size()
+            assert held <= most
+
+
+def test_torchscript_compiles_the_stock_class() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = fused_lm.nn.MultiheadAttention(E, H)
+            self.norm = fused_lm.nn.LayerNorm(E)
+            self.rms = fused_lm.nn.RMSNorm(E)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rms(self.norm(self.attention(x, x, x)[0]))
+
+    holder = Holder()
+    x = torch.randn(T, N, E)
+    wanted = holder(x)
+    torch.testing.assert_close(torch.jit.script(holder)(x), wanted)
+    alone = fused_lm.nn.MultiheadAttention(E, H)
+    torch.testing.assert_close(torch.jit.script(alone)(x, x, x)[1], alone(x, x, x)[1])
+    assert type(alone) is fused_lm.nn.MultiheadAttention
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_masked_calls_compile_whole(need_weights: bool, backend: str, device: torch.device) -> None:
+    """Where torch's own forward could be NaN too: no look at the masks there, no graph break."""
+    _, ours = _pair(device, batch_first=True)
+    x = torch.randn(N, T, E, device=device)
+    padding = torch.zeros(N, T, dtype=torch.bool, device=device)
+    padding[1] = True
+    for training in (True, False):
+        torch._dynamo.reset()
+        ours.train(training)
+        call = {"key_padding_mask": padding, "need_weights": need_weights}
+        with fused_lm.use_backend(backend), torch.set_grad_enabled(training):
+            compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+            got, wanted = compiled(x, x, x, **call), ours(x, x, x, **call)
+        torch.testing.assert_close(got[0], wanted[0])
+        torch.testing.assert_close(got[1], wanted[1])
+        assert torch.isfinite(got[0]).all()
 
 
 NORMS = [
@@ -255,16 +346,18 @@ def test_auto_fuses_only_where_every_kernel_of_the_call_has_a_record(
     monkeypatch.setattr("fused_lm.nn.attention.dispatch.choose", choose)
     _, ours = _pair(CPU, batch_first=True)
     x = torch.randn(N, T, E)
-    masks = ours._translated(*ours._stand_ins(x, x), _padding("bool", T, CPU), None, False, False)
-    q, k = ours._stand_ins(x, x)
-    assert q.untyped_storage().nbytes() == q.element_size()
-    assert ours._kernels_have_records(q, k, masks, need_weights=False)
-    assert not ours._kernels_have_records(q, k, masks, need_weights=True)
-    op, call = asked[0]
-    assert op == "attention" and call.q.requires_grad and call.key_mask is not None
+    masks = {"key_padding_mask": _padding("bool", T, CPU), "attn_mask": None}
+    rest = {"average_attn_weights": True, "is_causal": False}
+    call = StockCall(x, x, x, need_weights=False, **masks, **rest)
+    assert ours._fusable(call) == (N, T, T)
+    assert ours._fusable(call._replace(need_weights=True)) is None
+    op, seen = asked[0]
+    assert seen.q.untyped_storage().nbytes() == seen.q.element_size()
+    assert op == "attention" and seen.q.requires_grad and seen.key_mask is not None
     assert asked[-1][0] == "attention_weights"
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        q, _ = ours._stand_ins(x, x)
+        ours._fusable(call)
+    q = asked[-1][1].q
     assert q.dtype == torch.bfloat16 and not q.requires_grad
 
 

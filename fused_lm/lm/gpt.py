@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_lm.lm.cache import KVCache
-from fused_lm.nn.feedforward import ACTIVATIONS, is_plain_linear
+from fused_lm.nn.dropin import is_plain_linear
+from fused_lm.nn.feedforward import ACTIVATIONS
 from fused_lm.nn.norm import LayerNorm, RMSNorm
 from fused_lm.nn.positions import rotary_tables, sinusoidal_table
 from fused_lm.nn.transformer import NORMS, GPTBlock, fused_add_norm, make_norm

@@ -4,5 +4,19 @@ from fused_lm.nn.attention import MultiheadAttention
 from fused_lm.nn.feedforward import FeedForward
 from fused_lm.nn.norm import LayerNorm, RMSNorm
 from fused_lm.nn.transformer import GPTBlock
+from fused_lm.nn.transformer_layers import (
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
-__all__ = ["FeedForward", "GPTBlock", "LayerNorm", "MultiheadAttention", "RMSNorm"]
+__all__ = [
+    "FeedForward",
+    "GPTBlock",
+    "LayerNorm",
+    "MultiheadAttention",
+    "RMSNorm",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+]

@@ -1,24 +1,45 @@
 """MultiheadAttention: torch's module with the fused operator inside.
 
-What is fused: batched or unbatched input, self- and cross-attention, ``kdim``/``vdim``, boolean and
-    float
-masks of every shape, both merged without an [N*H, T, S] tensor that the user did not pass, the
-causal hint, dropout, returned weights (a second pass from ``lse``). What is delegated to torch's
-own code: ``bias_k``/``bias_v``, ``add_zero_attn``, NestedTensors, and every call for which dispatch
-    would run PyTorch's
-operators anyway: its results are then torch's to the last bit.
+Fused: batched or unbatched input, self- and cross-attention, ``kdim``/``vdim``, ``bias_k``/
+``bias_v``, ``add_zero_attn``, boolean and float masks of every shape, the causal hint, dropout, and
+returned weights by a second pass from ``lse``. No [N*H, T, S] tensor is built that the user did not
+pass: a boolean mask stays one, an attention mask and a key padding mask go to the kernel side by
+side. Only two *float* masks have to be added first, [N, 1, T, S] (or the size of a 3-D mask), and
+``bias_k`` and ``add_zero_attn`` make k, v and masks longer by a copy.
+
+Delegated to torch's own forward (:mod:`fused_lm.nn.stock_attention`): NestedTensors, what torch
+raises an error for, and every call for which dispatch would run PyTorch's operators anyway. Its
+results are then torch's to the last bit, the native fast path included.
+
+Rows without a visible key are zeros before the output projection, on every path. torch has three
+answers: zeros in training without weights, NaN with weights, NaN in its fast path.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_lm import dispatch
-from fused_lm.explain import call_of
+from fused_lm.nn.dropin import (
+    TYPICAL_TOKENS,
+    DropIn,
+    backend_of,
+    kernel_runs,
+    stand_in,
+    stays_stock,
+)
+from fused_lm.nn.stock_attention import (
+    Sizes,
+    StockCall,
+    can_be_nan,
+    sizes_of,
+    stock_forward,
+    warn_of_mixed_masks,
+)
 from fused_lm.ops.attention import attention, attention_weights
 from fused_lm.ops.registration import autocast_dtype, make_rng, needs_gradient
 
@@ -32,15 +53,44 @@ class _Masks(NamedTuple):
     causal: bool | str
 
 
-class MultiheadAttention(nn.MultiheadAttention):
+class MultiheadAttention(DropIn, nn.MultiheadAttention):
     """Drop-in for ``torch.nn.MultiheadAttention``: same constructor, parameters, ``state_dict``,
-    results.
+    results, errors.
 
-    Rows whose keys are all masked give the output of a zero vector on the fused path, never NaN.
+    Args:
+        strict_nan: Keep torch's NaN for rows whose keys are all masked, by leaving every masked
+            call that could have them to torch. The other arguments are torch's.
 
     >>> attention = fused_lm.nn.MultiheadAttention(512, 8, batch_first=True)
     >>> out, weights = attention(x, x, x, key_padding_mask=padding)
     """
+
+    stock: ClassVar[type[nn.Module]] = nn.MultiheadAttention
+    kind: ClassVar[str] = "attention"
+    strict_nan: bool = False
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        strict_nan: bool = False,
+    ) -> None:
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim,
+            batch_first, device, dtype,
+        )  # fmt: skip
+        if strict_nan:  # else the class speaks: a module that was changed in place has no state
+            self.strict_nan = True
 
     def forward(
         self,
@@ -59,200 +109,159 @@ class MultiheadAttention(nn.MultiheadAttention):
             (out, weights): out shaped like query; weights [N, T, S] averaged over heads, [N, H, T,
             S] otherwise, after dropout, or None unless ``need_weights``.
         """
-        if self._fuses(query, key, value, key_padding_mask, attn_mask, is_causal, need_weights):
-            return self._fused(
-                query,
-                key,
-                value,
-                key_padding_mask,
-                need_weights,
-                attn_mask,
-                average_attn_weights,
-                is_causal,
-            )
-        return super().forward(
-            query,
-            key,
-            value,
-            key_padding_mask=key_padding_mask,
-            need_weights=need_weights,
-            attn_mask=attn_mask,
-            average_attn_weights=average_attn_weights,
-            is_causal=is_causal,
-        )
+        call = StockCall(
+            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
+            is_causal,
+        )  # fmt: skip
+        sizes = None if stays_stock(query) else self._fusable(call)
+        return stock_forward(self, call) if sizes is None else self.by_operators(call, sizes)
 
-    def _fuses(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        need_weights: bool,
-    ) -> bool:
-        """Whether the call is one that is fused and a kernel would take it; torch judges odd
-        input.
-        """
-        forced = dispatch.current_backend()
-        if forced == "pytorch" or (forced == "auto" and query.device.type == "cpu"):
-            return False
-        if self.bias_k is not None or self.add_zero_attn:
-            return False
-        if any(t.is_nested for t in (query, key, value)):
-            return False
-        if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
-            return False
-        if not self._masks_fit(query, key, key_padding_mask, attn_mask, is_causal):
-            return False
-        if forced != "auto":
-            return True
-        q, k = self._stand_ins(query, key)
-        masks = self._translated(q, k, key_padding_mask, attn_mask, need_weights, is_causal)
-        return self._kernels_have_records(q, k, masks, need_weights)
+    def likely_backend(self, tokens: int = TYPICAL_TOKENS) -> str:
+        """As :meth:`DropIn.likely_backend`, for unmasked self-attention without weights."""
+        x = stand_in((1, tokens, self.embed_dim), self.out_proj.weight)
+        call = StockCall(x, x, x, None, False, None, True, False)
+        q, k = self._stand_ins(call, Sizes(1, tokens, tokens))
+        return backend_of("attention", q, k, k, dropout_p=self._dropout_p)
 
-    def _masks_fit(
-        self,
-        query: Tensor,
-        key: Tensor,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-    ) -> bool:
-        """Shapes and dtypes torch would accept; it raises its own errors for the rest."""
-        batched = query.dim() == 3
-        length = 1 if self.batch_first and batched else 0
-        T, S = query.shape[length], key.shape[length]
-        N = query.shape[1 - length] if batched else 1
-        if is_causal and attn_mask is None:
-            return False
-        if attn_mask is not None:
-            if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-                return False
-            if attn_mask.shape not in ((T, S), (N * self.num_heads, T, S)):
-                return False
-        if key_padding_mask is not None:
-            if key_padding_mask.dtype != torch.bool and not key_padding_mask.is_floating_point():
-                return False
-            if key_padding_mask.shape != ((N, S) if batched else (S,)):
-                return False
-        return True
+    @property
+    def _dropout_p(self) -> float:
+        return self.dropout if self.training else 0.0
 
-    def _stand_ins(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def _fusable(self, call: StockCall) -> Sizes | None:
+        """The sizes of a call that kernels take as a whole, else None; torch judges odd input."""
+        sizes = sizes_of(self, call)
+        if sizes is None or (call.is_causal and call.attn_mask is None):
+            return None
+        if self.strict_nan and can_be_nan(self, call):
+            return None
+        if dispatch.current_backend() == "auto" and not self._kernels_have_records(call, sizes):
+            return None
+        return sizes
+
+    def _stand_ins(self, call: StockCall, sizes: Sizes) -> tuple[Tensor, Tensor]:
         """Tensors without memory that look to dispatch like the projected query and key."""
-        batched = query.dim() == 3
-        length = 1 if self.batch_first and batched else 0
-        N = query.shape[1 - length] if batched else 1
+        query = call.query
         one = torch.empty(
             (), dtype=autocast_dtype(query.device) or query.dtype, device=query.device
         )
-        one.requires_grad_(needs_gradient((query, key, *self.parameters())))
-        q, k = (one.expand(N, self.num_heads, t.shape[length], self.head_dim) for t in (query, key))
-        return q, k
+        one.requires_grad_(needs_gradient((query, call.key, *self.parameters())))
+        heads = (sizes.N, self.num_heads)
+        q = one.expand(*heads, sizes.T, self.head_dim)
+        return q, one.expand(*heads, sizes.S + self._extra_keys, self.head_dim)
 
-    def _kernels_have_records(
-        self, q: Tensor, k: Tensor, masks: _Masks, need_weights: bool
-    ) -> bool:
+    def _kernels_have_records(self, call: StockCall, sizes: Sizes) -> bool:
         """Under auto: would dispatch take a kernel for everything this call needs?"""
-        options = {**masks._asdict(), "dropout_p": self.dropout if self.training else 0.0}
-        calls = [("attention", {"q": q, "k": k, "v": k, "return_lse": need_weights, **options})]
-        if need_weights:
-            rng = q.new_empty(4, dtype=torch.int64)
-            lse = q.new_empty(()).float().expand(q.shape[:3])
-            calls.append(("attention_weights", {"q": q, "k": k, "lse": lse, "rng": rng, **options}))
-        return all(
-            dispatch.choose(op, call_of(op, **arguments)) not in ("pytorch", "reference")
-            for op, arguments in calls
-        )
+        q, k = self._stand_ins(call, sizes)
+        options = {**self._translated(call, sizes)._asdict(), "dropout_p": self._dropout_p}
+        if not kernel_runs("attention", q, k, k, return_lse=call.need_weights, **options):
+            return False
+        if not call.need_weights:
+            return True
+        rng = q.new_empty(4, dtype=torch.int64)
+        lse = q.new_empty(()).float().expand(q.shape[:3])
+        return kernel_runs("attention_weights", q, k, lse, rng=rng, **options)
 
-    def _fused(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        need_weights: bool,
-        attn_mask: Tensor | None,
-        average_attn_weights: bool,
-        is_causal: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        batched = query.dim() == 3
-        packed = query is key and key is value and self._qkv_same_embed_dim
-        if not batched:
-            query, key, value = (t.unsqueeze(0) for t in (query, key, value))
-        elif not self.batch_first:
-            query, key, value = (t.transpose(0, 1) for t in (query, key, value))
-        q, k, v = self._projected(query, key, value, packed)
-        masks = self._translated(q, k, key_padding_mask, attn_mask, need_weights, is_causal)
-        dropout_p = self.dropout if self.training else 0.0
-        options = {
-            **masks._asdict(),
-            "dropout_p": dropout_p,
-            "rng": make_rng(q.device) if dropout_p > 0.0 else None,
+    @property
+    def _extra_keys(self) -> int:
+        """Keys that the module itself appends to the user's."""
+        return int(self.bias_k is not None) + int(self.add_zero_attn)
+
+    def by_operators(self, call: StockCall, sizes: Sizes) -> tuple[Tensor, Tensor | None]:
+        """The call on :func:`fused_lm.attention`, whatever that runs on."""
+        warn_of_mixed_masks(call)
+        q, k, v = self._with_extra_keys(*self._projected(call))
+        options: dict[str, Any] = {
+            **self._translated(call, sizes)._asdict(),
+            "dropout_p": self._dropout_p,
+            "rng": make_rng(q.device) if self._dropout_p > 0.0 else None,
         }
-        result = attention(q, k, v, return_lse=need_weights, **options)
-        weights = None
-        if need_weights:
+        result: Any = attention(q, k, v, return_lse=call.need_weights, **options)
+        out, weights = result, None
+        if call.need_weights:
             out, lse = result
-            weights = attention_weights(q, k, lse, average_heads=average_attn_weights, **options)
-        else:
-            out = result
-        out = self.out_proj(out.transpose(1, 2).flatten(2))
-        if not batched:
-            return out.squeeze(0), None if weights is None else weights.squeeze(0)
-        return out if self.batch_first else out.transpose(0, 1), weights
+            weights = attention_weights(
+                q, k, lse, average_heads=call.average_attn_weights, **options
+            )
+        # Contiguous in the layout of the query, which users' views count on.
+        order = (0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)
+        if call.query.dim() == 3:
+            return self.out_proj(out.permute(order).flatten(2)), weights
+        out = self.out_proj(out.squeeze(0).transpose(0, 1).flatten(1))
+        return out, None if weights is None else weights.squeeze(0)
 
-    def _projected(
-        self, query: Tensor, key: Tensor, value: Tensor, packed: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """[N, T, E], [N, S, kdim], [N, S, vdim] -> q, k, v as [N, H, T or S, head_dim] views.
-
-        ``packed``: all three are one tensor, projected by one product.
+    def _projected(self, call: StockCall) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v as [N, H, T or S, head_dim] views; a tensor that is given twice is projected
+        once.
         """
-        E = self.embed_dim
-        if packed:
-            parts = F.linear(query, self.in_proj_weight, self.in_proj_bias).split(E, -1)
+        query, key, value = call.query, call.key, call.value
+        E, bias = self.embed_dim, self.in_proj_bias
+        if self._qkv_same_embed_dim and key is value:
+            if query is key:
+                parts = F.linear(query, self.in_proj_weight, bias).split(E, -1)
+            else:
+                both = (E, 2 * E)
+                q_weight, kv_weight = self.in_proj_weight.split(both)
+                q_bias, kv_bias = (None, None) if bias is None else bias.split(both)
+                kv = F.linear(key, kv_weight, kv_bias).split(E, -1)
+                parts = (F.linear(query, q_weight, q_bias), *kv)
         else:
             if self._qkv_same_embed_dim:
                 weights = self.in_proj_weight.split(E)
             else:
                 weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.split(E)
-            parts = tuple(
-                F.linear(t, weight, bias)
-                for t, weight, bias in zip((query, key, value), weights, biases, strict=True)
-            )
-        heads = (self.num_heads, self.head_dim)
-        q, k, v = (t.unflatten(-1, heads).transpose(1, 2) for t in parts)
+            biases = (None,) * 3 if bias is None else bias.split(E)
+            tensors = zip((query, key, value), weights, biases, strict=True)
+            parts = tuple(F.linear(t, weight, bias) for t, weight, bias in tensors)
+        q, k, v = (self._heads(part) for part in parts)
         return q, k, v
 
-    def _translated(
-        self,
-        q: Tensor,
-        k: Tensor,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        need_weights: bool,
-        is_causal: bool,
-    ) -> _Masks:
-        """torch's rule: the hint replaces the mask only without weights and without key padding."""
-        N, H, T, _ = q.shape
-        S = k.shape[2]
-        if is_causal and key_padding_mask is None and not need_weights:
+    def _heads(self, rows: Tensor) -> Tensor:
+        """[T, E], [N, T, E] or [T, N, E] -> [N, H, T, head_dim], a view."""
+        heads = rows.unflatten(-1, (self.num_heads, self.head_dim))
+        if rows.dim() == 2:
+            return heads.transpose(0, 1).unsqueeze(0)
+        return heads.permute((0, 2, 1, 3) if self.batch_first else (1, 2, 0, 3))
+
+    def _with_extra_keys(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """k and v with ``bias_k``, ``bias_v`` and the zero of ``add_zero_attn`` behind them."""
+        if self._extra_keys == 0:
+            return q, k, v
+        N = k.shape[0]
+        longer = []
+        for rows, bias in ((k, self.bias_k), (v, self.bias_v)):
+            parts = [rows]
+            if bias is not None:
+                learned = bias.to(rows.dtype).view(1, 1, self.num_heads, self.head_dim)
+                parts.append(learned.transpose(1, 2).expand(N, -1, -1, -1))
+            if self.add_zero_attn:
+                parts.append(rows.new_zeros(N, self.num_heads, 1, self.head_dim))
+            longer.append(torch.cat(parts, dim=2))
+        return q, longer[0], longer[1]
+
+    def _translated(self, call: StockCall, sizes: Sizes) -> _Masks:
+        """torch's rule: the hint replaces the mask only without weights and without key padding;
+        masks hide none of the keys that the module appends.
+        """
+        attn, padding = call.attn_mask, call.key_padding_mask
+        if call.is_causal and padding is None and not call.need_weights:
             return _Masks(None, None, None, "top_left")
+        N, T, S = sizes
+        if self._extra_keys:
+            extra = (0, self._extra_keys)
+            attn, padding = (m if m is None else F.pad(m, extra) for m in (attn, padding))
+            S += self._extra_keys
         mask, key_mask, bias = None, None, None
-        if attn_mask is not None:
-            shaped = attn_mask if attn_mask.dim() == 2 else attn_mask.view(N, H, T, S)
-            if attn_mask.dtype == torch.bool:
+        if attn is not None:
+            shaped = attn if attn.dim() == 2 else attn.reshape(N, self.num_heads, T, S)
+            if attn.dtype == torch.bool:
                 mask = ~shaped
             else:
                 bias = shaped
-        if key_padding_mask is not None:
-            padding = key_padding_mask.view(N, S)
+        if padding is not None:
+            keys = padding.view(N, S)
             if padding.dtype == torch.bool:
-                key_mask = ~padding
-            elif bias is None:
-                bias = padding[:, None, None, :]
+                key_mask = ~keys
             else:
-                bias = bias + padding[:, None, None, :]
+                keys = keys[:, None, None, :]
+                bias = keys if bias is None else bias + keys
         return _Masks(mask, key_mask, bias, False)

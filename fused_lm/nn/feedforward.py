@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
+from fused_lm.nn.dropin import is_plain_linear
 from fused_lm.ops.ffn import ffn
 from fused_lm.ops.norm_input import NormInput
 from fused_lm.reference.activations import ACTIVATIONS, GATES, activate
@@ -99,20 +99,3 @@ class FeedForward(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"{self.embed_dim}, {self.ffn_dim}"
         return f"{sizes}, activation={self.activation}, dropout={self.dropout}"
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a fused operator may read the module's weight in its place: nobody replaced it or its
-    ``forward`` (by an adapter, a quantised one), and nobody listens to its calls.
-    """
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-        torch_module._global_forward_hooks,
-        torch_module._global_forward_pre_hooks,
-        torch_module._global_backward_hooks,
-        torch_module._global_backward_pre_hooks,
-    )
-    return type(module) is nn.Linear and "forward" not in module.__dict__ and not any(hooks)

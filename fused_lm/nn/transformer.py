@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_lm.nn.feedforward import FeedForward, is_plain_linear
+from fused_lm.nn.dropin import is_plain_linear
+from fused_lm.nn.feedforward import FeedForward
 from fused_lm.nn.norm import LayerNorm, RMSNorm
 from fused_lm.ops.attention import attention
 from fused_lm.ops.layernorm import layer_norm, rms_norm

@@ -1,5 +1,6 @@
 """What a test run executed on the harness, for the last lines of pytest: kernels, instantiations,
-schedules, mutants, summed over the processes of xdist.
+schedules, mutants, and which backend took the cases of the modules, summed over the processes of
+xdist.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests import taken
 from tests.simt import runtime
 
 MUTANTS: set[str] = set()
@@ -34,6 +36,7 @@ def found_here() -> dict[str, list[str]]:
         "mutants": sorted(MUTANTS),
         "planted": sorted(PLANTED),
         "sanitized": sorted(SANITIZED),
+        "taken": sorted(taken.CASES),
     }
 
 
@@ -56,6 +59,10 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if _totals.get("taken"):
+        terminalreporter.section("modules: who took the cases", sep="-")
+        for line in taken.lines(_totals["taken"]):
+            terminalreporter.write_line(line)
     product = {k for k in _totals.get("kernels", ()) if "planted" not in k}
     if not product and not _totals.get("planted"):
         return

@@ -1,0 +1,329 @@
+"""torch's TransformerEncoderLayer, TransformerDecoderLayer and TransformerEncoder, fused inside.
+
+What is fused of a layer, beside the attention that its MultiheadAttention fuses:
+
+    norm(x + dropout(branch))          one operator; pre-norm keeps the sum too
+    linear2(act(linear1(x)))           one operator where no dropout stands between, else two
+
+A part that someone replaced, or listens to, is called as it is. Boolean masks stay boolean: stock's
+encoder makes float ones of them, and two float masks can only be added.
+
+In inference stock takes two shortcuts past its own submodules: one native operator a layer, and
+NestedTensors without the padded tokens for a whole encoder. Under ``auto`` both stay, because
+nobody has measured our kernels against them; a forced backend takes neither. What a shortcut means
+stays too: padded tokens leave an encoder as zeros exactly where stock would have dropped them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.nn import functional as F
+from torch.nn.modules import transformer as stock_transformer
+from torch.overrides import has_torch_function
+
+from fused_lm import dispatch
+from fused_lm.nn.attention import MultiheadAttention
+from fused_lm.nn.dropin import (
+    TYPICAL_TOKENS,
+    DropIn,
+    backend_of,
+    is_plain_linear,
+    is_untouched,
+    offered,
+    stand_in,
+    stays_stock,
+)
+from fused_lm.nn.norm import LayerNorm
+from fused_lm.nn.stock_attention import (
+    StockCall,
+    rows_without_a_key,
+    sizes_of,
+    takes_native_path,
+)
+from fused_lm.nn.transformer import fused_add_norm
+from fused_lm.ops.ffn import ffn
+from fused_lm.ops.linear_act import linear_act
+
+
+def activation_name(activation: Any) -> str | None:
+    """The name that :func:`fused_lm.ffn` knows an activation by, None if it doesn't.
+
+    >>> activation_name(torch.nn.GELU(approximate="tanh"))
+    'gelu_tanh'
+    """
+    if isinstance(activation, nn.Module) and not is_untouched(activation, *_MODULES):
+        return None
+    if type(activation) is nn.GELU:
+        return "gelu" if activation.approximate == "none" else "gelu_tanh"
+    if isinstance(activation, nn.Module):
+        return _MODULES[type(activation)]
+    return next((name for known, name in _FUNCTIONS if activation is known), None)
+
+
+_MODULES: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.GELU: "gelu", nn.SiLU: "silu"}
+_FUNCTIONS = ((F.relu, "relu"), (torch.relu, "relu"), (F.gelu, "gelu"), (F.silu, "silu"))
+
+
+class _Layer(DropIn):
+    """What encoder and decoder layers share.
+
+    Attributes:
+        fuse_ffn: Whether the feed-forward network is one of ours; ``fuse(ffn=False)`` sets it on
+            the instance.
+    """
+
+    kind: ClassVar[str] = "ffn"
+    fuse_ffn: bool = True
+    linear1: nn.Linear
+    linear2: nn.Linear
+    dropout: nn.Dropout
+    activation: Callable[[Tensor], Tensor]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for child in self.__dict__["_modules"].values():
+            for own in (MultiheadAttention, LayerNorm):
+                if type(child) is own.stock:
+                    child.__class__ = own
+
+    def likely_backend(self, tokens: int = TYPICAL_TOKENS) -> str:
+        """As :meth:`DropIn.likely_backend`, of the feed-forward network."""
+        up, down = self.linear1, self.linear2
+        name = self._fusable_activation()
+        if name is None:
+            return "pytorch"
+        x = stand_in((tokens, up.in_features), up.weight)
+        return backend_of(
+            "ffn", x, up.weight, down.weight, up_bias=up.bias, down_bias=down.bias, activation=name
+        )
+
+    def _fusable_activation(self) -> str | None:
+        return activation_name(self.activation) if self.fuse_ffn and offered("ffn") else None
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        """``linear2(dropout(activation(linear1(x))))``"""
+        up, down, dropout = self.linear1, self.linear2, self.dropout
+        name = self._fusable_activation()
+        if name is None or not (is_plain_linear(up) and is_plain_linear(down)):
+            return down(dropout(self.activation(up(x))))
+        if is_untouched(dropout, nn.Dropout) and not (dropout.training and dropout.p):
+            return ffn(
+                x,
+                up.weight,
+                down.weight,
+                up_bias=up.bias,
+                down_bias=down.bias,
+                activation=name,
+                recompute=True,
+            )
+        hidden = dropout(linear_act(x, up.weight, up.bias, activation=name))
+        return linear_act(hidden, down.weight, down.bias, activation="none")
+
+
+def _add_norm(
+    branch: Tensor, x: Tensor, dropout: nn.Module, norm: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """``s = x + dropout(branch)``; returns (norm(s), s)."""
+    if is_untouched(norm, LayerNorm) and is_untouched(dropout, nn.Dropout):
+        fused: Any = norm
+        if fused.normalized_shape == x.shape[-1:] and x.shape == branch.shape:
+            dropout_p: Any = dropout.p if dropout.training else 0.0
+            return fused_add_norm(fused, branch, x, dropout_p)
+    s = x + dropout(branch)
+    return norm(s), s
+
+
+def _is_odd(*masks: Tensor | None) -> bool:
+    """Whether torch would refuse a mask's dtype, in words of its own."""
+    return any(m is not None and m.dtype != torch.bool and not m.is_floating_point() for m in masks)
+
+
+class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
+    """Drop-in for ``torch.nn.TransformerEncoderLayer``: same constructor, parameters,
+    ``state_dict``, results; rows without a visible key get zeros from the attention, never NaN.
+    """
+
+    stock: ClassVar[type[nn.Module]] = nn.TransformerEncoderLayer
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Arguments, shapes and meaning of torch's ``TransformerEncoderLayer.forward``."""
+        masks = (src_mask, src_key_padding_mask)
+        if src.is_nested or _is_odd(*masks):
+            return super().forward(src, *masks, is_causal)
+        attention: Any = self.self_attn
+        call = StockCall(src, src, src, src_key_padding_mask, False, src_mask, True, is_causal)
+        native = takes_native_path(attention, call)
+        auto = dispatch.current_backend() == "auto"
+        if not (stays_stock(src) or (auto and native)):
+            return self._by_parts(src, *masks, is_causal)
+        sizes = sizes_of(attention, call)
+        if not native or sizes is None or masks == (None, None) or _keeps_nan(attention):
+            return super().forward(src, *masks, is_causal)
+        if is_compiling() or src.device.type != "cpu":
+            return self._by_parts(src, *masks, is_causal)
+        hidden = rows_without_a_key(attention, call, sizes)
+        if not hidden.any():
+            return super().forward(src, *masks, is_causal)
+        safe = self._by_parts(src, *masks, is_causal)
+        rows = hidden.any(1).unsqueeze(-1)
+        return torch.where(rows, safe, super().forward(src, *masks, is_causal))
+
+    def _by_parts(
+        self, x: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool
+    ) -> Tensor:
+        """The layer by its submodules and our operators, past stock's native operator."""
+
+        def attend(rows: Tensor) -> Tensor:
+            return _attended(self.self_attn, rows, rows, mask, padding, is_causal)
+
+        if self.norm_first:
+            hidden, x = _add_norm(attend(self.norm1(x)), x, self.dropout1, self.norm2)
+            return x + self.dropout2(self._feed_forward(hidden))
+        x, _ = _add_norm(attend(x), x, self.dropout1, self.norm1)
+        return _add_norm(self._feed_forward(x), x, self.dropout2, self.norm2)[0]
+
+
+def _keeps_nan(attention: nn.Module) -> bool:
+    return getattr(attention, "strict_nan", True)
+
+
+def _attended(
+    attention: nn.Module,
+    x: Tensor,
+    memory: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    is_causal: bool,
+) -> Tensor:
+    return attention(
+        x, memory, memory, attn_mask=mask, key_padding_mask=padding, need_weights=False,
+        is_causal=is_causal,
+    )[0]  # fmt: skip
+
+
+class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
+    """Drop-in for ``torch.nn.TransformerDecoderLayer``: same constructor, parameters,
+    ``state_dict``, results.
+    """
+
+    stock: ClassVar[type[nn.Module]] = nn.TransformerDecoderLayer
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """Arguments, shapes and meaning of torch's ``TransformerDecoderLayer.forward``."""
+        if stays_stock(tgt):
+            return super().forward(
+                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask,
+                memory_key_padding_mask, tgt_is_causal, memory_is_causal,
+            )  # fmt: skip
+
+        def attend(rows: Tensor) -> Tensor:
+            masks = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+            return _attended(self.self_attn, rows, rows, *masks)
+
+        def look(rows: Tensor) -> Tensor:
+            masks = (memory_mask, memory_key_padding_mask, memory_is_causal)
+            return _attended(self.multihead_attn, rows, memory, *masks)
+
+        x = tgt
+        if self.norm_first:
+            hidden, x = _add_norm(attend(self.norm1(x)), x, self.dropout1, self.norm2)
+            hidden, x = _add_norm(look(hidden), x, self.dropout2, self.norm3)
+            return x + self.dropout3(self._feed_forward(hidden))
+        x, _ = _add_norm(attend(x), x, self.dropout1, self.norm1)
+        x, _ = _add_norm(look(x), x, self.dropout2, self.norm2)
+        return _add_norm(self._feed_forward(x), x, self.dropout3, self.norm3)[0]
+
+
+class TransformerEncoder(DropIn, nn.TransformerEncoder):
+    """Drop-in for ``torch.nn.TransformerEncoder``: hands boolean masks on as they are, and where
+    kernels run, padded tokens with them.
+    """
+
+    stock: ClassVar[type[nn.Module]] = nn.TransformerEncoder
+    kind: ClassVar[str] = "attention"
+
+    def likely_backend(self, tokens: int = TYPICAL_TOKENS) -> str:
+        """As :meth:`DropIn.likely_backend`, of its first layer's attention."""
+        first: Any = self.layers[0]
+        return first.self_attn.likely_backend(tokens)
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        """Arguments, shapes and meaning of torch's ``TransformerEncoder.forward``."""
+        padding = src_key_padding_mask
+        # Layers of others may count on the float masks that stock hands them.
+        ours = all(type(layer) is TransformerEncoderLayer for layer in self.layers)
+        stock = stays_stock(src) or src.is_nested or _is_odd(mask, padding) or not ours
+        dropped = None if stock else self._dropped_rows(src, mask, padding)
+        if stock or (dropped is not None and dispatch.current_backend() == "auto"):
+            return super().forward(src, mask, padding, is_causal)
+        first: Any = self.layers[0]
+        rows = stock_transformer._get_seq_len(src, first.self_attn.batch_first)
+        causal = is_causal is True
+        if is_causal is None and mask is not None:  # stock compares float masks
+            floats = F._canonical_mask(mask, "mask", None, "", src.dtype, check_other=False)
+            causal = stock_transformer._detect_is_causal_mask(floats, None, rows)
+        output = src
+        for layer in self.layers:
+            output = layer(output, src_mask=mask, is_causal=causal, src_key_padding_mask=padding)
+        if dropped is not None:
+            output = output.masked_fill(dropped.unsqueeze(-1), 0.0)
+        return output if self.norm is None else self.norm(output)
+
+    def _dropped_rows(
+        self, src: Tensor, mask: Tensor | None, padding: Tensor | None
+    ) -> Tensor | None:
+        """bool [N, T]: the tokens that stock would leave out of a NestedTensor, which makes zeros
+        of them. None: it makes no NestedTensor.
+        """
+        first: Any = self.layers[0]
+        checks = getattr(self, "mask_check", True)
+        if (
+            padding is None
+            or mask is not None
+            or src.dim() != 3
+            or first.training
+            or not getattr(self, "use_nested_tensor", False)
+            or not torch.backends.mha.get_fastpath_enabled()
+            or torch.is_autocast_enabled()
+            or (checks and is_compiling())
+        ):
+            return None
+        attention = first.self_attn
+        parts = (
+            attention, attention.out_proj, first.norm1, first.norm2, first.linear1, first.linear2
+        )  # fmt: skip
+        tensors = [src, *(p for part in parts for p in part.parameters(recurse=False))]
+        if has_torch_function(tensors):
+            return None
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return None
+        hidden = padding != 0
+        # Only padding on the right is dropped: no key after a padded one.
+        return hidden & ~(hidden[:, :-1] & ~hidden[:, 1:]).any() if checks else hidden
