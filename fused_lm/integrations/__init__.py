@@ -1,0 +1,1 @@
+"""Other people's models on our operators: one call for a model, torch's attention, Hugging Face."""
