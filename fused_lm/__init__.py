@@ -5,6 +5,8 @@ modules.
 from fused_lm import nn
 from fused_lm.dispatch import use_backend
 from fused_lm.explain import why
+from fused_lm.integrations.fuse import FuseReport, fuse, fused, unfuse
+from fused_lm.integrations.sdpa import activate_sdpa, deactivate_sdpa, sdpa_activated
 from fused_lm.ops.attention import attention, attention_weights
 from fused_lm.ops.attention_layouts import attention_decode, attention_varlen
 from fused_lm.ops.cross_entropy import cross_entropy
@@ -19,14 +21,19 @@ from fused_lm.ops.sdpa import scaled_dot_product_attention
 from fused_lm.version import __version__
 
 __all__ = [
+    "FuseReport",
     "NormInput",
     "__version__",
+    "activate_sdpa",
     "attention",
     "attention_decode",
     "attention_varlen",
     "attention_weights",
     "cross_entropy",
+    "deactivate_sdpa",
     "ffn",
+    "fuse",
+    "fused",
     "layer_norm",
     "linear_act",
     "linear_cross_entropy",
@@ -36,6 +43,8 @@ __all__ = [
     "rotary",
     "rotary_qk",
     "scaled_dot_product_attention",
+    "sdpa_activated",
+    "unfuse",
     "use_backend",
     "why",
 ]

@@ -1,4 +1,6 @@
-"""``fused-lm parity``: every operator on every backend and dtype that runs here, against fp64."""
+"""``fused-lm parity``: every operator on every backend and dtype that runs here, against fp64; with
+``--module`` a module of the user's, before and after ``fuse()``.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quick", action="store_true", help=f"only {' and '.join(QUICK_DTYPES)}")
     parser.add_argument("--json", metavar="FILE", help="write the results as JSON lines")
+    own = parser.add_argument_group("a module of yours, before and after fuse()")
+    own.add_argument("--module", metavar="PKG:NAME", help="its class, a function or a module; or "
+                     "FILE.py:NAME")  # fmt: skip
+    own.add_argument("--args", metavar="JSON", help="a list, for the constructor")
+    own.add_argument("--kwargs", metavar="JSON", help="an object, for the constructor")
+    own.add_argument("--input", metavar="SHAPE", nargs="+", action="extend", help="of each tensor: "
+                     "2,128,512 or 2,128:int64<50257 or mask=2,128:bool")  # fmt: skip
+    own.add_argument("--inputs", metavar="PKG:NAME", help="a function: args, or (args, kwargs)")
+    own.add_argument("--train", action="store_true", help="in training mode, without dropout")
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0 if every verdict is ok, else 1."""
+    if args.module is not None:
+        from fused_lm.commands import parity_module
+
+        return parity_module.run(args)
+    for option in ("args", "kwargs", "input", "inputs", "train"):
+        if getattr(args, option):
+            raise UserError(f"--{option} needs --module")
     from rich.console import Console
     from rich.progress import track
 

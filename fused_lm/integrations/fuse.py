@@ -1,0 +1,246 @@
+"""``fuse(model)``: a model's modules become ours in place, and back.
+
+A module's class is changed, nothing else: its Parameters, hooks, optimisers, tied weights,
+``state_dict`` and ``deepcopy`` stay what they were, because the new class is a subclass that adds
+no state. Only exact types are changed. A subclass, a parametrized or a sharded module may compute
+something else than the class it came from, so it is left alone, and the report says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from fused_lm.nn.attention import MultiheadAttention
+from fused_lm.nn.dropin import DropIn
+from fused_lm.nn.norm import LayerNorm, RMSNorm
+from fused_lm.nn.transformer_layers import (
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
+
+_LAYERS = (TransformerEncoderLayer, TransformerDecoderLayer)
+_CLASSES: dict[type, type[Any]] = {
+    own.stock: own for own in (MultiheadAttention, LayerNorm, RMSNorm, TransformerEncoder, *_LAYERS)
+}
+_CONTAINERS = (nn.TransformerDecoder, nn.Transformer)
+
+_WRAPPERS = {
+    "torch.nn.parallel.distributed.DistributedDataParallel": "DistributedDataParallel",
+    "torch.nn.parallel.data_parallel.DataParallel": "DataParallel",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "FSDP",
+    "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule": "fully_shard",
+    "torch._dynamo.eval_frame.OptimizedModule": "torch.compile",
+    "torch.jit._script.ScriptModule": "torch.jit",
+    "torch.fx.graph_module.GraphModule": "torch.export or torch.fx",
+}
+"""Classes by name, because importing some of them takes a second, and what to call them."""
+
+
+class Row(NamedTuple):
+    """One module of a report: ``backend`` is what a call would run on now, in its own device and
+    dtype; ``reason`` says why a module was left alone, and is empty for one that is ours.
+    """
+
+    path: str
+    was: str
+    now: str
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What :func:`fuse` did; ``str()`` of it is a table.
+
+    Attributes:
+        rows: A :class:`Row` for each module that has to do with it, in the model's order.
+        changed: How many modules are ours now and were not before.
+    """
+
+    rows: tuple[Row, ...]
+    changed: int
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "fuse: nothing in this model has a fused counterpart"
+        left = sum(bool(row.reason) for row in self.rows)
+        table = [("module", "was", "is", "runs on")]
+        for row in self.rows:
+            end = f"left alone: {row.reason}" if row.reason else row.backend
+            table.append((row.path or "(the model)", row.was, row.now, end))
+        widths = [max(len(line[i]) for line in table) for i in range(3)]
+        lines = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[3]])
+            for line in table
+        ]
+        total = f"{self.changed} of {len(self.rows)} modules changed, {left} left alone"
+        return "\n".join([*lines, total])
+
+
+class _Change(NamedTuple):
+    module: nn.Module
+    was: type[nn.Module]
+
+
+def fuse(
+    model: nn.Module, attention: bool = True, norm: bool = True, ffn: bool = True
+) -> FuseReport:
+    """Puts our modules in the place of torch's and Hugging Face's, in place.
+
+    Args:
+        model: Any module that is not yet wrapped by DDP, FSDP or ``torch.compile``; itself counts.
+        attention: MultiheadAttention, TransformerEncoder, and the attention of Hugging Face models
+            (their attention implementation becomes "fused_lm").
+        norm: LayerNorm, RMSNorm, and Hugging Face's.
+        ffn: The feed-forward networks of TransformerEncoderLayer and TransformerDecoderLayer, and
+            those of Hugging Face's GPT-2, BERT, ViT and Llama. These layers change class with any
+            of the three, because in inference stock ones pass their submodules by.
+    Returns:
+        A :class:`FuseReport`; ``print`` it. Calling again changes nothing.
+    Raises:
+        TypeError: ``model`` is no module. RuntimeError: it is wrapped or compiled already.
+
+    >>> print(fused_lm.fuse(model))
+    """
+    return _fuse(model, attention, norm, ffn)[0]
+
+
+def unfuse(model: nn.Module) -> int:
+    """Takes :func:`fuse` back: every module of ours that stands for a stock one becomes that again,
+    those that were made as ours too.
+
+    Returns:
+        How many modules changed.
+    """
+    _check_model(model)
+    changes = [module for module in model.modules() if isinstance(module, DropIn)]
+    for module in changes:
+        _put_back(module, module.stock)
+    return len(changes) + _leave_hugging_face(model)
+
+
+@contextmanager
+def fused(
+    model: nn.Module, attention: bool = True, norm: bool = True, ffn: bool = True
+) -> Iterator[FuseReport]:
+    """:func:`fuse` for the length of a ``with``: what was ours before stays ours after it.
+
+    >>> with fused_lm.fused(model) as report:
+    ...     loss = model(x).sum()
+    """
+    report, changes, attention_changed = _fuse(model, attention, norm, ffn)
+    try:
+        yield report
+    finally:
+        for module, was in changes:
+            _put_back(module, was)
+        if attention_changed:
+            _leave_hugging_face(model)
+
+
+def _fuse(
+    model: nn.Module, attention: bool, norm: bool, ffn: bool
+) -> tuple[FuseReport, list[_Change], bool]:
+    _check_model(model)
+    wanted = {"attention": attention, "norm": norm, "ffn": ffn}
+    changes: list[_Change] = []
+    found: list[tuple[str, nn.Module, str, str]] = []
+    for path, module in model.named_modules():
+        name = type(module).__name__
+        own = _own_class(type(module))
+        if own is not None and _is_wanted(own, wanted):
+            reason = _why_not(module, own)
+            if reason == "":
+                changes.append(_Change(module, type(module)))
+                module.__class__ = own
+                if own in _LAYERS and not ffn:
+                    module.__dict__["fuse_ffn"] = False
+            found.append((path, module, name, reason))
+        elif (left := _why_left(module, wanted)) is not None:
+            found.append((path, module, name, left))
+    rows = [_row(*item) for item in found]
+    attention_rows = _enter_hugging_face(model) if attention else []
+    report = FuseReport((*attention_rows, *rows), len(changes))
+    return report, changes, bool(attention_rows)
+
+
+def _own_class(cls: type) -> type[Any] | None:
+    """Ours for exactly this class."""
+    if cls.__module__.startswith("transformers."):
+        from fused_lm.integrations.huggingface_modules import CLASSES
+
+        return CLASSES.get(cls)
+    return _CLASSES.get(cls)
+
+
+def _is_wanted(own: type[Any], wanted: dict[str, bool]) -> bool:
+    return any(wanted.values()) if own in _LAYERS else wanted[own.kind]
+
+
+def _why_not(module: nn.Module, own: type[Any]) -> str:
+    """Why a module of the right class stays as it is, or "" """
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    if own is TransformerEncoder and not len(module.layers):  # type: ignore[arg-type]
+        return "it has no layers"
+    return ""
+
+
+def _why_left(module: nn.Module, wanted: dict[str, bool]) -> str | None:
+    """The sentence for a module that has to do with fuse() but is none of its types: "" for one
+    that is ours already, None where there is nothing to say.
+    """
+    if isinstance(module, DropIn):
+        return ""
+    if type(module) in _CONTAINERS:
+        return "it only calls its layers, which have lines of their own"
+    for stock, own in _CLASSES.items():
+        if isinstance(module, stock) and _is_wanted(own, wanted):
+            if hasattr(module, "parametrizations"):
+                return f"its parameters are parametrized (exact type {type(module).__name__})"
+            return f"a subclass of {stock.__name__}: only exact types are known to compute the same"
+    if wanted["norm"] and type(module).__name__.endswith("RMSNorm"):
+        return f"no fused class for {type(module).__module__}.{type(module).__qualname__}"
+    return None
+
+
+def _row(path: str, module: nn.Module, was: str, reason: str) -> Row:
+    now = f"fused_lm {type(module).__name__}" if isinstance(module, DropIn) else was
+    if not isinstance(module, DropIn):
+        return Row(path, was, now, "", reason)
+    try:
+        return Row(path, was, now, module.likely_backend(), "")
+    except RuntimeError as error:  # the forced backend refuses
+        return Row(path, was, now, f"nothing: {str(error).splitlines()[0]}", "")
+
+
+def _put_back(module: nn.Module, was: type[nn.Module]) -> None:
+    module.__class__ = was
+    module.__dict__.pop("fuse_ffn", None)
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse takes a torch.nn.Module, got {type(model).__name__}")
+    for path, module in model.named_modules():
+        names = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
+        wrapper = next((_WRAPPERS[name] for name in names if name in _WRAPPERS), None)
+        if wrapper is None and getattr(module, "_compiled_call_impl", None) is not None:
+            wrapper = "torch.compile"
+        if wrapper is not None:
+            where = f"module {path!r}" if path else "the model"
+            raise RuntimeError(f"fuse the model before {wrapper}, which has {where} already")
+
+
+def _enter_hugging_face(model: nn.Module) -> list[Row]:
+    return []
+
+
+def _leave_hugging_face(model: nn.Module) -> int:
+    return 0
