@@ -165,17 +165,17 @@ def _fuse(
         elif (left := _why_left(module, wanted)) is not None:
             found.append((path, module, name, left))
     rows = [_row(*item) for item in found]
-    attention_rows = _enter_hugging_face(model) if attention else []
-    report = FuseReport((*attention_rows, *rows), len(changes))
-    return report, changes, bool(attention_rows)
+    attention_rows, switched = _enter_hugging_face(model) if attention else ([], 0)
+    report = FuseReport((*attention_rows, *rows), len(changes) + switched)
+    return report, changes, switched > 0
 
 
 def _own_class(cls: type) -> type[Any] | None:
     """Ours for exactly this class."""
     if cls.__module__.startswith("transformers."):
-        from fused_lm.integrations.huggingface_modules import CLASSES
+        from fused_lm.integrations.huggingface_modules import own_class
 
-        return CLASSES.get(cls)
+        return own_class(cls)
     return _CLASSES.get(cls)
 
 
@@ -238,9 +238,35 @@ def _check_model(model: nn.Module) -> None:
             raise RuntimeError(f"fuse the model before {wrapper}, which has {where} already")
 
 
-def _enter_hugging_face(model: nn.Module) -> list[Row]:
-    return []
+def _enter_hugging_face(model: nn.Module) -> tuple[list[Row], int]:
+    """Rows of the models of transformers in ``model``, and how many were switched to our
+    attention.
+    """
+    if not any(_is_hugging_face(module) for module in model.modules()):
+        return [], 0
+    from fused_lm.integrations.huggingface_switch import likely_backend, use_fused_attention
+
+    switch = use_fused_attention(model)
+    rows = []
+    for path, module in model.named_modules():
+        name = f"attention of {type(module).__name__}"
+        if path in switch.left:
+            was = str(module.config._attn_implementation)
+            rows.append(Row(path, f"{name}: {was}", was, "", switch.left[path]))
+        elif path in switch.changed:
+            was = f"{name}: {switch.changed[path]}"
+            rows.append(Row(path, was, "fused_lm", likely_backend(module), ""))
+    return rows, len(switch.changed)
 
 
 def _leave_hugging_face(model: nn.Module) -> int:
-    return 0
+    if not any(_is_hugging_face(module) for module in model.modules()):
+        return 0
+    from fused_lm.integrations.huggingface_switch import leave_fused_attention
+
+    return leave_fused_attention(model)
+
+
+def _is_hugging_face(module: nn.Module) -> bool:
+    """Of transformers, or of a class made of one of its: only then is it imported."""
+    return any(cls.__module__.startswith("transformers.") for cls in type(module).__mro__)

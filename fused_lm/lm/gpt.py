@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_lm.lm.cache import KVCache
+from fused_lm.lm.huggingface import HuggingFaceWeights
 from fused_lm.nn.dropin import is_plain_linear
 from fused_lm.nn.feedforward import ACTIVATIONS
 from fused_lm.nn.norm import LayerNorm, RMSNorm
@@ -145,7 +146,7 @@ def _check_field(name: str, kind: str, value: object) -> None:
         raise ValueError(f"GPTConfig: {name} must be at least 1, got {value}")
 
 
-class GPT(nn.Module):
+class GPT(HuggingFaceWeights):
     """Decoder-only language model, tokens [B, T] -> logits [B, T, V].
 
     A tied head has no module of its own: it reads ``tokens.weight``, so that a state dict holds the
@@ -267,10 +268,8 @@ class GPT(nn.Module):
             return x + self.positions.weight[start : start + T], None
         positions = torch.arange(start, start + T, device=tokens.device)
         if self.config.positions == "sinusoidal":
-            scale = math.sqrt(self.config.embed_dim)
-            return x * scale + sinusoidal_table(
-                positions, self.config.embed_dim, dtype=x.dtype
-            ), None
+            table = sinusoidal_table(positions, self.config.embed_dim, dtype=x.dtype)
+            return x * math.sqrt(self.config.embed_dim) + table, None
         table_dtype = torch.promote_types(x.dtype, torch.float32)
         return x, rotary_tables(positions, self.config.head_dim, dtype=table_dtype)
 
