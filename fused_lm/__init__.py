@@ -2,7 +2,7 @@
 modules.
 """
 
-from fused_lm import nn
+from fused_lm import integrations, nn
 from fused_lm.dispatch import use_backend
 from fused_lm.explain import why
 from fused_lm.integrations.fuse import FuseReport, fuse, fused, unfuse
@@ -34,6 +34,7 @@ __all__ = [
     "ffn",
     "fuse",
     "fused",
+    "integrations",
     "layer_norm",
     "linear_act",
     "linear_cross_entropy",

@@ -291,6 +291,26 @@ def test_masked_calls_compile_whole(need_weights: bool, backend: str, device: to
         assert torch.isfinite(got[0]).all()
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+def test_nested_tensors_go_to_torch(backend: str) -> None:
+    """Which takes them in its fast path, and raises its own error elsewhere."""
+    stock, ours = _pair(CPU, batch_first=True)
+    rows = [torch.randn(length, E) for length in (3, 5)]
+    for layout in (torch.strided, torch.jagged):
+        x = torch.nested.nested_tensor(rows, layout=layout)
+        outcomes = []
+        for module in (stock, ours):
+            for training in (False, True):
+                with torch.no_grad(), fused_lm.use_backend(backend):
+                    try:
+                        out = module.train(training)(x, x, x, need_weights=False)[0]
+                        outcomes.append([part.tolist() for part in out.unbind()])
+                    except Exception as error:
+                        outcomes.append([type(error), str(error)])
+        assert outcomes[:2] == outcomes[2:]
+        assert (layout == torch.strided) == isinstance(outcomes[0][0], list)
+
+
 NORMS = [
     (nn.LayerNorm, fused_lm.nn.LayerNorm, {}),
     (nn.LayerNorm, fused_lm.nn.LayerNorm, {"bias": False}),

@@ -31,15 +31,15 @@ _CLASSES: dict[type, type[Any]] = {
 _CONTAINERS = (nn.TransformerDecoder, nn.Transformer)
 
 _WRAPPERS = {
-    "torch.nn.parallel.distributed.DistributedDataParallel": "DistributedDataParallel",
-    "torch.nn.parallel.data_parallel.DataParallel": "DataParallel",
-    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel": "FSDP",
-    "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule": "fully_shard",
-    "torch._dynamo.eval_frame.OptimizedModule": "torch.compile",
-    "torch.jit._script.ScriptModule": "torch.jit",
-    "torch.fx.graph_module.GraphModule": "torch.export or torch.fx",
+    "DistributedDataParallel": "DistributedDataParallel",
+    "DataParallel": "DataParallel",
+    "FullyShardedDataParallel": "FSDP",
+    "FSDPModule": "fully_shard",
+    "OptimizedModule": "torch.compile",
+    "ScriptModule": "torch.jit",
+    "GraphModule": "torch.export or torch.fx",
 }
-"""Classes by name, because importing some of them takes a second, and what to call them."""
+"""torch's classes by name, because importing some of them takes a second, and what made them."""
 
 
 class Row(NamedTuple):
@@ -229,8 +229,8 @@ def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse takes a torch.nn.Module, got {type(model).__name__}")
     for path, module in model.named_modules():
-        names = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__]
-        wrapper = next((_WRAPPERS[name] for name in names if name in _WRAPPERS), None)
+        torchs = [c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.")]
+        wrapper = next((_WRAPPERS[name] for name in torchs if name in _WRAPPERS), None)
         if wrapper is None and getattr(module, "_compiled_call_impl", None) is not None:
             wrapper = "torch.compile"
         if wrapper is not None:

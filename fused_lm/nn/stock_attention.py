@@ -94,6 +94,9 @@ def sizes_of(module: Any, call: StockCall) -> Sizes | None:
     query, key, value = call.query, call.key, call.value
     if query.is_nested or key.is_nested or value.is_nested:
         return None
+    dtypes = {query.dtype, key.dtype, value.dtype, module.out_proj.weight.dtype}
+    if len(dtypes) > 1 and not torch.is_autocast_enabled(query.device.type):
+        return None
     batched = query.dim() == 3
     if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
         return None
