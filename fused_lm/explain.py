@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -61,10 +62,14 @@ def call_of(op: str, *args: Any, **kwargs: Any) -> Any:
     if op not in _OPERATORS:
         names = ", ".join(_OPERATORS)
         raise ValueError(f"fused_lm has no operator {op!r}; expected one of: {names}")
-    bound = inspect.signature(_OPERATORS[op].public).bind(*args, **kwargs)
+    bound = _signature(_OPERATORS[op].public).bind(*args, **kwargs)
     bound.apply_defaults()
-    taken = inspect.signature(_OPERATORS[op].checked).parameters
+    taken = _signature(_OPERATORS[op].checked).parameters
     arguments = {name: bound.arguments.get(name) for name in taken}
     if op == "rms_norm" and arguments["eps"] is None:
         arguments["eps"] = 0.0
     return _OPERATORS[op].checked(**arguments)
+
+
+_signature = functools.cache(inspect.signature)
+"""Reading one takes longer than dispatch itself."""

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import fused_lm
+from fused_lm import records
 from fused_lm.nn import MultiheadAttention
 from tests import taken
-from tests.mha_cases import Case, compare, compare_modules, modules
+from tests.mha_cases import Case, compare, compare_modules, inputs, modules
 
 CPU = torch.device("cpu")
 PLAIN = Case(need_weights=False)
@@ -140,3 +141,46 @@ def _caught(mutate: Any) -> bool:
         if not made:  # what doesn't look right is left to torch, which hides the mistake
             return True
     return False
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_auto_asks_about_the_call_that_would_run(name: str) -> None:
+    """What records are looked up for, before anything is projected, is what dispatch sees later."""
+    case = CASES[name]
+    _, ours = modules(case, CPU)
+    tensors, arguments = inputs(case, CPU)
+    asked: list[tuple[str, Any]] = []
+
+    def choose(op: str, call: Any) -> str:
+        asked.append((op, call))
+        return "reference" if len(asked) > half else "triton"
+
+    half = 2 if case.need_weights else 1
+    with pytest.MonkeyPatch.context() as patch, torch.set_grad_enabled(case.grad):
+        patch.setattr("fused_lm.dispatch.choose", choose)
+        patch.setattr("fused_lm.nn.attention.stays_stock", lambda x: False)
+        ours(*tensors, **arguments)
+    assert len(asked) == 2 * half
+    for (op, before), (later_op, later) in zip(asked[:half], asked[half:], strict=True):
+        assert op == later_op
+        assert records.shape_class(op, before) == records.shape_class(op, later)
+        for field in ("q", "k", "mask", "key_mask", "bias"):
+            one, other = getattr(before, field), getattr(later, field)
+            assert (one is None) == (other is None), field
+            if one is not None:
+                assert (one.dtype, one.device) == (other.dtype, other.device), field
+            if field in ("q", "k"):
+                assert one.shape == other.shape
+        assert before._replace(**_TENSORS[op])[4:] == later._replace(**_TENSORS[op])[4:]
+        needs = [
+            torch.is_grad_enabled() and any(t.requires_grad for t in call if torch.is_tensor(t))
+            for call in (before, later)
+        ]
+        assert needs[0] == needs[1]
+
+
+_NOTHING = dict.fromkeys(("q", "k", "mask", "key_mask", "bias", "rng"))
+_TENSORS = {
+    "attention": {**_NOTHING, "v": None},
+    "attention_weights": {**_NOTHING, "lse": None},
+}

@@ -28,7 +28,6 @@ from fused_lm.nn.dropin import (
     TYPICAL_TOKENS,
     DropIn,
     backend_of,
-    kernel_runs,
     stand_in,
     stays_stock,
 )
@@ -40,7 +39,12 @@ from fused_lm.nn.stock_attention import (
     stock_forward,
     warn_of_mixed_masks,
 )
-from fused_lm.ops.attention import attention, attention_weights
+from fused_lm.ops.attention import (
+    AttentionCall,
+    AttentionWeightsCall,
+    attention,
+    attention_weights,
+)
 from fused_lm.ops.registration import autocast_dtype, make_rng, needs_gradient
 
 
@@ -138,28 +142,48 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
             return None
         return sizes
 
+    def _kernels_have_records(self, call: StockCall, sizes: Sizes) -> bool:
+        """Under auto: would dispatch take a kernel for everything this call needs?"""
+        attn, padding = call.attn_mask, call.key_padding_mask
+        causal = _hint_replaces_mask(call)
+        attn = None if causal else attn
+        # Masks as they came: only what kind they are of matters here.
+        q, k = self._stand_ins(call, sizes)
+        bias, mask, key_mask = None, None, None
+        if attn is not None:
+            mask, bias = (attn, None) if attn.dtype == torch.bool else (None, attn)
+        if padding is not None:
+            if padding.dtype == torch.bool:
+                key_mask = padding
+            else:
+                bias = padding
+        tail = (None, 0 if causal else None, self.head_dim**-0.5, 0.0, self._dropout_p)
+        asked: Any = AttentionCall(
+            q, k, k, mask, key_mask, bias, None, *tail, return_lse=call.need_weights
+        )
+        if dispatch.choose("attention", asked) in ("pytorch", "reference"):
+            return False
+        if not call.need_weights:
+            return True
+        lse = torch.empty((), device=q.device).expand(q.shape[:3])
+        asked = AttentionWeightsCall(
+            q, k, lse, mask, key_mask, bias, None, *tail, average_heads=call.average_attn_weights
+        )
+        return dispatch.choose("attention_weights", asked) not in ("pytorch", "reference")
+
     def _stand_ins(self, call: StockCall, sizes: Sizes) -> tuple[Tensor, Tensor]:
         """Tensors without memory that look to dispatch like the projected query and key."""
         query = call.query
         one = torch.empty(
             (), dtype=autocast_dtype(query.device) or query.dtype, device=query.device
         )
-        one.requires_grad_(needs_gradient((query, call.key, *self.parameters())))
+        own = (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        learned = (*own, self.in_proj_bias, self.bias_k, self.bias_v)
+        if needs_gradient((query, call.key, call.value, *learned)):
+            one.requires_grad_()
         heads = (sizes.N, self.num_heads)
         q = one.expand(*heads, sizes.T, self.head_dim)
         return q, one.expand(*heads, sizes.S + self._extra_keys, self.head_dim)
-
-    def _kernels_have_records(self, call: StockCall, sizes: Sizes) -> bool:
-        """Under auto: would dispatch take a kernel for everything this call needs?"""
-        q, k = self._stand_ins(call, sizes)
-        options = {**self._translated(call, sizes)._asdict(), "dropout_p": self._dropout_p}
-        if not kernel_runs("attention", q, k, k, return_lse=call.need_weights, **options):
-            return False
-        if not call.need_weights:
-            return True
-        rng = q.new_empty(4, dtype=torch.int64)
-        lse = q.new_empty(()).float().expand(q.shape[:3])
-        return kernel_runs("attention_weights", q, k, lse, rng=rng, **options)
 
     @property
     def _extra_keys(self) -> int:
@@ -239,11 +263,9 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
         return q, longer[0], longer[1]
 
     def _translated(self, call: StockCall, sizes: Sizes) -> _Masks:
-        """torch's rule: the hint replaces the mask only without weights and without key padding;
-        masks hide none of the keys that the module appends.
-        """
+        """Masks hide none of the keys that the module appends."""
         attn, padding = call.attn_mask, call.key_padding_mask
-        if call.is_causal and padding is None and not call.need_weights:
+        if _hint_replaces_mask(call):
             return _Masks(None, None, None, "top_left")
         N, T, S = sizes
         if self._extra_keys:
@@ -265,3 +287,8 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
                 keys = keys[:, None, None, :]
                 bias = keys if bias is None else bias + keys
         return _Masks(mask, key_mask, bias, False)
+
+
+def _hint_replaces_mask(call: StockCall) -> bool:
+    """torch's rule: only without weights and without key padding."""
+    return call.is_causal and call.key_padding_mask is None and not call.need_weights
