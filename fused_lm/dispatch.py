@@ -16,8 +16,10 @@ carries into the threads of a GPU's backward: there a checkpointed forward runs 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -150,7 +152,29 @@ _inherited._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _set_backend(backend: str) -> None:
     _state.backend = backend
     if not is_compiling():
-        _stash_obj_in_tls(_TLS_KEY, backend)
+        _stash(_TLS_KEY, backend)
+
+
+def _stash(key: str, value: object) -> None:
+    if _STEALS:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+    _stash_obj_in_tls(key, value)
+
+
+def _steals() -> bool:
+    """Whether torch's stash drops a reference that it has not taken, as that of 2.10 does: after
+    some hundred calls the value's memory would be another's.
+    """
+    before = sys.getrefcount(_PROBE)
+    _stash_obj_in_tls(_TLS_KEY + "_probe", _PROBE)
+    if sys.getrefcount(_PROBE) > before:
+        return False
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_PROBE))
+    return True
+
+
+_PROBE = object()
+_STEALS = _steals()
 
 
 def choose(op: str, call: Any) -> str:

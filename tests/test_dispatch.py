@@ -396,3 +396,13 @@ def test_norms_of_mixed_dtypes_and_unaligned_rows_have_records_of_their_own() ->
         records.SHAPE_CLASSES["layer_norm"](call_of("layer_norm", torch.zeros(s)))[1] for s in sizes
     ]
     assert found == [0, 1, 1, 2, 3, 4, 5]
+
+
+def test_forcing_backends_leaks_and_steals_no_reference() -> None:
+    """torch 2.10 steals one at each call: its names would be freed while they are in use."""
+    name = "".join(["ref", "erence"])  # a string of its own, not the constant
+    before = sys.getrefcount(name)
+    for _ in range(50):
+        with fused_lm.use_backend(name):
+            pass
+    assert sys.getrefcount(name) == before

@@ -59,20 +59,21 @@ def stock_forward(module: Any, call: StockCall) -> tuple[Tensor, Tensor | None]:
         return nn.MultiheadAttention.forward(module, *call)
     if is_compiling():  # Dynamo can't look into the functional form
         return module.by_operators(call, sizes)
-    if call.query.device.type != "cpu":
-        return _functional_form(module, call)
-    hidden = rows_without_a_key(module, call, sizes)
-    if not hidden.any():
+    looks = call.query.device.type == "cpu"
+    hidden = rows_without_a_key(module, call, sizes) if looks else None
+    if hidden is not None and not hidden.any():
         return nn.MultiheadAttention.forward(module, *call)
-    safe = _functional_form(module, call)
+    safe_out, safe_weights = _functional_form(module, call)
     if not takes_native_path(module, call):
-        return safe
+        return safe_out, safe_weights
+    if hidden is None:
+        return safe_out.contiguous(), safe_weights
     out, weights = nn.MultiheadAttention.forward(module, *call)
     rows = hidden.any(1).unsqueeze(-1)  # a 3-D mask may hide a row from some heads only
-    out = torch.where(rows, safe[0], out)
-    if weights is not None and safe[1] is not None:
+    out = torch.where(rows, safe_out, out).contiguous()
+    if weights is not None and safe_weights is not None:
         rows = hidden.unsqueeze(-1) if weights.dim() == 4 else rows
-        weights = torch.where(rows, safe[1], weights)
+        weights = torch.where(rows, safe_weights, weights)
     return out, weights
 
 
