@@ -42,12 +42,14 @@ NAME = "fused_lm"
 _FORWARD = "_scaled_dot_product_flash_attention"
 _BACKWARD = "_scaled_dot_product_flash_attention_backward"
 
-MARKS = {"cuda": torch.int8, "triton": torch.int16, "reference": torch.int32}
-"""Backend -> dtype of the forward's output ``unused``, by which the backward knows who made it.
+MARKS = {"cuda": 2, "triton": 4, "reference": 6}
+"""Backend -> where the forward's output ``unused``, one number, lies in its storage, by which the
+backward knows who made it.
 
-torch's own is uint64. A dtype, because reading a value would wait for the GPU, and because compiled
-graphs check shapes and strides of outputs, but keep the dtypes that they get.
+torch's own lies at 0. A place, because reading a value would wait for the GPU, and because compiled
+graphs check dtypes, shapes, strides and that outputs lie at multiples of 16 bytes.
 """
+MARK_ROOM = 2 * len(MARKS) + 2
 
 _backwards: dict[str, Library] = {}
 """Dispatch key -> our backward, as long as anything may need it."""
@@ -182,7 +184,7 @@ class _Overrides:
             rng = registration.make_rng(query.device)
             call, state = call._replace(rng=rng), rng[:2].view(torch.uint64)
         out, lse = registration.execute("attention_fwd", *call[:-1], backend)
-        mark = query.new_empty((), dtype=MARKS[backend])
+        mark = query.new_empty(MARK_ROOM, dtype=torch.uint64)[MARKS[backend]]
         return _laid_as(out, query), lse, None, None, T, S, state, mark, query.new_empty(0)
 
 
@@ -204,7 +206,8 @@ def _run_backward(
     *,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backend = next((name for name, dtype in MARKS.items() if dtype == philox_offset.dtype), None)
+    place = philox_offset.storage_offset()
+    backend = next((name for name, mark in MARKS.items() if mark == place), None)
     if backend is None:
         rows = [t.transpose(1, 2) for t in (grad_out, query, key, value, out)]
         lengths = (cum_seq_q, cum_seq_k, max_q, max_k)
