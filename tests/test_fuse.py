@@ -142,7 +142,6 @@ def test_too_late_is_said() -> None:
         (wrapped, "DataParallel"),
         (nn.Sequential(compiled), "torch.compile"),
         (in_place, "torch.compile"),
-        (torch.jit.trace(nn.Linear(2, 2), torch.randn(1, 2)), "torch.jit"),
     ):
         with pytest.raises(RuntimeError, match=re.escape(f"fuse the model before {word}")):
             fused_lm.fuse(late)

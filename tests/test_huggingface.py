@@ -256,10 +256,10 @@ def test_switching_is_undone_exactly_and_harmless_twice() -> None:
     first, second = switch.use_fused_attention(wrapped), switch.use_fused_attention(wrapped)
     assert first.changed["inner"] == "sdpa" and not second.changed
     assert model.config._attn_implementation == hf.NAME
-    assert switch.leave_fused_attention(copy.deepcopy(wrapped)) == len(first.changed)
-    assert switch.leave_fused_attention(wrapped) == len(first.changed)
+    assert switch.leave_fused_attention(copy.deepcopy(wrapped).modules()) == len(first.changed)
+    assert switch.leave_fused_attention(wrapped.modules()) == len(first.changed)
     assert model.config._attn_implementation == "sdpa"
-    assert switch.leave_fused_attention(wrapped) == 0
+    assert switch.leave_fused_attention(wrapped.modules()) == 0
 
 
 def _clip() -> Any:
@@ -279,7 +279,7 @@ def test_composite_models(monkeypatch: pytest.MonkeyPatch) -> None:
     assert before == ["sdpa", "eager", "sdpa"]
     switch.use_fused_attention(model)
     assert [config._attn_implementation for config in configs] == [hf.NAME] * 3
-    switch.leave_fused_attention(model)
+    switch.leave_fused_attention(model.modules())
     assert [config._attn_implementation for config in configs] == before
     vision = type(model.vision_model)
     if not issubclass(vision, transformers.PreTrainedModel):

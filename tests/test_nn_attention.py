@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fused_lm
 from fused_lm.nn.stock_attention import StockCall
+from fused_lm.tolerance import check_close
 
 E, H, N, T, S = 24, 4, 3, 7, 9
 BACKENDS = ("auto", "reference", "triton")
@@ -351,6 +352,24 @@ def test_norms(
     with pytest.raises(RuntimeError) as got:
         ours(x[..., :2])
     assert str(got.value) == str(wanted.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_eps_that_rms_norm_takes_by_itself_is_torchs(backend: str, dtype: torch.dtype) -> None:
+    """Not what its documentation says: for 16 bits it is that of fp32. Small inputs show it."""
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("the kernels compute in fp32")
+    stock, ours = nn.RMSNorm(64, dtype=dtype), fused_lm.nn.RMSNorm(64, dtype=dtype)
+    x = (1e-3 * torch.randn(3, 64).double()).to(dtype)
+    with fused_lm.use_backend(backend):
+        got = ours(x)
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + _eps(dtype)).sqrt()
+    check_close(got, stock(x), exact)
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return 2.0**-52 if dtype == torch.float64 else 2.0**-23
 
 
 def test_auto_fuses_only_where_every_kernel_of_the_call_has_a_record(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fused_lm.nn.attention import MultiheadAttention
-from fused_lm.nn.dropin import DropIn
+from fused_lm.nn.dropin import DropIn, is_drop_in
 from fused_lm.nn.norm import LayerNorm, RMSNorm
 from fused_lm.nn.transformer_layers import (
     TransformerDecoderLayer,
@@ -36,10 +36,11 @@ _WRAPPERS = {
     "FullyShardedDataParallel": "FSDP",
     "FSDPModule": "fully_shard",
     "OptimizedModule": "torch.compile",
-    "ScriptModule": "torch.jit",
-    "GraphModule": "torch.export or torch.fx",
 }
 """torch's classes by name, because importing some of them takes a second, and what made them."""
+
+_PARTS = ("forward", "_sa_block", "_mha_block", "_ff_block")
+"""Methods that our forwards stand for; one that was replaced on an instance keeps its module."""
 
 
 class Row(NamedTuple):
@@ -84,8 +85,17 @@ class FuseReport:
 
 
 class _Change(NamedTuple):
+    """A module, its class and its own attribute ``fuse_ffn`` before."""
+
     module: nn.Module
     was: type[nn.Module]
+    fuse_ffn: Any
+
+
+class _Done(NamedTuple):
+    report: FuseReport
+    changes: list[_Change]
+    switched: list[nn.Module]
 
 
 def fuse(
@@ -95,8 +105,10 @@ def fuse(
 
     Args:
         model: Any module that is not yet wrapped by DDP, FSDP or ``torch.compile``; itself counts.
+            ``torch.fx`` is to trace it before: ours are no leaves to it, as torch's own are.
         attention: MultiheadAttention, TransformerEncoder, and the attention of Hugging Face models
-            (their attention implementation becomes "fused_lm").
+            (their attention implementation becomes "fused_lm"; models that share a configuration
+            share that).
         norm: LayerNorm, RMSNorm, and Hugging Face's.
         ffn: The feed-forward networks of TransformerEncoderLayer and TransformerDecoderLayer, and
             those of Hugging Face's GPT-2, BERT, ViT and Llama. These layers change class with any
@@ -108,66 +120,77 @@ def fuse(
 
     >>> print(fused_lm.fuse(model))
     """
-    return _fuse(model, attention, norm, ffn)[0]
+    return _fuse(model, attention, norm, ffn).report
 
 
 def unfuse(model: nn.Module) -> int:
-    """Takes :func:`fuse` back: every module of ours that stands for a stock one becomes that again,
-    those that were made as ours too.
+    """Takes :func:`fuse` back: every module of exactly our classes that stands for a stock one
+    becomes that again, those that were made as ours too. A subclass that someone made of ours, and
+    a module whose forward was replaced since, stay.
 
     Returns:
         How many modules changed.
     """
-    _check_model(model)
-    changes = [module for module in model.modules() if isinstance(module, DropIn)]
-    for module in changes:
-        _put_back(module, module.stock)
-    return len(changes) + _leave_hugging_face(model)
+    _check_is_module(model)
+    ours = [m for m in model.modules() if is_drop_in(m) and "forward" not in m.__dict__]
+    for module in ours:
+        module.__dict__.pop("fuse_ffn", None)
+        stock: Any = module.stock
+        module.__class__ = stock
+    return len(ours) + _leave_hugging_face(list(model.modules()))
 
 
 @contextmanager
 def fused(
     model: nn.Module, attention: bool = True, norm: bool = True, ffn: bool = True
 ) -> Iterator[FuseReport]:
-    """:func:`fuse` for the length of a ``with``: what was ours before stays ours after it.
+    """:func:`fuse` for the length of a ``with``: what was ours before stays ours after it. The
+    backward of a checkpointed forward belongs into it too.
 
     >>> with fused_lm.fused(model) as report:
     ...     loss = model(x).sum()
     """
-    report, changes, attention_changed = _fuse(model, attention, norm, ffn)
+    done = _fuse(model, attention, norm, ffn)
     try:
-        yield report
+        yield done.report
     finally:
-        for module, was in changes:
-            _put_back(module, was)
-        if attention_changed:
-            _leave_hugging_face(model)
+        for change in done.changes:
+            change.module.__class__ = change.was
+            _set_fuse_ffn(change.module, change.fuse_ffn)
+        _leave_hugging_face(done.switched)
 
 
-def _fuse(
-    model: nn.Module, attention: bool, norm: bool, ffn: bool
-) -> tuple[FuseReport, list[_Change], bool]:
-    _check_model(model)
+def _fuse(model: nn.Module, attention: bool, norm: bool, ffn: bool) -> _Done:
+    _check_is_module(model)
+    _check_not_wrapped(model)
     wanted = {"attention": attention, "norm": norm, "ffn": ffn}
+    attention_rows, switched = _enter_hugging_face(model) if attention else ([], [])
     changes: list[_Change] = []
     found: list[tuple[str, nn.Module, str, str]] = []
     for path, module in model.named_modules():
-        name = type(module).__name__
+        name, before = type(module).__name__, module.__dict__.get("fuse_ffn")
         own = _own_class(type(module))
         if own is not None and _is_wanted(own, wanted):
             reason = _why_not(module, own)
             if reason == "":
-                changes.append(_Change(module, type(module)))
+                changes.append(_Change(module, type(module), before))
                 module.__class__ = own
-                if own in _LAYERS and not ffn:
-                    module.__dict__["fuse_ffn"] = False
+                _set_fuse_ffn(module, False if own in _LAYERS and not ffn else None)
             found.append((path, module, name, reason))
         elif (left := _why_left(module, wanted)) is not None:
+            if ffn and before is not None:  # of an earlier call without it
+                changes.append(_Change(module, type(module), before))
+                _set_fuse_ffn(module, None)
             found.append((path, module, name, left))
-    rows = [_row(*item) for item in found]
-    attention_rows, switched = _enter_hugging_face(model) if attention else ([], 0)
-    report = FuseReport((*attention_rows, *rows), len(changes) + switched)
-    return report, changes, switched > 0
+    rows = (*attention_rows, *(_row(*item) for item in found))
+    return _Done(FuseReport(rows, len(changes) + len(switched)), changes, switched)
+
+
+def _set_fuse_ffn(module: nn.Module, value: Any) -> None:
+    """None: what the class says."""
+    module.__dict__.pop("fuse_ffn", None)
+    if value is not None:
+        module.__dict__["fuse_ffn"] = value
 
 
 def _own_class(cls: type) -> type[Any] | None:
@@ -185,8 +208,9 @@ def _is_wanted(own: type[Any], wanted: dict[str, bool]) -> bool:
 
 def _why_not(module: nn.Module, own: type[Any]) -> str:
     """Why a module of the right class stays as it is, or "" """
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance"
+    replaced = [name for name in _PARTS if name in module.__dict__]
+    if replaced:
+        return f"its {replaced[0]} was replaced on the instance"
     if own is TransformerEncoder and not len(module.layers):  # type: ignore[arg-type]
         return "it has no layers"
     return ""
@@ -216,18 +240,16 @@ def _row(path: str, module: nn.Module, was: str, reason: str) -> Row:
         return Row(path, was, now, "", reason)
     try:
         return Row(path, was, now, module.likely_backend(), "")
-    except RuntimeError as error:  # the forced backend refuses
+    except Exception as error:  # a forced backend that refuses; sizes or dtypes that don't fit
         return Row(path, was, now, f"nothing: {str(error).splitlines()[0]}", "")
 
 
-def _put_back(module: nn.Module, was: type[nn.Module]) -> None:
-    module.__class__ = was
-    module.__dict__.pop("fuse_ffn", None)
-
-
-def _check_model(model: nn.Module) -> None:
+def _check_is_module(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse takes a torch.nn.Module, got {type(model).__name__}")
+
+
+def _check_not_wrapped(model: nn.Module) -> None:
     for path, module in model.named_modules():
         torchs = [c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.")]
         wrapper = next((_WRAPPERS[name] for name in torchs if name in _WRAPPERS), None)
@@ -238,33 +260,34 @@ def _check_model(model: nn.Module) -> None:
             raise RuntimeError(f"fuse the model before {wrapper}, which has {where} already")
 
 
-def _enter_hugging_face(model: nn.Module) -> tuple[list[Row], int]:
-    """Rows of the models of transformers in ``model``, and how many were switched to our
-    attention.
+def _enter_hugging_face(model: nn.Module) -> tuple[list[Row], list[nn.Module]]:
+    """Rows of the models of transformers in ``model``, and those that are on our attention now and
+    were not before.
     """
     if not any(_is_hugging_face(module) for module in model.modules()):
-        return [], 0
+        return [], []
     from fused_lm.integrations.huggingface_switch import likely_backend, use_fused_attention
 
     switch = use_fused_attention(model)
-    rows = []
+    rows, switched = [], []
     for path, module in model.named_modules():
         name = f"attention of {type(module).__name__}"
         if path in switch.left:
             was = str(module.config._attn_implementation)
             rows.append(Row(path, f"{name}: {was}", was, "", switch.left[path]))
         elif path in switch.changed:
+            switched.append(module)
             was = f"{name}: {switch.changed[path]}"
             rows.append(Row(path, was, "fused_lm", likely_backend(module), ""))
-    return rows, len(switch.changed)
+    return rows, switched
 
 
-def _leave_hugging_face(model: nn.Module) -> int:
-    if not any(_is_hugging_face(module) for module in model.modules()):
+def _leave_hugging_face(modules: list[nn.Module]) -> int:
+    if not any(_is_hugging_face(module) for module in modules):
         return 0
     from fused_lm.integrations.huggingface_switch import leave_fused_attention
 
-    return leave_fused_attention(model)
+    return leave_fused_attention(modules)
 
 
 def _is_hugging_face(module: nn.Module) -> bool:

@@ -62,6 +62,7 @@ class _FeedForward(DropIn):
         return self._dropped(ffn(hidden_states, **options))
 
     def likely_backend(self, tokens: int = TYPICAL_TOKENS) -> str:
+        """As :meth:`DropIn.likely_backend`."""
         options = self._operands()
         if options is None:
             return "pytorch"
@@ -148,6 +149,7 @@ class _LinearActivation(DropIn):
         return linear_act(hidden_states, self.dense.weight, self.dense.bias, activation=activation)
 
     def likely_backend(self, tokens: int = TYPICAL_TOKENS) -> str:
+        """As :meth:`DropIn.likely_backend`."""
         return _backend_of_linear(self.dense, self._activation(), tokens)
 
     def _activation(self) -> str | None:
@@ -184,6 +186,7 @@ class _AddNorm(DropIn):
         return out
 
     def likely_backend(self, tokens: int = TYPICAL_TOKENS) -> str:
+        """As :meth:`DropIn.likely_backend`."""
         norm = self.LayerNorm
         if not self._fusable() or norm.weight is None:
             return "pytorch"
@@ -221,6 +224,7 @@ class _RootMeanSquareNorm(DropIn):
         return out
 
     def likely_backend(self, tokens: int = TYPICAL_TOKENS) -> str:
+        """As :meth:`DropIn.likely_backend`."""
         x = stand_in((tokens, self.weight.shape[0]), self.weight)
         return backend_of("rms_norm", x, self.weight, eps=self.variance_epsilon)
 
@@ -263,9 +267,8 @@ def own_class(stock: type) -> type[Any] | None:
     name = stock.__name__
     if name not in bases or stock.__module__ != _home(home[2]):
         return None
-    if name not in globals():
-        globals()[name] = _drop_in(stock, bases[name])
-    return globals()[name] if globals()[name].stock is stock else None
+    made = globals().get(name) or globals().setdefault(name, _drop_in(stock, bases[name]))
+    return made if made.stock is stock else None
 
 
 def stock_classes() -> list[type[nn.Module]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -48,20 +49,27 @@ def use_fused_attention(model: nn.Module) -> AttentionSwitch:
         _set_implementations(models[path], before[path])
     for path, module in models.items():
         if path not in left and any(name != NAME for name in before[path]):
-            module.__dict__.setdefault(BEFORE, before[path])
+            # A choice that was made since an earlier switch is what to go back to.
+            noted = module.__dict__.get(BEFORE, before[path])
+            pairs = zip(before[path], noted, strict=True)
+            module.__dict__[BEFORE] = [old if now == NAME else now for now, old in pairs]
             changed.setdefault(path, str(before[path][0]))
     return AttentionSwitch(changed, left)
 
 
-def leave_fused_attention(model: nn.Module) -> int:
-    """Sets exactly what was set before :func:`use_fused_attention`.
+def leave_fused_attention(modules: Iterable[nn.Module]) -> int:
+    """Sets what was set before :func:`use_fused_attention`, but for what was set to something else
+    since.
 
     Returns:
-        How many models were switched back.
+        How many of ``modules`` were switched back.
     """
-    marked = [module for module in model.modules() if BEFORE in module.__dict__]
+    marked = [module for module in modules if BEFORE in module.__dict__]
     for module in marked:
-        _set_implementations(module, module.__dict__.pop(BEFORE))
+        names = module.__dict__.pop(BEFORE)
+        now = _implementations(module)
+        kept = (old if name == NAME else name for name, old in zip(now, names, strict=True))
+        _set_implementations(module, list(kept))
     return len(marked)
 
 

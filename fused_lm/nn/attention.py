@@ -17,13 +17,14 @@ answers: zeros in training without weights, NaN with weights, NaN in its fast pa
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_lm import dispatch
+from fused_lm.nn.attention_masks import Masks, hint_replaces_mask, translated, weights_of
 from fused_lm.nn.dropin import (
     TYPICAL_TOKENS,
     DropIn,
@@ -46,15 +47,6 @@ from fused_lm.ops.attention import (
     attention_weights,
 )
 from fused_lm.ops.registration import autocast_dtype, make_rng, needs_gradient
-
-
-class _Masks(NamedTuple):
-    """torch's masks in the operator's dialect: True = attend, floats are added."""
-
-    mask: Tensor | None
-    key_mask: Tensor | None
-    bias: Tensor | None
-    causal: bool | str
 
 
 class MultiheadAttention(DropIn, nn.MultiheadAttention):
@@ -145,7 +137,7 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
     def _kernels_have_records(self, call: StockCall, sizes: Sizes) -> bool:
         """Under auto: would dispatch take a kernel for everything this call needs?"""
         attn, padding = call.attn_mask, call.key_padding_mask
-        causal = _hint_replaces_mask(call)
+        causal = hint_replaces_mask(call)
         attn = None if causal else attn
         # Masks as they came: only what kind they are of matters here.
         q, k = self._stand_ins(call, sizes)
@@ -206,11 +198,30 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
             weights = attention_weights(
                 q, k, lse, average_heads=call.average_attn_weights, **options
             )
-        # Contiguous in the layout of the query, which users' views count on.
-        order = (0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)
+        return self._joined(out, weights, call)
+
+    def by_formula(self, call: StockCall, sizes: Sizes) -> tuple[Tensor, Tensor | None]:
+        """The call by plain operators, for graphs."""
+        warn_of_mixed_masks(call)
+        q, k, v = self._with_extra_keys(*self._projected(call))
+        P = weights_of(q, k, self._translated(call, sizes))
+        P = F.dropout(P, self._dropout_p) if self._dropout_p else P
+        weights = None
+        if call.need_weights:
+            weights = P.mean(1) if call.average_attn_weights else P
+        return self._joined(P @ v, weights, call)
+
+    def _joined(
+        self, out: Tensor, weights: Tensor | None, call: StockCall
+    ) -> tuple[Tensor, Tensor | None]:
+        """The results, from heads [N, H, T, head_dim]: contiguous in the layout of the query, which
+        users' views count on. torch reads the projection's weight, so nobody's hook sees a call.
+        """
+        project = self.out_proj.weight, self.out_proj.bias
         if call.query.dim() == 3:
-            return self.out_proj(out.permute(order).flatten(2)), weights
-        out = self.out_proj(out.squeeze(0).transpose(0, 1).flatten(1))
+            order = (0, 2, 1, 3) if self.batch_first else (2, 0, 1, 3)
+            return F.linear(out.permute(order).flatten(2), *project), weights
+        out = F.linear(out.squeeze(0).transpose(0, 1).flatten(1), *project)
         return out, None if weights is None else weights.squeeze(0)
 
     def _projected(self, call: StockCall) -> tuple[Tensor, Tensor, Tensor]:
@@ -262,33 +273,5 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
             longer.append(torch.cat(parts, dim=2))
         return q, longer[0], longer[1]
 
-    def _translated(self, call: StockCall, sizes: Sizes) -> _Masks:
-        """Masks hide none of the keys that the module appends."""
-        attn, padding = call.attn_mask, call.key_padding_mask
-        if _hint_replaces_mask(call):
-            return _Masks(None, None, None, "top_left")
-        N, T, S = sizes
-        if self._extra_keys:
-            extra = (0, self._extra_keys)
-            attn, padding = (m if m is None else F.pad(m, extra) for m in (attn, padding))
-            S += self._extra_keys
-        mask, key_mask, bias = None, None, None
-        if attn is not None:
-            shaped = attn if attn.dim() == 2 else attn.reshape(N, self.num_heads, T, S)
-            if attn.dtype == torch.bool:
-                mask = ~shaped
-            else:
-                bias = shaped
-        if padding is not None:
-            keys = padding.view(N, S)
-            if padding.dtype == torch.bool:
-                key_mask = ~keys
-            else:
-                keys = keys[:, None, None, :]
-                bias = keys if bias is None else bias + keys
-        return _Masks(mask, key_mask, bias, False)
-
-
-def _hint_replaces_mask(call: StockCall) -> bool:
-    """torch's rule: only without weights and without key padding."""
-    return call.is_causal and call.key_padding_mask is None and not call.need_weights
+    def _translated(self, call: StockCall, sizes: Sizes) -> Masks:
+        return translated(call, sizes, self.num_heads, self._extra_keys)

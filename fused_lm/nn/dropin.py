@@ -69,7 +69,9 @@ def stays_stock(x: Tensor) -> bool:
     results are then its own to the last bit.
     """
     forced = dispatch.current_backend()
-    return forced == "pytorch" or (forced == "auto" and x.device.type == "cpu")
+    if forced == "pytorch" or (forced == "auto" and x.device.type == "cpu"):
+        return True
+    return torch.jit.is_tracing()  # a TorchScript graph holds torch's operators
 
 
 def offered(op: str) -> bool:
@@ -115,7 +117,12 @@ def is_untouched(module: nn.Module, *types: type[nn.Module]) -> bool:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a fused operator may read the module's weight in its place: nobody replaced it or its
-    ``forward`` (by an adapter, a quantised one), and nobody listens to its calls.
+    """Whether a fused operator may read the module's weight in its place: nobody replaced it, its
+    ``forward`` or its weight (by an adapter, a quantised one), and nobody listens to its calls.
     """
-    return is_untouched(module, nn.Linear)
+    return is_untouched(module, nn.Linear) and type(module.weight) in (Tensor, nn.Parameter)
+
+
+def is_drop_in(module: nn.Module) -> bool:
+    """Whether a module's class is exactly a drop-in's, and not one that someone made of it."""
+    return "stock" in type(module).__dict__ and isinstance(module, DropIn)

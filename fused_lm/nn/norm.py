@@ -26,7 +26,9 @@ class LayerNorm(DropIn, nn.LayerNorm):
     kind: ClassVar[str] = "norm"
 
     def forward(self, input: Tensor) -> Tensor:
-        """input [*, normalized_shape] -> the same shape."""
+        """input [*, normalized_shape] -> the same shape; NestedTensors are left to torch."""
+        if input.is_nested:
+            return super().forward(input)
         if len(self.normalized_shape) == 1 and input.shape[-1:] == self.normalized_shape:
             if input.shape[-1] == 0:
                 return super().forward(input)
@@ -54,9 +56,13 @@ class RMSNorm(DropIn, nn.RMSNorm):
     kind: ClassVar[str] = "norm"
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [*, normalized_shape] -> the same shape."""
-        if not _ends_with(x, self.normalized_shape) or math.prod(self.normalized_shape) == 0:
-            return super().forward(x)  # torch's own error text
+        """x [*, normalized_shape] -> the same shape; NestedTensors are left to torch."""
+        if (
+            x.is_nested
+            or not _ends_with(x, self.normalized_shape)
+            or math.prod(self.normalized_shape) == 0
+        ):
+            return super().forward(x)  # where it is wrong, torch's own error text
         rows = x.flatten(-len(self.normalized_shape))
         weight = None if self.weight is None else self.weight.flatten()
         return cast(Tensor, rms_norm(rows, weight, eps=self.eps)).view(x.shape)
@@ -69,7 +75,10 @@ class RMSNorm(DropIn, nn.RMSNorm):
 def _likely_backend(op: str, norm: LayerNorm | RMSNorm, tokens: int) -> str:
     weight = norm.weight  # None: nothing says where the module would run
     like = torch.empty(0) if weight is None else weight
-    rows = stand_in((tokens, math.prod(norm.normalized_shape)), like)
+    width = math.prod(norm.normalized_shape)
+    if width == 0:
+        return "pytorch"
+    rows = stand_in((tokens, width), like)
     return backend_of(op, rows, None if weight is None else weight.flatten())
 
 

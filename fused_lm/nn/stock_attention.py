@@ -5,13 +5,13 @@ softmax of a row of -inf, which turns every gradient into NaN too) and in the na
 inference. Here such a row is zeros before the output projection, as torch's
 ``scaled_dot_product_attention`` answers it, and all other rows keep torch's bits:
 
-- with weights, torch's functional form runs with another ``softmax``. Nothing else of it is
-  replaced, so that it follows torch from version to version.
+- with weights, torch's functional form runs with another ``softmax``. It is torch's code, so that
+  it follows torch from version to version.
 - the fast path has no gradients, and its NaN stay in their rows, which are written over.
 
 On a CPU it costs a look at the masks, and calls that hide no row run torch's code as it is. On a
-GPU that look would be a synchronisation: there every masked call that could be NaN takes the
-functional form. While compiling it would be a graph break, and those calls go by our operators.
+GPU that look would be a synchronisation, under ``torch.func`` and tracers it can't be: there every
+masked call that could be NaN takes the functional form, and while compiling, plain operators.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 from torch.compiler import is_compiling
 from torch.nn import functional as F
-from torch.nn.modules import activation
-from torch.overrides import has_torch_function
+
+from fused_lm.nn.stock_paths import attention_is_native
+from fused_lm.ops.checks import autocast_enabled
 
 
 class StockCall(NamedTuple):
@@ -58,8 +60,8 @@ def stock_forward(module: Any, call: StockCall) -> tuple[Tensor, Tensor | None]:
     if module.strict_nan or sizes is None or not can_be_nan(module, call):
         return nn.MultiheadAttention.forward(module, *call)
     if is_compiling():  # Dynamo can't look into the functional form
-        return module.by_operators(call, sizes)
-    looks = call.query.device.type == "cpu"
+        return module.by_formula(call, sizes)
+    looks = may_look(call.query, call.attn_mask, call.key_padding_mask)
     hidden = rows_without_a_key(module, call, sizes) if looks else None
     if hidden is not None and not hidden.any():
         return nn.MultiheadAttention.forward(module, *call)
@@ -96,7 +98,7 @@ def sizes_of(module: Any, call: StockCall) -> Sizes | None:
     if query.is_nested or key.is_nested or value.is_nested:
         return None
     dtypes = {query.dtype, key.dtype, value.dtype, module.out_proj.weight.dtype}
-    if len(dtypes) > 1 and not torch.is_autocast_enabled(query.device.type):
+    if len(dtypes) > 1 and not autocast_enabled(query.device):
         return None
     batched = query.dim() == 3
     if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
@@ -123,7 +125,7 @@ def _mask_fits(mask: Tensor | None, shapes: tuple[tuple[int, ...], ...], query: 
         return mask is None or mask.shape in shapes
     # Autocast narrows a float mask with the rest of the call, but leaves fp64 as it is.
     same = mask.dtype == query.dtype or (
-        torch.is_autocast_enabled(query.device.type) and mask.dtype != torch.float64
+        autocast_enabled(query.device) and mask.dtype != torch.float64
     )
     return mask.is_floating_point() and same and mask.shape in shapes
 
@@ -155,39 +157,22 @@ def _hides(mask: Tensor) -> Tensor:
 
 
 def takes_native_path(module: Any, call: StockCall) -> bool:
-    """Whether torch runs the call as one native operator of inference.
+    """Whether torch runs the call as one native operator of inference."""
+    tensors = (call.query, call.key, call.value)
+    return attention_is_native(module, *tensors, call.attn_mask, call.key_padding_mask)
 
-    It is only asked so that rows keep its bits: an answer that is wrong for some version of torch
-    costs no correctness.
+
+def may_look(*tensors: Tensor | None) -> bool:
+    """Whether Python may branch on values: on a GPU that waits for it, and where a graph is made or
+    ``torch.func`` transforms, there are no values or not all of them.
     """
-    query = call.query
-    plain = (
-        torch.backends.mha.get_fastpath_enabled()
-        and not module.training
-        and module.batch_first
-        and module.num_heads % 2 == 0
-        and query.dim() == 3
-        and query is call.key
-        and call.key is call.value
-        and module.in_proj_weight is not None
-        and module.in_proj_bias is not None
-        and module.bias_k is None
-        and not module.add_zero_attn
-        and query.dtype == module.in_proj_weight.dtype == module.in_proj_bias.dtype
-        and not torch.is_autocast_enabled()
+    return not (
+        is_compiling()
+        or torch.jit.is_tracing()
+        or _are_functorch_transforms_active()
+        or _len_torch_dispatch_stack() > 0
+        or any(t is not None and t.device.type != "cpu" for t in tensors)
     )
-    if not plain:
-        return False
-    for mask in (call.attn_mask, call.key_padding_mask):
-        if mask is not None and mask.is_floating_point():
-            return False
-    projection = module.out_proj
-    tensors = (
-        query, module.in_proj_weight, module.in_proj_bias, projection.weight, projection.bias
-    )  # fmt: skip
-    if has_torch_function(tensors) or activation._is_make_fx_tracing():
-        return False
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 def warn_of_mixed_masks(call: StockCall) -> None:
@@ -214,7 +199,12 @@ def _with_globals(function: Any, **names: Any) -> Any:
     return twin
 
 
-_multi_head_attention = _with_globals(F.multi_head_attention_forward, softmax=_safe_softmax)
+# Under a mode of torch functions, as torch.set_default_device sets one, it would call its own name.
+_multi_head_attention = _with_globals(
+    F.multi_head_attention_forward,
+    softmax=_safe_softmax,
+    has_torch_function=lambda tensors: False,
+)
 
 
 def _functional_form(module: Any, call: StockCall) -> tuple[Tensor, Tensor | None]:

@@ -25,7 +25,7 @@ from fused_lm.nn.dropin import is_plain_linear
 from fused_lm.nn.feedforward import FeedForward
 from fused_lm.nn.norm import LayerNorm, RMSNorm
 from fused_lm.ops.attention import attention
-from fused_lm.ops.layernorm import layer_norm, rms_norm
+from fused_lm.ops.layernorm import default_eps, layer_norm, rms_norm
 from fused_lm.ops.linear_act import linear_act
 from fused_lm.ops.norm_input import NormInput
 from fused_lm.ops.registration import autocast_dtype
@@ -258,7 +258,7 @@ def _norm(norm: LayerNorm | RMSNorm, x: Tensor, **options: Any) -> Any:
 
 def eps_of(norm: LayerNorm | RMSNorm, dtype: torch.dtype) -> float:
     """The eps of a norm of a stream of this dtype; RMSNorm's default depends on it."""
-    return torch.finfo(dtype).eps if norm.eps is None else norm.eps
+    return default_eps(dtype) if norm.eps is None else norm.eps
 
 
 def _dropped(branch: Tensor, dropout_p: float) -> Tensor:

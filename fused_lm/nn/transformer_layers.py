@@ -12,6 +12,8 @@ In inference stock takes two shortcuts past its own submodules: one native opera
 NestedTensors without the padded tokens for a whole encoder. Under ``auto`` both stay, because
 nobody has measured our kernels against them; a forced backend takes neither. What a shortcut means
 stays too: padded tokens leave an encoder as zeros exactly where stock would have dropped them.
+Two things differ from its operator, where that is at odds with stock's own slower way: an
+``nn.GELU("tanh")`` is computed as that, and CPU autocast doesn't narrow the result.
 """
 
 from __future__ import annotations
@@ -21,10 +23,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.nn.modules import transformer as stock_transformer
-from torch.overrides import has_torch_function
 
 from fused_lm import dispatch
 from fused_lm.nn.attention import MultiheadAttention
@@ -39,12 +39,8 @@ from fused_lm.nn.dropin import (
     stays_stock,
 )
 from fused_lm.nn.norm import LayerNorm
-from fused_lm.nn.stock_attention import (
-    StockCall,
-    rows_without_a_key,
-    sizes_of,
-    takes_native_path,
-)
+from fused_lm.nn.stock_attention import StockCall, may_look, rows_without_a_key, sizes_of
+from fused_lm.nn.stock_paths import encoder_drops_padding, layer_is_native
 from fused_lm.nn.transformer import fused_add_norm
 from fused_lm.ops.ffn import ffn
 from fused_lm.ops.linear_act import linear_act
@@ -95,7 +91,7 @@ class _Layer(DropIn):
         """As :meth:`DropIn.likely_backend`, of the feed-forward network."""
         up, down = self.linear1, self.linear2
         name = self._fusable_activation()
-        if name is None:
+        if name is None or not (is_plain_linear(up) and is_plain_linear(down)):
             return "pytorch"
         x = stand_in((tokens, up.in_features), up.weight)
         return backend_of(
@@ -161,23 +157,29 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
         masks = (src_mask, src_key_padding_mask)
         if src.is_nested or _is_odd(*masks):
             return super().forward(src, *masks, is_causal)
-        attention: Any = self.self_attn
-        call = StockCall(src, src, src, src_key_padding_mask, False, src_mask, True, is_causal)
-        native = takes_native_path(attention, call)
+        native = layer_is_native(self, src)
         auto = dispatch.current_backend() == "auto"
         if not (stays_stock(src) or (auto and native)):
             return self._by_parts(src, *masks, is_causal)
-        sizes = sizes_of(attention, call)
-        if not native or sizes is None or masks == (None, None) or _keeps_nan(attention):
+        sizes = self._sizes_if_nan(src, masks) if native and masks != (None, None) else None
+        if sizes is None:
             return super().forward(src, *masks, is_causal)
-        if is_compiling() or src.device.type != "cpu":
+        call = StockCall(src, src, src, src_key_padding_mask, False, src_mask, True, is_causal)
+        if not may_look(src, *masks):
             return self._by_parts(src, *masks, is_causal)
-        hidden = rows_without_a_key(attention, call, sizes)
+        hidden = rows_without_a_key(self.self_attn, call, sizes)
         if not hidden.any():
             return super().forward(src, *masks, is_causal)
         safe = self._by_parts(src, *masks, is_causal)
         rows = hidden.any(1).unsqueeze(-1)
         return torch.where(rows, safe, super().forward(src, *masks, is_causal))
+
+    def _sizes_if_nan(self, src: Tensor, masks: tuple[Tensor | None, Tensor | None]) -> Any:
+        """The sizes of a call whose rows without a key are to be zeros; None: leave it to torch."""
+        attention: Any = self.self_attn
+        if getattr(attention, "strict_nan", True):  # torch's own class has no such attribute
+            return None
+        return sizes_of(attention, StockCall(src, src, src, masks[1], False, masks[0], True, False))
 
     def _by_parts(
         self, x: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool
@@ -194,10 +196,6 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
         return _add_norm(self._feed_forward(x), x, self.dropout2, self.norm2)[0]
 
 
-def _keeps_nan(attention: nn.Module) -> bool:
-    return getattr(attention, "strict_nan", True)
-
-
 def _attended(
     attention: nn.Module,
     x: Tensor,
@@ -205,7 +203,15 @@ def _attended(
     mask: Tensor | None,
     padding: Tensor | None,
     is_causal: bool,
+    encoder: bool = True,
 ) -> Tensor:
+    """What an attention makes of x. Modules of others may count on the float masks that stock's
+    encoder layer hands them; its decoder layer hands on what it gets.
+    """
+    if encoder and type(attention) not in (nn.MultiheadAttention, MultiheadAttention):
+        name, other = "src_key_padding_mask", F._none_or_dtype(mask)
+        padding = F._canonical_mask(padding, name, other, "src_mask", x.dtype)
+        mask = F._canonical_mask(mask, "src_mask", None, "", x.dtype, check_other=False)
     return attention(
         x, memory, memory, attn_mask=mask, key_padding_mask=padding, need_weights=False,
         is_causal=is_causal,
@@ -239,11 +245,11 @@ class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
 
         def attend(rows: Tensor) -> Tensor:
             masks = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
-            return _attended(self.self_attn, rows, rows, *masks)
+            return _attended(self.self_attn, rows, rows, *masks, encoder=False)
 
         def look(rows: Tensor) -> Tensor:
             masks = (memory_mask, memory_key_padding_mask, memory_is_causal)
-            return _attended(self.multihead_attn, rows, memory, *masks)
+            return _attended(self.multihead_attn, rows, memory, *masks, encoder=False)
 
         x = tgt
         if self.norm_first:
@@ -265,8 +271,8 @@ class TransformerEncoder(DropIn, nn.TransformerEncoder):
 
     def likely_backend(self, tokens: int = TYPICAL_TOKENS) -> str:
         """As :meth:`DropIn.likely_backend`, of its first layer's attention."""
-        first: Any = self.layers[0]
-        return first.self_attn.likely_backend(tokens)
+        attention = getattr(self.layers[0], "self_attn", None)
+        return attention.likely_backend(tokens) if isinstance(attention, DropIn) else "pytorch"
 
     def forward(
         self,
@@ -278,7 +284,8 @@ class TransformerEncoder(DropIn, nn.TransformerEncoder):
         """Arguments, shapes and meaning of torch's ``TransformerEncoder.forward``."""
         padding = src_key_padding_mask
         # Layers of others may count on the float masks that stock hands them.
-        ours = all(type(layer) is TransformerEncoderLayer for layer in self.layers)
+        forward = TransformerEncoderLayer.forward
+        ours = all(type(layer).forward is forward for layer in self.layers)
         stock = stays_stock(src) or src.is_nested or _is_odd(mask, padding) or not ours
         dropped = None if stock else self._dropped_rows(src, mask, padding)
         if stock or (dropped is not None and dispatch.current_backend() == "auto"):
@@ -301,29 +308,12 @@ class TransformerEncoder(DropIn, nn.TransformerEncoder):
     ) -> Tensor | None:
         """bool [N, T]: the tokens that stock would leave out of a NestedTensor, which makes zeros
         of them. None: it makes no NestedTensor.
+
+        With ``mask_check=False`` the padding is on the right because the user says so.
         """
-        first: Any = self.layers[0]
-        checks = getattr(self, "mask_check", True)
-        if (
-            padding is None
-            or mask is not None
-            or src.dim() != 3
-            or first.training
-            or not getattr(self, "use_nested_tensor", False)
-            or not torch.backends.mha.get_fastpath_enabled()
-            or torch.is_autocast_enabled()
-            or (checks and is_compiling())
-        ):
-            return None
-        attention = first.self_attn
-        parts = (
-            attention, attention.out_proj, first.norm1, first.norm2, first.linear1, first.linear2
-        )  # fmt: skip
-        tensors = [src, *(p for part in parts for p in part.parameters(recurse=False))]
-        if has_torch_function(tensors):
-            return None
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        if padding is None or not encoder_drops_padding(self, src, mask, padding):
             return None
         hidden = padding != 0
         # Only padding on the right is dropped: no key after a padded one.
+        checks = getattr(self, "mask_check", True)
         return hidden & ~(hidden[:, :-1] & ~hidden[:, 1:]).any() if checks else hidden

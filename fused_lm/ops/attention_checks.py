@@ -135,7 +135,8 @@ def checked_weights_call(
     lower, upper = None, None
     if causal or window is not None:
         lower, upper = _band(q.shape[2], k.shape[2], causal, window)
-    _check_numbers(softcap, dropout_p, rng, q)
+    if softcap or dropout_p or rng is not None:
+        _check_numbers(softcap, dropout_p, rng, q)
     rng = rng if dropout_p else None
     scale = q.shape[3] ** -0.5 if scale is None else scale
     return AttentionWeightsCall(

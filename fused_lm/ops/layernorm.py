@@ -78,11 +78,12 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """RMSNorm over the last dim: ``stream / sqrt(mean(stream^2) + eps) * weight``.
 
-    Arguments, result and errors as :func:`layer_norm`; ``eps`` defaults to
-    ``torch.finfo(x.dtype).eps``. Source: Zhang, Sennrich 2019 (arXiv:1910.07467).
+    Arguments, result and errors as :func:`layer_norm`; ``eps`` defaults to that of the dtype that
+    statistics have, :func:`default_eps`, as in torch.
+    Source: Zhang, Sennrich 2019 (arXiv:1910.07467).
     """
     if eps is None:
-        eps = torch.finfo(x.dtype).eps if x.dtype.is_floating_point else 0.0
+        eps = default_eps(x.dtype) if x.dtype.is_floating_point else 0.0
     call = checked_call(x, residual, weight, None, rng, eps, dropout_p, out_dtype, residual_dtype)
     backend = dispatch.choose("rms_norm", call)
     if backend != "pytorch":
@@ -90,6 +91,13 @@ def rms_norm(
     y, stream = pytorch_layernorm.rms_norm(x, weight, call.eps, residual, dropout_p)
     y = y if y.dtype == call.out_dtype else y.to(call.out_dtype)
     return (y, stream) if return_residual else y
+
+
+def default_eps(dtype: torch.dtype) -> float:
+    """What torch's RMSNorm takes for ``eps=None``: 2^-23, for fp64 2^-52. The name in its
+    documentation, ``finfo(dtype).eps``, is that of the sums, which are fp32 for 16-bit inputs.
+    """
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
 
 def _run(
