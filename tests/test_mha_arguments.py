@@ -31,6 +31,13 @@ CASES = {
     "both masks": Case(mask="bool", padding="bool"),
     "a wrong hint": replace(PLAIN, mask="float -inf", is_causal=True, S=5),
     "a wrong hint and padding": replace(PLAIN, mask="bool", is_causal=True, padding="bool"),
+    "a right hint and padding": replace(
+        PLAIN, mask="causal bool", is_causal=True, padding="bool", S=5
+    ),
+    "a right hint and weights": Case(mask="causal bool", is_causal=True, padding="float -inf"),
+    "a right hint and extra keys": replace(
+        PLAIN, mask="causal bool", is_causal=True, padding="bool", add_bias_kv=True
+    ),
     "a wrong hint and weights": Case(mask="float", is_causal=True),
     "no bias": replace(PLAIN, bias=False),
     "learned keys": replace(PLAIN, add_bias_kv=True, mask="bool", padding="bool"),

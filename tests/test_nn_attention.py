@@ -292,6 +292,39 @@ def test_masked_calls_compile_whole(need_weights: bool, backend: str, device: to
         assert torch.isfinite(got[0]).all()
 
 
+def test_a_true_hint_beside_padding_makes_the_kernel_causal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The mask is looked at once, and again when it has changed."""
+    _, ours = _pair(CPU, batch_first=True)
+    looks, seen = [], []
+    equal = torch.equal
+    monkeypatch.setattr(torch, "equal", lambda a, b: (looks.append(1), equal(a, b))[1])
+
+    def choose(op: str, call: Any) -> str:
+        seen.append(call)
+        return "reference"
+
+    monkeypatch.setattr("fused_lm.dispatch.choose", choose)
+    x, padding = torch.randn(N, T, E), _padding("bool", T, CPU)
+    for mask in (torch.ones(T, T).triu(1).bool(), torch.full((T, T), -torch.inf).triu(1)):
+        looks.clear()
+        for _ in range(2):
+            for need_weights in (False, True):
+                seen.clear()
+                with fused_lm.use_backend("reference"):
+                    ours(x, x, x, padding, need_weights, mask, is_causal=True)
+                for call in seen:
+                    assert (call.upper, call.mask, call.bias) == (0, None, None)
+                    assert call.key_mask is not None
+        assert len(looks) == 1
+        mask[0, 1] = 0
+        seen.clear()
+        with fused_lm.use_backend("reference"):
+            ours(x, x, x, padding, False, mask, is_causal=True)
+        assert seen[0].upper is None and len(looks) == 2
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
 def test_nested_tensors_go_to_torch(backend: str) -> None:
     """Which takes them in its fast path, and raises its own error elsewhere."""

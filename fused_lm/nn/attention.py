@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_lm import dispatch
-from fused_lm.nn.attention_masks import Masks, hint_replaces_mask, translated, weights_of
+from fused_lm.nn.attention_masks import Masks, is_causal_call, translated, weights_of
 from fused_lm.nn.dropin import (
     TYPICAL_TOKENS,
     DropIn,
@@ -137,7 +137,7 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
     def _kernels_have_records(self, call: StockCall, sizes: Sizes) -> bool:
         """Under auto: would dispatch take a kernel for everything this call needs?"""
         attn, padding = call.attn_mask, call.key_padding_mask
-        causal = hint_replaces_mask(call)
+        causal = is_causal_call(call, self._extra_keys)
         attn = None if causal else attn
         # Masks as they came: only what kind they are of matters here.
         q, k = self._stand_ins(call, sizes)

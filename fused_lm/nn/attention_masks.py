@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_lm.nn.stock_attention import Sizes, StockCall
+from fused_lm.nn.stock_attention import Sizes, StockCall, has_values
+
+NOTE = "_fused_lm_causal"
+"""Attribute of a mask: what it was when it was looked at, and whether it is the causal one."""
 
 
 class Masks(NamedTuple):
@@ -20,16 +23,45 @@ class Masks(NamedTuple):
     causal: bool | str
 
 
-def hint_replaces_mask(call: StockCall) -> bool:
-    """torch's rule: only without weights and without key padding."""
-    return call.is_causal and call.key_padding_mask is None and not call.need_weights
+def is_causal_call(call: StockCall, extra_keys: int) -> bool:
+    """Whether a call is causal and its mask says nothing else.
+
+    torch's rule is that the hint replaces the mask without weights and key padding, and is ignored
+    with either. There the hint is a reason to look whether it is true: a kernel told of causality
+    skips half of the work and reads no mask. Keys that the module appends stand after all rows, but
+    a mask doesn't hide them.
+    """
+    if not call.is_causal or call.attn_mask is None:
+        return False
+    if call.key_padding_mask is None and not call.need_weights:
+        return True
+    return extra_keys == 0 and hides_the_future(call.attn_mask)
+
+
+def hides_the_future(mask: Tensor) -> bool:
+    """Whether an attention mask hides exactly the keys after each row. It is looked at once, which
+    on a GPU waits for it, and noted on the tensor; never where a graph is made.
+    """
+    if mask.dim() != 2 or mask.requires_grad or mask.is_inference() or not has_values():
+        return False
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    state = (id(mask), mask._version)  # a copy takes the note with it
+    noted: Any = getattr(mask, NOTE, None)
+    if noted is None or noted[0] != state:
+        future = torch.ones_like(mask, dtype=torch.bool).triu(1)
+        if mask.dtype != torch.bool:
+            future = torch.zeros_like(mask).masked_fill(future, float("-inf"))
+        noted = (state, torch.equal(mask, future))
+        setattr(mask, NOTE, noted)
+    return noted[1]
 
 
 def translated(call: StockCall, sizes: Sizes, num_heads: int, extra_keys: int) -> Masks:
     """The masks of a call; none of the ``extra_keys`` behind the user's is hidden."""
     attn, padding = call.attn_mask, call.key_padding_mask
-    if hint_replaces_mask(call):
-        return Masks(None, None, None, "top_left")
+    causal = is_causal_call(call, extra_keys)
+    attn = None if causal else attn
     N, T, S = sizes
     if extra_keys:
         attn, padding = (m if m is None else F.pad(m, (0, extra_keys)) for m in (attn, padding))
@@ -48,7 +80,7 @@ def translated(call: StockCall, sizes: Sizes, num_heads: int, extra_keys: int) -
         else:
             keys = keys[:, None, None, :]
             bias = keys if bias is None else bias + keys
-    return Masks(mask, key_mask, bias, False)
+    return Masks(mask, key_mask, bias, "top_left" if causal else False)
 
 
 def weights_of(q: Tensor, k: Tensor, masks: Masks) -> Tensor:

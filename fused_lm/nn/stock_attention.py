@@ -163,15 +163,17 @@ def takes_native_path(module: Any, call: StockCall) -> bool:
 
 
 def may_look(*tensors: Tensor | None) -> bool:
-    """Whether Python may branch on values: on a GPU that waits for it, and where a graph is made or
-    ``torch.func`` transforms, there are no values or not all of them.
-    """
+    """Whether Python may branch on values: on a GPU that waits for it."""
+    return has_values() and all(t is None or t.device.type == "cpu" for t in tensors)
+
+
+def has_values() -> bool:
+    """Whether tensors have values: not where a graph is made, and under ``torch.func`` not one."""
     return not (
         is_compiling()
         or torch.jit.is_tracing()
         or _are_functorch_transforms_active()
         or _len_torch_dispatch_stack() > 0
-        or any(t is not None and t.device.type != "cpu" for t in tensors)
     )
 
 
