@@ -13,9 +13,9 @@ from torch import nn
 import fused_lm
 from fused_lm.nn.dropin import DropIn
 from tests import taken
-from tests.test_huggingface import LAYERS, OLD, _check, _eager, _one_thread
+from tests.test_huggingface import LAYERS, OLD, _check, _eager
 
-__all__ = ["_one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = ("gpt2", "bert", "vit", "llama")
 CASES = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +17,8 @@ from fused_lm.integrations import huggingface as hf
 from fused_lm.integrations import huggingface_switch as switch
 from fused_lm.tolerance import check_close
 from tests.test_huggingface_calls import HAS_NOTES, captured
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 V, C, LAYERS, HEADS, B, T = 50, 32, 2, 4, 3, 9
 WIDTHS: dict[str, Any] = {
@@ -51,15 +52,6 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 KINDS = {name: getattr(transformers, kind) for name, (kind, *_) in MODELS.items()}
 OLD = [name for name, kind in KINDS.items() if not kind._can_set_attn_implementation()]
 """Models that have their attention written out: in transformers 4 BERT, for longer T5."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from a second thread, and wait for it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _model(name: str) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +16,8 @@ from fused_lm.integrations import huggingface_modules as modules
 from fused_lm.nn.dropin import DropIn
 from fused_lm.tolerance import check_close
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 B, T, C, INNER = 2, 5, 32, 48
 CONFIG = transformers.BertConfig(
     hidden_size=C, intermediate_size=INNER, hidden_act="gelu", hidden_dropout_prob=0.5
@@ -25,15 +26,6 @@ CONFIG.mlp_bias = True
 CONFIG.activation_function, CONFIG.resid_pdrop = "gelu_new", 0.5
 STOCK = sorted(modules.stock_classes(), key=lambda kind: kind.__name__)
 BY_NAME = {kind.__name__: kind for kind in STOCK}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from a second thread, and wait for it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _stock(kind: Any) -> Any:

@@ -129,7 +129,9 @@ def test_weight_gradient_is_added_into_a_given_one(
     check_close(leaves[2].grad, same[2], exact[2], "dbias")
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(
+    "backend", [pytest.param(b, marks=pytest.mark.slow) if b == "triton" else b for b in KERNELS]
+)
 def test_many_small_steps_lose_nothing_in_an_fp32_gradient(
     backend: str, device: torch.device
 ) -> None:

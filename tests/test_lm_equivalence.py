@@ -51,6 +51,7 @@ def test_curves_agree(config: dict[str, Any], device: torch.device) -> None:
         torch.testing.assert_close(ours, stock, rtol=0.0, atol=ROUNDING)
 
 
+@pytest.mark.slow
 def test_curves_agree_under_dropout(device: torch.device) -> None:
     """Reference and kernels draw one mask from one seed, in forward and backward."""
     config = {"num_heads": 2, "dropout": 0.2}

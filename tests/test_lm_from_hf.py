@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,20 +21,13 @@ from fused_lm.lm.huggingface import (
 )
 from fused_lm.tolerance import check_close
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY: dict[str, Any] = {
     "vocab_size": 40, "n_positions": 12, "n_embd": 32, "n_layer": 2, "n_head": 4,
     # Wide enough that every weight, scale and bias matters to the logits.
     "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from a second thread, and wait for it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _config(**fields: Any) -> GPT2Config:
