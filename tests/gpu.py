@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,6 +18,9 @@ PROBLEM = extension.refusal_on("cuda", 0) if HAS_GPU else "no GPU"
 """Why no CUDA kernel runs on a GPU here, None if they do."""
 CUDA = simt.BACKENDS if not HAS_GPU else ("cuda",) if PROBLEM is None else ()
 """The backends that run CUDA kernels in the ordinary tests: on a GPU, or else on the harness."""
+INTERPRETER = () if HAS_GPU else ("triton",)
+"""For the parameters of a test whose tensors are on a CPU: Triton, where it runs there."""
+needs_interpreter = pytest.mark.skipif(HAS_GPU, reason="Triton compiles for the GPU here")
 ALIGNMENT = 16
 
 

@@ -156,6 +156,7 @@ def _output_of(installed: Installed, code: str) -> str:
 
 
 @needs_toolchain
+@pytest.mark.slow
 def test_the_sdist_installs_its_kernels(installed: Installed) -> None:
     report = installed.report
     assert report["archs"] == [ARCH] and report["schema_hash"] == schemas.SCHEMA_HASH
@@ -171,6 +172,7 @@ from fused_lm import _C; print(_C.__file__, _C.driver_version())
 
 
 @needs_toolchain
+@pytest.mark.slow
 def test_the_races_are_installed(installed: Installed) -> None:
     """With all that they import: what lies beside the package in a checkout isn't there."""
     code = f"""
@@ -187,6 +189,7 @@ print(benchmarks_place().package)
 
 
 @needs_toolchain
+@pytest.mark.slow
 def test_one_sentence_where_it_can_not_run(installed: Installed) -> None:
     """With the real library loaded into a torch without CUDA, or on a machine without a GPU."""
     code = """
@@ -219,6 +222,7 @@ except NotImplementedError as error:
 
 
 @needs_toolchain
+@pytest.mark.slow
 def test_the_abi_is_stable(installed: Installed) -> None:
     audit = pytest.importorskip("torch_abi_audit").__name__
     code = f"import sys; from {audit}.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -229,6 +233,7 @@ def test_the_abi_is_stable(installed: Installed) -> None:
 
 
 @needs_toolchain
+@pytest.mark.slow
 def test_symbols(installed: Installed) -> None:
     """No CUDA library is needed: any torch loads the file, whatever CUDA it is built with."""
     library = str(installed.package / "_C.abi3.so")
@@ -246,6 +251,7 @@ def test_symbols(installed: Installed) -> None:
 
 
 @needs_toolchain
+@pytest.mark.slow
 def test_hashes_are_those_of_instructions(shared: Path, installed: Installed) -> None:
     """Another folder, the same code: the file's path is in the kernels' names, not in the hash."""
     source = _copy_of_the_source(shared / f"elsewhere-{os.getpid()}")

@@ -15,10 +15,11 @@ from torch.nn.utils import parametrizations
 import fused_lm
 from fused_lm.nn import LayerNorm, MultiheadAttention, TransformerEncoder, TransformerEncoderLayer
 from tests import taken
+from tests.gpu import INTERPRETER, needs_interpreter
 from tests.modules import Change, check_against_stock
 
 C, H, N, T = 16, 2, 3, 6
-BACKENDS = ("auto", "reference", "triton")
+BACKENDS = ("auto", "reference", *INTERPRETER)
 PADDING = torch.arange(T) >= torch.tensor([[T], [4], [2]])
 CAUSAL = torch.ones(T, T).triu(1).bool()
 
@@ -97,6 +98,7 @@ def test_the_switches(switch: str) -> None:
     assert {op for op, _ in made} == expected[switch]
 
 
+@needs_interpreter
 def test_the_report() -> None:
     class Own(nn.LayerNorm):
         pass
@@ -207,7 +209,7 @@ def test_a_decoder_equals_stock(norm_first: bool, backend: str) -> None:
 
 
 def test_a_mask_found_to_be_causal_is_causal_in_the_kernel() -> None:
-    """And stays boolean beside padding: two float masks could only be added."""
+    """Beside padding too. Another mask stays boolean there: two float masks could only be added."""
     ours = _encoder(1)
     fused_lm.fuse(ours)
     seen: list[Any] = []
@@ -220,10 +222,12 @@ def test_a_mask_found_to_be_causal_is_causal_in_the_kernel() -> None:
         patch.setattr("fused_lm.dispatch.choose", choose)
         for mask in (CAUSAL, FLOAT_CAUSAL):
             ours(torch.randn(N, T, C), mask=mask)
-        ours(torch.randn(N, T, C), mask=CAUSAL, src_key_padding_mask=PADDING)
+        for mask in (CAUSAL, ~CAUSAL.t()):
+            ours(torch.randn(N, T, C), mask=mask, src_key_padding_mask=PADDING)
     calls = [call for op, call in seen if op == "attention"]
-    assert [(call.upper, call.mask, call.bias) for call in calls[:2]] == [(0, None, None)] * 2
-    assert calls[2].mask is not None and calls[2].key_mask is not None and calls[2].bias is None
+    assert [(call.upper, call.mask, call.bias) for call in calls[:3]] == [(0, None, None)] * 3
+    assert calls[2].key_mask is not None and calls[3].key_mask is not None
+    assert calls[3].upper is None and calls[3].mask is not None and calls[3].bias is None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -300,7 +304,7 @@ def test_parts_that_someone_replaced_or_listens_to_are_called() -> None:
     assert {op for op, _ in made} == {"attention", "layer_norm"}
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", *INTERPRETER])
 def test_dropout_stands_where_it_stood(backend: str) -> None:
     """With everything dropped each branch is what comes after its dropout."""
     ours = _layer(dropout=1.0)

@@ -13,6 +13,7 @@ from torch import nn
 import fused_lm
 from fused_lm.nn.dropin import DropIn
 from tests import taken
+from tests.gpu import needs_interpreter
 from tests.test_huggingface import LAYERS, OLD, _check, _eager
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,6 +46,7 @@ def test_logits_and_gradients(name: str, padding: str, backend: str) -> None:
         assert ops >= attention | {norm} and (network in ops or "linear_act" in ops)
 
 
+@needs_interpreter
 @pytest.mark.parametrize("name, padding", [("gpt2", "left"), ("llama", "right")])
 def test_logits_and_gradients_of_the_kernels(name: str, padding: str) -> None:
     model, *rest = _eager(name, padding)
@@ -85,6 +87,7 @@ def test_there_and_back(name: str) -> None:
     assert "fused_lm" not in str(model.config.to_dict())
 
 
+@needs_interpreter
 def test_the_report_names_attention_networks_and_norms() -> None:
     model = copy.deepcopy(_eager("llama", "none")[0])
     with fused_lm.use_backend("triton"):

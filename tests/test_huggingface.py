@@ -16,6 +16,7 @@ import fused_lm
 from fused_lm.integrations import huggingface as hf
 from fused_lm.integrations import huggingface_switch as switch
 from fused_lm.tolerance import check_close
+from tests.gpu import INTERPRETER, needs_interpreter
 from tests.test_huggingface_calls import HAS_NOTES, captured
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -164,6 +165,7 @@ def test_attention_is_that_of_eager(name: str, padding: str, backend: str) -> No
         _check(_fused(model), *rest)
 
 
+@needs_interpreter
 @pytest.mark.parametrize("name, padding", [("gpt2", "left"), ("gemma2", "right")])
 def test_attention_by_the_kernels_is_that_of_eager(name: str, padding: str) -> None:
     model, *rest = _eager(name, padding)
@@ -196,7 +198,12 @@ def test_static_cache(backend: str) -> None:
 
 @pytest.mark.parametrize(
     "padding, backend",
-    [("none", "auto"), ("left", "auto"), ("left", "reference"), ("left", "triton")],
+    [
+        ("none", "auto"),
+        ("left", "auto"),
+        ("left", "reference"),
+        *(("left", backend) for backend in INTERPRETER),
+    ],
 )
 def test_prefill_in_chunks(padding: str, backend: str) -> None:
     model, inputs, *_ = _eager("llama", padding)
@@ -215,6 +222,7 @@ def test_prefill_in_chunks(padding: str, backend: str) -> None:
     torch.testing.assert_close(torch.cat(parts, 1)[real], whole[real])
 
 
+@needs_interpreter
 @pytest.mark.skipif(not HAS_NOTES, reason="masks aren't told where the queries start")
 def test_kernels_get_padding_and_causality_and_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = captured(monkeypatch)

@@ -21,6 +21,7 @@ from transformers.masking_utils import (
 import fused_lm
 from fused_lm.integrations import huggingface as hf
 from fused_lm.tolerance import check_close
+from tests.gpu import INTERPRETER, needs_interpreter
 
 HAS_NOTES = "q_offset" in inspect.signature(sdpa_mask).parameters
 B, HEADS, T = 3, 4, 9
@@ -38,6 +39,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
+@needs_interpreter
 @pytest.mark.skipif(not HAS_NOTES, reason="masks aren't told where the queries start")
 def test_a_note_is_true_or_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = torch.arange(T) >= torch.tensor([[0], [3], [5]])
@@ -103,7 +105,7 @@ CALLS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "reference", *INTERPRETER])
 @pytest.mark.parametrize("call", CALLS)
 def test_every_argument_against_the_formula(call: str, backend: str) -> None:
     q, k, v = torch.randn(B, HEADS, 6, 8), torch.randn(B, 2, 6, 8), torch.randn(B, 2, 6, 8)
@@ -124,7 +126,7 @@ def test_one_query_and_more_keys_see_all() -> None:
     torch.testing.assert_close(out, _plain(q, k[:, :, -2:], k[:, :, -2:], lambda s: s))
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "reference", *INTERPRETER])
 def test_weights_are_those_that_were_used(backend: str) -> None:
     module = nn.Identity()
     q, k = torch.randn(B, HEADS, 16, 8), torch.randn(B, 2, 16, 8)

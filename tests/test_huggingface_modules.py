@@ -15,6 +15,7 @@ import fused_lm
 from fused_lm.integrations import huggingface_modules as modules
 from fused_lm.nn.dropin import DropIn
 from fused_lm.tolerance import check_close
+from tests.gpu import INTERPRETER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -65,7 +66,7 @@ def _results(module: Any, inputs: list[Tensor]) -> dict[str, Tensor]:
     return {"output": out.detach(), **dict(zip(named, gradients, strict=True))}
 
 
-@pytest.mark.parametrize("backend", ["auto", "pytorch", "reference", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "pytorch", "reference", *INTERPRETER])
 @pytest.mark.parametrize("kind", STOCK, ids=lambda kind: kind.__name__)
 def test_results_are_the_stock_classs(kind: Any, backend: str) -> None:
     stock, inputs = _stock(kind), _inputs(kind.__name__)
@@ -159,7 +160,7 @@ def test_every_activation_is_the_one_of_its_name(activation: str) -> None:
     check_close(got, stock(x), copy.deepcopy(stock).double()(x.double()), activation)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", *INTERPRETER])
 def test_dropout_in_training_only(backend: str) -> None:
     ours = _swapped(_stock(BY_NAME["BertOutput"]))
     hidden, residual = _inputs("BertOutput")

@@ -11,13 +11,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests import taken
+from tests.gpu import CUDA
 from tests.mha_cases import MASKS, PADDINGS, WRONG, Case, compare
 from tests.simt import backend as simt
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-HARNESS = tuple(name for name in simt.BACKENDS if name == "simt_plain")
-BACKENDS = ("auto", "pytorch", "reference", "triton", *HARNESS)
+HARNESS = tuple(name for name in CUDA if name == "simt_plain")
+BACKENDS = ("auto", "pytorch", "reference", "triton", *HARNESS, *(() if HARNESS else CUDA))
 SUITE = "MultiheadAttention against stock"
 PARTS = 4
 """The cases come in parts, so that processes share them."""
@@ -26,14 +27,15 @@ PARTS = 4
 @st.composite
 def cases(draw: Any, backend: str) -> Case:
     """Any case that the backend can take, and one in ten that torch refuses."""
-    dtypes = {"triton": DTYPES[:3], "simt_plain": DTYPES[1:3]}.get(backend, DTYPES)
+    cuda = backend in CUDA
+    dtypes = DTYPES[1:3] if cuda else DTYPES[:3] if backend == "triton" else DTYPES
     boolean = st.booleans()
     dtype = draw(st.sampled_from(dtypes))
     mask = draw(st.sampled_from(MASKS))
     wrong = draw(st.sampled_from(("",) * 9 + ("some",)))
     return Case(
         heads=draw(st.integers(1, 3)),
-        head_dim=draw(st.sampled_from((8, 16) if backend == "simt_plain" else (4, 8, 16))),
+        head_dim=draw(st.sampled_from((8, 16) if cuda else (4, 8, 16))),
         kdim=draw(st.sampled_from((None, None, 6))),
         vdim=draw(st.sampled_from((None, None, 10))),
         bias=draw(boolean),
@@ -60,7 +62,9 @@ def cases(draw: Any, backend: str) -> Case:
     ).normal()
 
 
-def _compare_many(backend: str, part: int, count: int) -> None:
+def _compare_many(backend: str, part: int, count: int, device: torch.device) -> None:
+    device = CPU if backend in HARNESS else device
+
     @settings(
         max_examples=count,
         deadline=None,
@@ -74,24 +78,24 @@ def _compare_many(backend: str, part: int, count: int) -> None:
         running = simt.installed(backend, case.seed) if backend in HARNESS else nullcontext()
         with running:
             if case.wrong:
-                compare(case, backend, CPU)
+                compare(case, backend, device)
                 return
             with taken.watched(SUITE, backend, f"{part} {case}") as choices:
-                compare(case, backend, CPU)
-        assert {chosen for _, chosen in choices} <= {backend, "reference"}
-        assert bool(choices) == (backend not in ("auto", "pytorch"))
+                compare(case, backend, device)
+        assert backend == "auto" or {chosen for _, chosen in choices} <= {backend, "reference"}
+        assert bool(choices) == (backend not in ("auto", "pytorch")) or device.type != "cpu"
 
     each.hypothesis.inner_test._hypothesis_internal_add_digest = f"{backend}{part}".encode()
     each()
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_stock_and_ours_side_by_side(name: str) -> None:
-    _compare_many(name, 0, 50)
+def test_stock_and_ours_side_by_side(name: str, device: torch.device) -> None:
+    _compare_many(name, 0, 20 if name == "triton" else 60, device)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(1, PARTS + 1))
 @pytest.mark.parametrize("name", BACKENDS)
-def test_stock_and_ours_side_by_side_at_length(name: str, part: int) -> None:
-    _compare_many(name, part, 120)
+def test_stock_and_ours_side_by_side_at_length(name: str, part: int, device: torch.device) -> None:
+    _compare_many(name, part, 120, device)
