@@ -9,32 +9,23 @@ Of several such kernels it takes the one that its record calls the fastest. With
 every CPU, PyTorch's own operators run; what they can't express, the reference does.
 
 The choice of a user is a ``threading.local`` (a ContextVar breaks
-``torch.compile(fullgraph=True)``) and, beside it, in torch's own thread-local state, which autograd
-carries into the threads of a GPU's backward: there a checkpointed forward runs again.
+``torch.compile(fullgraph=True)``) and, beside it, in :mod:`fused_lm.autograd_state`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._C import (
-    _current_graph_task_id,
-    _get_obj_in_tls,
-    _is_key_in_tls,
-    _stash_obj_in_tls,
-)
 from torch.compiler import is_compiling
 
-from fused_lm import records
+from fused_lm import autograd_state, records
 
 BACKENDS = ("cuda", "triton", "pytorch", "reference")
 """Names that can be forced; ``auto`` is the other choice."""
@@ -94,10 +85,6 @@ breaks ties between records, then the others in order of preference.
 """
 
 
-_TLS_KEY = "fused_lm_backend"
-_NO_BACKWARD = -1
-
-
 class _State(threading.local):
     def __init__(self) -> None:
         self.backend = _FORCED
@@ -132,49 +119,13 @@ def use_backend(backend: str) -> Iterator[None]:
 
 def current_backend() -> str:
     """The forced backend of this thread, or ``"auto"``."""
-    return _inherited() or _state.backend
-
-
-def _inherited() -> str | None:
-    """What was forced where a forward was recorded, while its backward runs: only there does torch
-    bring a state that this thread has not set.
-    """
-    if _current_graph_task_id() == _NO_BACKWARD or not _is_key_in_tls(_TLS_KEY):
-        return None
-    return _get_obj_in_tls(_TLS_KEY)
-
-
-# What torch.compiler.assume_constant_result sets, which imports all of dynamo to do so: a graph is
-# traced outside of backwards.
-_inherited._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return autograd_state.inherited() or _state.backend
 
 
 def _set_backend(backend: str) -> None:
     _state.backend = backend
     if not is_compiling():
-        _stash(_TLS_KEY, backend)
-
-
-def _stash(key: str, value: object) -> None:
-    if _STEALS:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
-    _stash_obj_in_tls(key, value)
-
-
-def _steals() -> bool:
-    """Whether torch's stash drops a reference that it has not taken, as that of 2.10 does: after
-    some hundred calls the value's memory would be another's.
-    """
-    before = sys.getrefcount(_PROBE)
-    _stash_obj_in_tls(_TLS_KEY + "_probe", _PROBE)
-    if sys.getrefcount(_PROBE) > before:
-        return False
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(_PROBE))
-    return True
-
-
-_PROBE = object()
-_STEALS = _steals()
+        autograd_state.stash(backend)
 
 
 def choose(op: str, call: Any) -> str:

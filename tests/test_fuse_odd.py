@@ -334,7 +334,8 @@ def test_where_torch_leaves_its_modules(
     try:
         with torch.set_grad_enabled("grad" in settings or "frozen" in settings):
             if kind == "attention":
-                thought = stock_paths.attention_is_native(layer.self_attn, x, x, x, padding, None)
+                call = stock_paths.StockCall(x, x, x, padding, True, None, True, False)
+                thought = stock_paths.attention_is_native(layer.self_attn, call)
                 layer.self_attn(x, x, x, key_padding_mask=padding)
             elif kind == "layer":
                 thought = stock_paths.layer_is_native(layer, x)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fused_lm
-from fused_lm.nn.stock_attention import StockCall
+from fused_lm.nn.stock_paths import StockCall
 
 E, H, N, T, S = 24, 4, 3, 7, 9
 BACKENDS = ("auto", "reference", "triton")

@@ -18,11 +18,8 @@ from torch import nn
 from fused_lm.nn.attention import MultiheadAttention
 from fused_lm.nn.dropin import DropIn, is_drop_in
 from fused_lm.nn.norm import LayerNorm, RMSNorm
-from fused_lm.nn.transformer_layers import (
-    TransformerDecoderLayer,
-    TransformerEncoder,
-    TransformerEncoderLayer,
-)
+from fused_lm.nn.transformer_encoder import TransformerEncoder
+from fused_lm.nn.transformer_layers import TransformerDecoderLayer, TransformerEncoderLayer
 
 _LAYERS = (TransformerEncoderLayer, TransformerDecoderLayer)
 _CLASSES: dict[type, type[Any]] = {
@@ -134,7 +131,7 @@ def unfuse(model: nn.Module) -> int:
     _check_is_module(model)
     ours = [m for m in model.modules() if is_drop_in(m) and "forward" not in m.__dict__]
     for module in ours:
-        module.__dict__.pop("fuse_ffn", None)
+        _set_fuse_ffn(module, None)
         stock: Any = module.stock
         module.__class__ = stock
     return len(ours) + _leave_hugging_face(list(model.modules()))

@@ -23,9 +23,9 @@ from fused_lm.lm.cache import KVCache
 from fused_lm.lm.huggingface import HuggingFaceWeights
 from fused_lm.nn.dropin import is_plain_linear
 from fused_lm.nn.feedforward import ACTIVATIONS
-from fused_lm.nn.norm import LayerNorm, RMSNorm
+from fused_lm.nn.norm import LayerNorm, RMSNorm, fused_add_norm, make_norm
 from fused_lm.nn.positions import rotary_tables, sinusoidal_table
-from fused_lm.nn.transformer import NORMS, GPTBlock, fused_add_norm, make_norm
+from fused_lm.nn.transformer import NORMS, GPTBlock
 from fused_lm.ops.cross_entropy import cross_entropy
 from fused_lm.ops.linear_cross_entropy import linear_cross_entropy
 from fused_lm.ops.registration import autocast_dtype

@@ -4,11 +4,8 @@ from fused_lm.nn.attention import MultiheadAttention
 from fused_lm.nn.feedforward import FeedForward
 from fused_lm.nn.norm import LayerNorm, RMSNorm
 from fused_lm.nn.transformer import GPTBlock
-from fused_lm.nn.transformer_layers import (
-    TransformerDecoderLayer,
-    TransformerEncoder,
-    TransformerEncoderLayer,
-)
+from fused_lm.nn.transformer_encoder import TransformerEncoder
+from fused_lm.nn.transformer_layers import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "FeedForward",

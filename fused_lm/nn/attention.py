@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fused_lm import dispatch
-from fused_lm.nn.attention_masks import Masks, is_causal_call, translated, weights_of
+from fused_lm.nn.attention_masks import Masks, sorted_masks, translated, weights_of
 from fused_lm.nn.dropin import (
     TYPICAL_TOKENS,
     DropIn,
@@ -34,12 +34,12 @@ from fused_lm.nn.dropin import (
 )
 from fused_lm.nn.stock_attention import (
     Sizes,
-    StockCall,
     can_be_nan,
     sizes_of,
     stock_forward,
     warn_of_mixed_masks,
 )
+from fused_lm.nn.stock_paths import StockCall
 from fused_lm.ops.attention import (
     AttentionCall,
     AttentionWeightsCall,
@@ -136,30 +136,28 @@ class MultiheadAttention(DropIn, nn.MultiheadAttention):
 
     def _kernels_have_records(self, call: StockCall, sizes: Sizes) -> bool:
         """Under auto: would dispatch take a kernel for everything this call needs?"""
-        attn, padding = call.attn_mask, call.key_padding_mask
-        causal = is_causal_call(call, self._extra_keys)
-        attn = None if causal else attn
         # Masks as they came: only what kind they are of matters here.
+        found = sorted_masks(call, self._extra_keys)
+        options: dict[str, Any] = {
+            "mask": found.mask,
+            "key_mask": found.key_mask,
+            "bias": found.key_bias if found.bias is None else found.bias,
+            "rng": None,
+            "lower": None,
+            "upper": 0 if found.causal else None,
+            "scale": self.head_dim**-0.5,
+            "softcap": 0.0,
+            "dropout_p": self._dropout_p,
+        }
         q, k = self._stand_ins(call, sizes)
-        bias, mask, key_mask = None, None, None
-        if attn is not None:
-            mask, bias = (attn, None) if attn.dtype == torch.bool else (None, attn)
-        if padding is not None:
-            if padding.dtype == torch.bool:
-                key_mask = padding
-            else:
-                bias = padding
-        tail = (None, 0 if causal else None, self.head_dim**-0.5, 0.0, self._dropout_p)
-        asked: Any = AttentionCall(
-            q, k, k, mask, key_mask, bias, None, *tail, return_lse=call.need_weights
-        )
+        asked: Any = AttentionCall(q=q, k=k, v=k, **options, return_lse=call.need_weights)
         if dispatch.choose("attention", asked) in ("pytorch", "reference"):
             return False
         if not call.need_weights:
             return True
         lse = torch.empty((), device=q.device).expand(q.shape[:3])
         asked = AttentionWeightsCall(
-            q, k, lse, mask, key_mask, bias, None, *tail, average_heads=call.average_attn_weights
+            q=q, k=k, lse=lse, **options, average_heads=call.average_attn_weights
         )
         return dispatch.choose("attention_weights", asked) not in ("pytorch", "reference")
 

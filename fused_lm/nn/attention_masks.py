@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fused_lm.nn.stock_attention import Sizes, StockCall, has_values
+from fused_lm.nn.stock_attention import Sizes, has_values
+from fused_lm.nn.stock_paths import StockCall
 
 NOTE = "_fused_lm_causal"
 """Attribute of a mask: what it was when it was looked at, and whether it is the causal one."""
@@ -57,30 +58,51 @@ def hides_the_future(mask: Tensor) -> bool:
     return noted[1]
 
 
+class SortedMasks(NamedTuple):
+    """The masks of a call as they came, by what a kernel does with them; of ``mask`` and ``bias``
+    one at the most, of ``key_mask`` and ``key_bias`` too.
+    """
+
+    mask: Tensor | None
+    key_mask: Tensor | None
+    bias: Tensor | None
+    key_bias: Tensor | None
+    causal: bool
+
+
+def sorted_masks(call: StockCall, extra_keys: int) -> SortedMasks:
+    """Which of a call's masks hides and which is added; none that is causal and nothing else."""
+    causal = is_causal_call(call, extra_keys)
+    mask, bias = _by_kind(None if causal else call.attn_mask)
+    key_mask, key_bias = _by_kind(call.key_padding_mask)
+    return SortedMasks(mask, key_mask, bias, key_bias, causal)
+
+
+def _by_kind(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(bool, float), of which one is None."""
+    hides = mask is not None and mask.dtype == torch.bool
+    return (mask, None) if hides else (None, mask)
+
+
 def translated(call: StockCall, sizes: Sizes, num_heads: int, extra_keys: int) -> Masks:
     """The masks of a call; none of the ``extra_keys`` behind the user's is hidden."""
-    attn, padding = call.attn_mask, call.key_padding_mask
-    causal = is_causal_call(call, extra_keys)
-    attn = None if causal else attn
     N, T, S = sizes
-    if extra_keys:
-        attn, padding = (m if m is None else F.pad(m, (0, extra_keys)) for m in (attn, padding))
-        S += extra_keys
-    mask, key_mask, bias = None, None, None
-    if attn is not None:
-        shaped = attn if attn.dim() == 2 else attn.reshape(N, num_heads, T, S)
-        if attn.dtype == torch.bool:
-            mask = ~shaped
-        else:
-            bias = shaped
-    if padding is not None:
-        keys = padding.view(N, S)
-        if padding.dtype == torch.bool:
-            key_mask = ~keys
-        else:
-            keys = keys[:, None, None, :]
-            bias = keys if bias is None else bias + keys
-    return Masks(mask, key_mask, bias, "top_left" if causal else False)
+    found = sorted_masks(call, extra_keys)
+
+    def padded(mask: Tensor) -> Tensor:
+        return F.pad(mask, (0, extra_keys)) if extra_keys else mask
+
+    def per_row(mask: Tensor) -> Tensor:
+        mask = padded(mask)
+        return mask if mask.dim() == 2 else mask.reshape(N, num_heads, T, S + extra_keys)
+
+    mask = None if found.mask is None else ~per_row(found.mask)
+    key_mask = None if found.key_mask is None else ~padded(found.key_mask.view(N, S))
+    bias = None if found.bias is None else per_row(found.bias)
+    if found.key_bias is not None:
+        keys = padded(found.key_bias.view(N, S))[:, None, None, :]
+        bias = keys if bias is None else bias + keys
+    return Masks(mask, key_mask, bias, "top_left" if found.causal else False)
 
 
 def weights_of(q: Tensor, k: Tensor, masks: Masks) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from fused_lm.nn.dropin import TYPICAL_TOKENS, DropIn, backend_of, stand_in
-from fused_lm.ops.layernorm import layer_norm, rms_norm
+from fused_lm.ops.layernorm import default_eps, layer_norm, rms_norm
 
 
 class LayerNorm(DropIn, nn.LayerNorm):
@@ -70,6 +70,59 @@ class RMSNorm(DropIn, nn.RMSNorm):
     def likely_backend(self, tokens: int = TYPICAL_TOKENS) -> str:
         """As :meth:`DropIn.likely_backend`."""
         return _likely_backend("rms_norm", self, tokens)
+
+
+def make_norm(
+    norm: str,
+    embed_dim: int,
+    eps: float,
+    bias: bool,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> LayerNorm | RMSNorm:
+    """The norm module of that name; RMSNorm has no bias to leave out."""
+    if norm == "rms_norm":
+        return RMSNorm(embed_dim, eps=eps, device=device, dtype=dtype)
+    return LayerNorm(embed_dim, eps=eps, bias=bias, device=device, dtype=dtype)
+
+
+def fused_add_norm(
+    norm: LayerNorm | RMSNorm,
+    branch: Tensor,
+    residual: Tensor,
+    dropout_p: float,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``s = residual + dropout(branch)``; returns (norm(s), s), [..., C] each.
+
+    Both have the dtype that torch's add gives them: under autocast the branch is 16-bit and the
+    stream fp32. ``out_dtype`` narrows norm(s).
+    """
+    wide = torch.promote_types(branch.dtype, residual.dtype)
+    result: Any = norm_of(
+        norm,
+        branch,
+        residual=residual,
+        dropout_p=dropout_p,
+        return_residual=True,
+        out_dtype=wide if out_dtype is None else out_dtype,
+    )
+    return result
+
+
+def norm_of(norm: LayerNorm | RMSNorm, x: Tensor, **options: Any) -> Any:
+    """:func:`fused_lm.layer_norm` or :func:`fused_lm.rms_norm`, with the parameters of a module."""
+    residual = options.get("residual")
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    eps = eps_of(norm, dtype)
+    if isinstance(norm, RMSNorm):
+        return rms_norm(x, norm.weight, eps=eps, **options)
+    return layer_norm(x, norm.weight, norm.bias, eps=eps, **options)
+
+
+def eps_of(norm: LayerNorm | RMSNorm, dtype: torch.dtype) -> float:
+    """The eps of a norm of a stream of this dtype; RMSNorm's default depends on it."""
+    return default_eps(dtype) if norm.eps is None else norm.eps
 
 
 def _likely_backend(op: str, norm: LayerNorm | RMSNorm, tokens: int) -> str:

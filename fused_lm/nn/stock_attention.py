@@ -25,21 +25,8 @@ from torch._C import _are_functorch_transforms_active, _len_torch_dispatch_stack
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from fused_lm.nn.stock_paths import attention_is_native
+from fused_lm.nn.stock_paths import StockCall, attention_is_native
 from fused_lm.ops.checks import autocast_enabled
-
-
-class StockCall(NamedTuple):
-    """Arguments of ``nn.MultiheadAttention.forward``, in its order."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    key_padding_mask: Tensor | None
-    need_weights: bool
-    attn_mask: Tensor | None
-    average_attn_weights: bool
-    is_causal: bool
 
 
 class Sizes(NamedTuple):
@@ -66,7 +53,7 @@ def stock_forward(module: Any, call: StockCall) -> tuple[Tensor, Tensor | None]:
     if hidden is not None and not hidden.any():
         return nn.MultiheadAttention.forward(module, *call)
     safe_out, safe_weights = _functional_form(module, call)
-    if not takes_native_path(module, call):
+    if not attention_is_native(module, call):
         return safe_out, safe_weights
     if hidden is None:
         return safe_out.contiguous(), safe_weights
@@ -87,7 +74,7 @@ def can_be_nan(module: Any, call: StockCall) -> bool:
         return False
     if module.bias_k is not None or module.add_zero_attn:  # a key that no mask hides
         return False
-    return call.need_weights or takes_native_path(module, call)
+    return call.need_weights or attention_is_native(module, call)
 
 
 def sizes_of(module: Any, call: StockCall) -> Sizes | None:
@@ -154,12 +141,6 @@ def rows_without_a_key(module: Any, call: StockCall, sizes: Sizes) -> Tensor:
 
 def _hides(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else torch.isneginf(mask)
-
-
-def takes_native_path(module: Any, call: StockCall) -> bool:
-    """Whether torch runs the call as one native operator of inference."""
-    tensors = (call.query, call.key, call.value)
-    return attention_is_native(module, *tensors, call.attn_mask, call.key_padding_mask)
 
 
 def may_look(*tensors: Tensor | None) -> bool:

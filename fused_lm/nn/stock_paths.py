@@ -9,7 +9,7 @@ operators.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +20,29 @@ from torch.overrides import has_torch_function
 _DEVICES = ("cpu", "cuda")
 
 
-def attention_is_native(module: Any, query: Any, key: Any, value: Any, *masks: Any) -> bool:
-    """Whether ``nn.MultiheadAttention`` runs as one native operator."""
-    if any(mask is not None and mask.is_floating_point() for mask in masks):
-        return False
+class StockCall(NamedTuple):
+    """Arguments of ``nn.MultiheadAttention.forward``, in its order."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_padding_mask: Tensor | None
+    need_weights: bool
+    attn_mask: Tensor | None
+    average_attn_weights: bool
+    is_causal: bool
+
+
+def attention_is_native(module: Any, call: StockCall) -> bool:
+    """Whether ``nn.MultiheadAttention`` runs a call as one native operator."""
+    for mask in (call.attn_mask, call.key_padding_mask):
+        if mask is not None and mask.is_floating_point():
+            return False
+    query = call.query
     own = (module.in_proj_weight, module.in_proj_bias)
     return (
-        query is key
-        and key is value
+        query is call.key
+        and query is call.value
         and _attention_could_be(module, query)
         and query.dtype == own[0].dtype == own[1].dtype
         and not module.training

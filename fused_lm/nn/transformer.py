@@ -23,9 +23,8 @@ from torch import Tensor, nn
 
 from fused_lm.nn.dropin import is_plain_linear
 from fused_lm.nn.feedforward import FeedForward
-from fused_lm.nn.norm import LayerNorm, RMSNorm
+from fused_lm.nn.norm import LayerNorm, RMSNorm, eps_of, fused_add_norm, make_norm, norm_of
 from fused_lm.ops.attention import attention
-from fused_lm.ops.layernorm import default_eps, layer_norm, rms_norm
 from fused_lm.ops.linear_act import linear_act
 from fused_lm.ops.norm_input import NormInput
 from fused_lm.ops.registration import autocast_dtype
@@ -149,7 +148,7 @@ class GPTBlock(nn.Module):
         """
         narrow = None if x.dtype == torch.float64 else autocast_dtype(x.device)
         if branch is None:
-            return _norm(norm, x, out_dtype=narrow), x
+            return norm_of(norm, x, out_dtype=narrow), x
         return fused_add_norm(norm, branch, x, dropout_p, out_dtype=narrow)
 
     def _source(
@@ -207,58 +206,6 @@ class GPTBlock(nn.Module):
             f"attention_dropout={self.attention_dropout}, window={self.window}, "
             f"softcap={self.softcap}"
         )
-
-
-def make_norm(
-    norm: str,
-    embed_dim: int,
-    eps: float,
-    bias: bool,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> LayerNorm | RMSNorm:
-    """The norm module of that name; RMSNorm has no bias to leave out."""
-    if norm == "rms_norm":
-        return RMSNorm(embed_dim, eps=eps, device=device, dtype=dtype)
-    return LayerNorm(embed_dim, eps=eps, bias=bias, device=device, dtype=dtype)
-
-
-def fused_add_norm(
-    norm: LayerNorm | RMSNorm,
-    branch: Tensor,
-    residual: Tensor,
-    dropout_p: float,
-    out_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``s = residual + dropout(branch)``; returns (norm(s), s), [..., C] each.
-
-    Both have the dtype that torch's add gives them: under autocast the branch is 16-bit and the
-    stream fp32. ``out_dtype`` narrows norm(s).
-    """
-    wide = torch.promote_types(branch.dtype, residual.dtype)
-    result: Any = _norm(
-        norm,
-        branch,
-        residual=residual,
-        dropout_p=dropout_p,
-        return_residual=True,
-        out_dtype=wide if out_dtype is None else out_dtype,
-    )
-    return result
-
-
-def _norm(norm: LayerNorm | RMSNorm, x: Tensor, **options: Any) -> Any:
-    residual = options.get("residual")
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    eps = eps_of(norm, dtype)
-    if isinstance(norm, RMSNorm):
-        return rms_norm(x, norm.weight, eps=eps, **options)
-    return layer_norm(x, norm.weight, norm.bias, eps=eps, **options)
-
-
-def eps_of(norm: LayerNorm | RMSNorm, dtype: torch.dtype) -> float:
-    """The eps of a norm of a stream of this dtype; RMSNorm's default depends on it."""
-    return default_eps(dtype) if norm.eps is None else norm.eps
 
 
 def _dropped(branch: Tensor, dropout_p: float) -> Tensor:

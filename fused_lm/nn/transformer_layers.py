@@ -1,19 +1,16 @@
-"""torch's TransformerEncoderLayer, TransformerDecoderLayer and TransformerEncoder, fused inside.
+"""torch's TransformerEncoderLayer and TransformerDecoderLayer, fused inside.
 
 What is fused of a layer, beside the attention that its MultiheadAttention fuses:
 
     norm(x + dropout(branch))          one operator; pre-norm keeps the sum too
     linear2(act(linear1(x)))           one operator where no dropout stands between, else two
 
-A part that someone replaced, or listens to, is called as it is. Boolean masks stay boolean: stock's
-encoder makes float ones of them, and two float masks can only be added.
+A part that someone replaced, or listens to, is called as it is.
 
-In inference stock takes two shortcuts past its own submodules: one native operator a layer, and
-NestedTensors without the padded tokens for a whole encoder. Under ``auto`` both stay, because
-nobody has measured our kernels against them; a forced backend takes neither. What a shortcut means
-stays too: padded tokens leave an encoder as zeros exactly where stock would have dropped them.
-Two things differ from its operator, where that is at odds with stock's own slower way: an
-``nn.GELU("tanh")`` is computed as that, and CPU autocast doesn't narrow the result.
+In inference stock's encoder layer takes a shortcut past its own submodules, one native operator.
+Under ``auto`` it stays, because nobody has measured our kernels against it; a forced backend
+doesn't take it. Two things differ then from the operator, where that is at odds with stock's own
+slower way: an ``nn.GELU("tanh")`` is computed as that, and CPU autocast doesn't narrow the result.
 """
 
 from __future__ import annotations
@@ -24,7 +21,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules import transformer as stock_transformer
 
 from fused_lm import dispatch
 from fused_lm.nn.attention import MultiheadAttention
@@ -38,10 +34,9 @@ from fused_lm.nn.dropin import (
     stand_in,
     stays_stock,
 )
-from fused_lm.nn.norm import LayerNorm
-from fused_lm.nn.stock_attention import StockCall, may_look, rows_without_a_key, sizes_of
-from fused_lm.nn.stock_paths import encoder_drops_padding, layer_is_native
-from fused_lm.nn.transformer import fused_add_norm
+from fused_lm.nn.norm import LayerNorm, fused_add_norm
+from fused_lm.nn.stock_attention import may_look, rows_without_a_key, sizes_of
+from fused_lm.nn.stock_paths import StockCall, layer_is_native
 from fused_lm.ops.ffn import ffn
 from fused_lm.ops.linear_act import linear_act
 
@@ -134,7 +129,7 @@ def _add_norm(
     return norm(s), s
 
 
-def _is_odd(*masks: Tensor | None) -> bool:
+def torch_refuses(*masks: Tensor | None) -> bool:
     """Whether torch would refuse a mask's dtype, in words of its own."""
     return any(m is not None and m.dtype != torch.bool and not m.is_floating_point() for m in masks)
 
@@ -155,7 +150,7 @@ class TransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
     ) -> Tensor:
         """Arguments, shapes and meaning of torch's ``TransformerEncoderLayer.forward``."""
         masks = (src_mask, src_key_padding_mask)
-        if src.is_nested or _is_odd(*masks):
+        if src.is_nested or torch_refuses(*masks):
             return super().forward(src, *masks, is_causal)
         native = layer_is_native(self, src)
         auto = dispatch.current_backend() == "auto"
@@ -259,61 +254,3 @@ class TransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
         x, _ = _add_norm(attend(x), x, self.dropout1, self.norm1)
         x, _ = _add_norm(look(x), x, self.dropout2, self.norm2)
         return _add_norm(self._feed_forward(x), x, self.dropout3, self.norm3)[0]
-
-
-class TransformerEncoder(DropIn, nn.TransformerEncoder):
-    """Drop-in for ``torch.nn.TransformerEncoder``: hands boolean masks on as they are, and where
-    kernels run, padded tokens with them.
-    """
-
-    stock: ClassVar[type[nn.Module]] = nn.TransformerEncoder
-    kind: ClassVar[str] = "attention"
-
-    def likely_backend(self, tokens: int = TYPICAL_TOKENS) -> str:
-        """As :meth:`DropIn.likely_backend`, of its first layer's attention."""
-        attention = getattr(self.layers[0], "self_attn", None)
-        return attention.likely_backend(tokens) if isinstance(attention, DropIn) else "pytorch"
-
-    def forward(
-        self,
-        src: Tensor,
-        mask: Tensor | None = None,
-        src_key_padding_mask: Tensor | None = None,
-        is_causal: bool | None = None,
-    ) -> Tensor:
-        """Arguments, shapes and meaning of torch's ``TransformerEncoder.forward``."""
-        padding = src_key_padding_mask
-        # Layers of others may count on the float masks that stock hands them.
-        forward = TransformerEncoderLayer.forward
-        ours = all(type(layer).forward is forward for layer in self.layers)
-        stock = stays_stock(src) or src.is_nested or _is_odd(mask, padding) or not ours
-        dropped = None if stock else self._dropped_rows(src, mask, padding)
-        if stock or (dropped is not None and dispatch.current_backend() == "auto"):
-            return super().forward(src, mask, padding, is_causal)
-        first: Any = self.layers[0]
-        rows = stock_transformer._get_seq_len(src, first.self_attn.batch_first)
-        causal = is_causal is True
-        if is_causal is None and mask is not None:  # stock compares float masks
-            floats = F._canonical_mask(mask, "mask", None, "", src.dtype, check_other=False)
-            causal = stock_transformer._detect_is_causal_mask(floats, None, rows)
-        output = src
-        for layer in self.layers:
-            output = layer(output, src_mask=mask, is_causal=causal, src_key_padding_mask=padding)
-        if dropped is not None:
-            output = output.masked_fill(dropped.unsqueeze(-1), 0.0)
-        return output if self.norm is None else self.norm(output)
-
-    def _dropped_rows(
-        self, src: Tensor, mask: Tensor | None, padding: Tensor | None
-    ) -> Tensor | None:
-        """bool [N, T]: the tokens that stock would leave out of a NestedTensor, which makes zeros
-        of them. None: it makes no NestedTensor.
-
-        With ``mask_check=False`` the padding is on the right because the user says so.
-        """
-        if padding is None or not encoder_drops_padding(self, src, mask, padding):
-            return None
-        hidden = padding != 0
-        # Only padding on the right is dropped: no key after a padded one.
-        checks = getattr(self, "mask_check", True)
-        return hidden & ~(hidden[:, :-1] & ~hidden[:, 1:]).any() if checks else hidden
