@@ -9,11 +9,6 @@
 namespace planted {
 namespace {
 
-struct Entry {
-  Kernel right, wrong;
-  Shape shape;
-};
-
 std::map<std::string, Entry>& cases() {
   static std::map<std::string, Entry> all;
   return all;
@@ -24,31 +19,25 @@ cudaError_t run_on(const Entry& entry, bool with_bug, float* in, float* out, flo
                    fused_lm::Status* status) {
   float inputs[kInputs];
   for (int i = 0; i < kInputs; ++i) inputs[i] = static_cast<float>(i + 1);
-  const size_t bytes = entry.shape.outputs * sizeof(float);
+  const size_t bytes = entry.shape.floats() * sizeof(float);
   cudaError_t error = cudaMemcpy(in, inputs, sizeof(inputs), cudaMemcpyHostToDevice);
   if (error == cudaSuccess) error = cudaMemset(out, 0, bytes);
   if (error != cudaSuccess) return error;
-  const fused_lm::LaunchConfig config{dim3(entry.shape.blocks), dim3(entry.shape.threads),
-                                      entry.shape.smem_bytes, nullptr};
-  *status = fused_lm::launch(with_bug ? entry.wrong : entry.right, config,
-                             static_cast<const float*>(in), out);
+  *status = entry.run(with_bug, in, out);
   if (*status != fused_lm::kOk) return cudaSuccess;
   return cudaMemcpy(result, out, bytes, cudaMemcpyDeviceToHost);
 }
 
 }  // namespace
 
-Case::Case(const char* name, Kernel right, Kernel wrong, Shape shape) {
-  if (shape.outputs == 0) shape.outputs = static_cast<int>(shape.blocks * shape.threads);
-  cases().emplace(name, Entry{right, wrong, shape});
-}
+Case::Case(const char* name, Entry entry) { cases().emplace(name, std::move(entry)); }
 
 }  // namespace planted
 
 // How many floats a kernel writes; -1 if there is no such kernel.
 extern "C" int planted_outputs(const char* name) {
   const auto found = planted::cases().find(name);
-  return found == planted::cases().end() ? -1 : found->second.shape.outputs;
+  return found == planted::cases().end() ? -1 : found->second.shape.floats();
 }
 
 // Runs one; an empty sentence if it went well.
@@ -57,7 +46,7 @@ extern "C" const char* planted_run(const char* name, bool with_bug, float* resul
   float *in = nullptr, *out = nullptr;
   fused_lm::Status status = fused_lm::kOk;
   cudaError_t error = cudaMalloc(&in, planted::kInputs * sizeof(float));
-  if (error == cudaSuccess) error = cudaMalloc(&out, entry.shape.outputs * sizeof(float));
+  if (error == cudaSuccess) error = cudaMalloc(&out, entry.shape.floats() * sizeof(float));
   if (error == cudaSuccess) error = planted::run_on(entry, with_bug, in, out, result, &status);
   cudaFree(in);
   cudaFree(out);

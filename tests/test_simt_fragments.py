@@ -9,6 +9,7 @@ import functools
 import re
 
 import pytest
+import torch
 
 from tests.simt import build, runtime
 from tests.simt.cute import layouts as cute
@@ -95,6 +96,65 @@ def test_mma(dtype: str) -> None:
     assert len(shown) == len(a) * len(c) and not wrong, wrong[:20]
 
 
+WARPGROUP = 128
+
+
+def test_wgmma_sums() -> None:
+    """What each register of each thread holds the sum of."""
+    expected, values = _layout("wgmma_d"), 32
+    rows, columns = _shown("wgmma_d", False), _shown("wgmma_d", True)
+    assert len(rows) == len(expected) == WARPGROUP * values
+    found = {divmod(i, values): (int(rows[i]), int(columns[i])) for i in range(WARPGROUP * values)}
+    assert not _wrong(found, expected)
+
+
+def test_wgmma_left_operand_in_registers() -> None:
+    """Of each element the thread and the value that it comes from."""
+    expected = _layout("wgmma_a")
+    threads, values = _shown("wgmma_a", False), _shown("wgmma_a", True)
+    assert len(threads) == len(expected) == 64 * K
+    found = {(int(threads[i]), int(values[i])): divmod(i, K) for i in range(64 * K)}
+    assert not _wrong(found, expected)
+
+
+@pytest.mark.parametrize("swizzle", [0, 32, 64, 128])
+@pytest.mark.parametrize("major", ["k", "mn"])
+def test_wgmma_operands_in_shared_memory(major: str, swizzle: int) -> None:
+    """Every element of [128, 64], in products of 16 whose descriptors lie further and further on:
+    by CuTe's fields, the harness finds it where CuTe's layout has it.
+    """
+    table = f"operand_{major}_{swizzle}"
+    places = {element: offset for element, (offset, _) in _layout(table).items()}
+    ((leading, stride),) = _layout(f"fields_{table}").values()
+    address = runtime.load("plain").module.operand_address
+    wrong = [
+        (mn, k)
+        for mn, k in places
+        if places[mn, k]
+        != address(leading, stride, swizzle, places[0, k // K * K], mn, k % K, major == "mn")
+    ]
+    assert len(places) == 128 * 64 and not wrong, wrong[:8]
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["behind the end", "before the beginning"])
+def test_tma_zeroes_what_is_outside(outside: bool) -> None:
+    """A box half outside of [32, 32] both ways: the other half is what is there."""
+    shown = torch.tensor(_shown("box_outside", outside)).view(8, 32)
+    whole = torch.arange(1.0, 1025.0).view(32, 32)
+    expected = torch.zeros(8, 32)
+    if outside:
+        expected[4:, 8:] = whole[:4, :24]
+    else:
+        expected[:4, :24] = whole[28:, 8:]
+    assert torch.equal(shown, expected)
+
+
+@pytest.mark.parametrize("stores", [False, True], ids=["adds", "stores"])
+def test_tma_adds(stores: bool) -> None:
+    twice = 2 * torch.arange(1.0, 257.0)
+    assert _shown("reduce_add", stores) == (twice if stores else 100 + 2 * twice).tolist()
+
+
 def test_layouts_are_whole() -> None:
     """Every element is held once, so that no test above compares less than all."""
     for table, (rows, columns) in {
@@ -104,6 +164,8 @@ def test_layouts_are_whole() -> None:
         "ldmatrix_x4": (LANES, ROW),
         "ldmatrix_x2_trans": (LANES // 2, ROW),
         "stmatrix_x4_trans": (LANES, ROW),
+        "wgmma_d": (64, 64),
+        "wgmma_a": (64, K),
     }.items():
         every = {(row, column) for row in range(rows) for column in range(columns)}
         assert sorted(_layout(table).values()) == sorted(every), table

@@ -29,4 +29,11 @@ __device__ __forceinline__ uint2 load_streaming(const uint2* p) {
   return v;
 }
 
+// PTX 9.7.9, st.volatile.shared: a store that stays where it is written. ptxas moves a
+// wgmma_wait above arithmetic, but not above this: what `value` depends on is computed first.
+__device__ __forceinline__ void store_pinned(float* shared, float value) {
+  asm volatile("st.volatile.shared.f32 [%0], %1;" ::"r"(shared_address(shared)), "f"(value)
+               : "memory");
+}
+
 }  // namespace fused_lm::ptx

@@ -48,7 +48,9 @@ def layouts() -> dict[str, Fragment]:
     done = subprocess.run([_program()], capture_output=True, text=True, check=True)
     found: dict[str, Fragment] = defaultdict(dict)
     for line in done.stdout.splitlines():
-        table, *numbers = line.split()
+        table, *numbers = line.split() or [""]
+        if len(numbers) != 4 or not numbers[0].isdigit():  # CuTe complains of the host
+            continue
         lane, value, row, column = map(int, numbers)
         found[table][lane, value] = (row, column)
     return dict(found)

@@ -61,8 +61,8 @@ void complete(NamedBarrier& b, int barrier, Location here) {
   Block& all = block();
   int met = -1;
   for (int thread : b.waiters) {
-    if (kRaceBuild) all.race->acquire(thread, b.clock);
-    wake(thread);
+    if (kRaceBuild) race().acquire(all.fibers[thread]->agent, b.clock);
+    wake(all, thread);
     if (thread / kWarpSize != met) flush_transactions(met = thread / kWarpSize);
   }
   b.reduced = b.total;
@@ -71,7 +71,7 @@ void complete(NamedBarrier& b, int barrier, Location here) {
   b.clock.clear();
   const bool everybody = b.expected == all_threads();
   b.arrived = b.expected = b.total = 0;
-  if (kRaceBuild && everybody) all.race->check_unseen_stores(here);
+  if (kRaceBuild && everybody) race().check_unseen_stores(all, here);
 }
 
 struct Arrival {
@@ -88,7 +88,7 @@ void come(int barrier, int threads, Arrival arrival, Location here) {
   b.expected = count;
   b.here = here;
   b.total += arrival.addend;
-  if (kRaceBuild && arrival.orders) block().race->release(id, b.clock);
+  if (kRaceBuild && arrival.orders) race().release(self().agent, b.clock);
   const bool waits = arrival.waits;
   if (waits) b.waiters.push_back(id);
   if (b.arrived >= count) {

@@ -51,7 +51,7 @@ void warp_collective(const char* kind, uint32_t mask, void* record, WarpFunction
   run(records.data(), mask);
   if (mask == existing_lanes(fiber.warp)) flush_transactions(fiber.warp);
   for (int lane = 0; lane < kWarpSize; ++lane) {
-    if ((mask >> lane & 1) && lane != fiber.lane) wake(fiber.warp * kWarpSize + lane);
+    if ((mask >> lane & 1) && lane != fiber.lane) wake(block(), fiber.warp * kWarpSize + lane);
   }
 }
 
@@ -60,7 +60,7 @@ void sync_warp(uint32_t mask, Location here) {
   warp_collective(
       "__syncwarp", mask, nullptr,
       [](void**, uint32_t mask) {
-        if (kRaceBuild) block().race->synchronise_lanes(self().warp, mask);
+        if (kRaceBuild) race().synchronise_lanes(self().agent - self().lane, mask);
       },
       here);
 }

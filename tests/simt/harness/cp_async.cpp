@@ -17,7 +17,7 @@ void perform(Copy& copy) {
   memset(copy.shared, 0, copy.bytes);
   if (copy.source_bytes > 0) memcpy(copy.shared, copy.global, copy.source_bytes);
   copy.done = true;
-  if (kRaceBuild) block().race->expect_change(copy.shared, copy.bytes);
+  if (kRaceBuild) race().expect_change(block(), copy.shared, copy.bytes);
 }
 
 // Serial number of the thread's oldest copy that has not happened.
@@ -39,17 +39,13 @@ void settle(Fiber& fiber) {
     const PendingArrival arrival = fiber.arrivals.front();
     fiber.arrivals.erase(fiber.arrivals.begin());
     VectorClock clock;
-    if (kRaceBuild) block().race->release_copies(fiber.id, arrival.after_copy, clock);
-    arrive_at(arrival.barrier, clock, {fiber.id, arrival.after_copy}, arrival.here);
+    if (kRaceBuild) race().release_copies(fiber.agent, arrival.after_copy, clock);
+    arrive_at(block(), arrival.barrier, clock, {fiber.id, arrival.after_copy}, arrival.here);
   }
 }
 
 void perform_all(CopyGroup& group) {
   for (Copy& copy : group.copies) perform(copy);
-}
-
-bool happens_now() {
-  return config.timing == Timing::kEager || (config.timing == Timing::kRandom && coin());
 }
 
 }  // namespace
@@ -68,9 +64,14 @@ void cp_async(void* shared, const void* global, int bytes, int source_bytes, Loc
   const size_t serial = ++fiber.copies_issued;
   if (source_bytes > 0) {
     checked_global(global, source_bytes, "cp.async", here);
-    if (kRaceBuild) global_copy_access(serial, global, source_bytes, here);
   }
-  if (kRaceBuild) block().race->copy_access(fiber.id, serial, offset, bytes, {here});
+  if (kRaceBuild) {
+    const Viewer viewer = race().thread_view(fiber.agent);
+    const Epoch epoch{static_cast<uint16_t>(race().copies_of(fiber.agent)),
+                      static_cast<uint32_t>(serial), here};
+    if (source_bytes > 0) global_async_access(viewer, epoch, global, source_bytes, Kind::kRead);
+    race().access(block(), viewer, epoch, offset, bytes, true);
+  }
   Copy copy{static_cast<char*>(shared),
             static_cast<const char*>(global),
             bytes,
@@ -104,7 +105,8 @@ void cp_async_wait(int pending_groups, Location here) {
   if (!kRaceBuild) return;
   size_t in_flight = fiber.open_group.copies.size();
   for (const CopyGroup& group : fiber.groups) in_flight += group.copies.size();
-  block().race->acquire_copies(fiber.id, fiber.copies_issued - in_flight);
+  const size_t done = fiber.copies_issued - in_flight;
+  race().acquire_time(fiber.agent, race().copies_of(fiber.agent), static_cast<uint32_t>(done));
 }
 
 void mbarrier_arrive_cp_async(uint64_t* barrier, Location here) {
@@ -112,24 +114,28 @@ void mbarrier_arrive_cp_async(uint64_t* barrier, Location here) {
   Fiber& fiber = self();
   const uint32_t address = shared_address(barrier);
   checked_shared_offset(address, 8, "mbarrier arrive cp.async", here);
-  if (kRaceBuild) block().race->thread_access(self().id, address - kSharedBase, 8, false, {here});
+  if (kRaceBuild) race().thread_access(block(), address - kSharedBase, 8, false, {here});
   fiber.arrivals.push_back({address, fiber.copies_issued, here});
   fiber.copies_tracked = fiber.copies_issued;
   settle(fiber);
 }
 
 bool progress_copies() {
-  std::vector<Fiber*> waiting;
-  for (const auto& fiber : block().fibers) {
-    if (!fiber->arrivals.empty()) waiting.push_back(fiber.get());
+  for (const auto& b : cluster().blocks) {
+    std::vector<Fiber*> waiting;
+    for (const auto& fiber : b->fibers) {
+      if (!fiber->arrivals.empty()) waiting.push_back(fiber.get());
+    }
+    if (waiting.empty()) continue;
+    current_block = b.get();
+    const bool any = config.order == Order::kRandom;
+    Fiber& fiber = *waiting[any ? b->random() % waiting.size() : 0];
+    for (CopyGroup& group : fiber.groups) perform_all(group);
+    perform_all(fiber.open_group);
+    settle(fiber);
+    return true;
   }
-  if (waiting.empty()) return false;
-  const bool any = config.order == Order::kRandom;
-  Fiber& fiber = *waiting[any ? block().random() % waiting.size() : 0];
-  for (CopyGroup& group : fiber.groups) perform_all(group);
-  perform_all(fiber.open_group);
-  settle(fiber);
-  return true;
+  return false;
 }
 
 std::string leftovers(const Fiber& fiber) {

@@ -33,23 +33,22 @@ uint16_t place_of(Origin origin) {
   return entry.place;
 }
 
-// One access of a thread, or of a copy on its behalf.
+// One access of a thread, or of what works for it.
 struct Access {
-  int thread;
+  const Viewer& viewer;
   bool write;
   Trace trace;
   Origin origin;
 };
 
-bool known(const Access& access, const Trace& past) {
-  return past.time == 0 || block().race->knows(access.thread, past.agent, past.time);
+bool known(const Access& access, const Trace& past, bool written) {
+  return past.time == 0 || race().knows(access.viewer, past.agent, past.time, written);
 }
 
 [[noreturn]] void report(const char* what, const Access& access, const Trace* other) {
-  const RaceDetector& race = *block().race;
-  const std::string one = race.describe(access.trace.agent, access.origin);
+  const std::string one = race().describe(access.trace.agent, access.origin);
   const std::string two =
-      other ? "; the other: " + race.describe(other->agent, places[other->place]) : "";
+      other ? "; the other: " + race().describe(other->agent, places[other->place]) : "";
   fail("%s: global memory, %s by %s%s", what, access.write ? "write" : "read", one.c_str(),
        two.c_str());
 }
@@ -66,14 +65,14 @@ void check_blocks(const Touched& t, uint32_t me, const Access& access) {
 }
 
 void check_threads(const Touched& t, const Access& access) {
-  if (!known(access, t.write)) {
+  if (!known(access, t.write, true)) {
     report(access.write ? "two writes without an order (race)"
                         : "read of data whose write is not ordered before it (race)",
            access, &t.write);
   }
   if (!access.write) return;
   for (const Trace& read : t.reads) {
-    if (known(access, read)) continue;
+    if (known(access, read, false)) continue;
     report("write to data whose read is not ordered before it (race)", access, &read);
   }
 }
@@ -81,7 +80,7 @@ void check_threads(const Touched& t, const Access& access) {
 // Two readers are kept: that of the same agent or one that is known of goes first, then the older.
 void keep_read(Touched& t, const Access& access) {
   const auto replaceable = [&](const Trace& read) {
-    return read.agent == access.trace.agent || known(access, read);
+    return read.agent == access.trace.agent || known(access, read, false);
   };
   if (!replaceable(t.reads[0])) t.reads[1] = t.reads[0];
   t.reads[0] = access.trace;
@@ -130,20 +129,22 @@ void global_access(uintptr_t address, uint32_t bytes, Kind kind, Origin origin) 
   if (kind != Kind::kRead) counters.global_write_bytes += bytes;
   count_access(origin, address, bytes, false);
   if (kind == Kind::kAtomic) return;
-  const int thread = self().id;
-  const auto agent = static_cast<uint16_t>(thread);
-  const Trace trace{block().race->now(thread), agent, place_of(origin)};
-  check(found, address, bytes, {thread, kind == Kind::kWrite, trace, origin});
+  const int thread = self().agent;
+  const Trace trace{race().now(thread), static_cast<uint16_t>(thread), place_of(origin)};
+  const Viewer viewer = race().thread_view(thread);
+  check(found, address, bytes, {viewer, kind == Kind::kWrite, trace, origin});
 }
 
-void global_copy_access(size_t serial, const void* p, uint32_t bytes, Location here) {
+void global_async_access(const Viewer& viewer, const Epoch& epoch, const void* p, uint32_t bytes,
+                         Kind kind) {
   const auto address = reinterpret_cast<uintptr_t>(p);
-  counters.global_read_bytes += bytes;
-  count_access(here, address, bytes, false);
-  const int thread = self().id;
-  const auto agent = static_cast<uint16_t>(block().race->copies_of(thread));
-  const Trace trace{static_cast<uint32_t>(serial), agent, place_of(here)};
-  check(find_allocation(address, bytes), address, bytes, {thread, false, trace, here});
+  if (kind != Kind::kWrite) counters.global_read_bytes += bytes;
+  if (kind != Kind::kRead) counters.global_write_bytes += bytes;
+  if (!viewer.async) count_access(epoch.origin, address, bytes, false);
+  if (kind == Kind::kAtomic) return;
+  const Trace trace{epoch.time, epoch.agent, place_of(epoch.origin)};
+  check(find_allocation(address, bytes), address, bytes,
+        {viewer, kind == Kind::kWrite, trace, epoch.origin});
 }
 
 }  // namespace simt

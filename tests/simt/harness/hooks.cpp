@@ -21,8 +21,7 @@ void note_atomic(const void*, uint32_t, Location) {}
 namespace simt {
 namespace {
 
-void shared_access(uintptr_t address, uint32_t bytes, Kind kind, Origin origin) {
-  Block& b = block();
+void shared_access(const Block& b, uintptr_t address, uint32_t bytes, Kind kind, Origin origin) {
   const uintptr_t smem = reinterpret_cast<uintptr_t>(b.smem);
   if (address < smem) {
     fail("%s of %u bytes at smem-0x%x, before the block's, at %s", name_of(kind), bytes,
@@ -35,9 +34,9 @@ void shared_access(uintptr_t address, uint32_t bytes, Kind kind, Origin origin) 
   }
   count_access(origin, offset, bytes, true);
   if (kind == Kind::kAtomic) {
-    b.race->atomic_access(self().id, offset, bytes, origin);
+    race().atomic_access(b, offset, bytes, origin);
   } else {
-    b.race->thread_access(self().id, offset, bytes, kind == Kind::kWrite, origin);
+    race().thread_access(b, offset, bytes, kind == Kind::kWrite, origin);
   }
 }
 
@@ -49,12 +48,17 @@ void check_spinning(Origin origin) {
 
 // `aligned`: what the access' type promises, and a GPU's instruction would need.
 void on_access(const void* p, uint32_t bytes, Kind kind, bool aligned, Origin origin) {
-  if (!in_kernel() || bytes == 0 || on_own_stack(p)) return;
+  if (!in_kernel() || bytes == 0) return;
+  if (on_own_stack(p)) {
+    if (!self().registers.arrays.empty()) {
+      on_register_access(p, bytes, kind == Kind::kWrite, origin);
+    }
+    return;
+  }
   check_spinning(origin);
   const auto address = reinterpret_cast<uintptr_t>(p);
-  const uintptr_t smem = reinterpret_cast<uintptr_t>(block().smem);
-  constexpr uintptr_t kRedZone = 1024;  // on both sides of shared memory
-  const bool shared = address - (smem - kRedZone) < block().smem_bytes + 2 * kRedZone;
+  const Block* owner = block_of(p);
+  const bool shared = owner != nullptr;
   if (aligned && address % bytes) {
     const bool device = shared || find_allocation(address, bytes).kind == Place::kInside;
     if (device) {
@@ -62,7 +66,7 @@ void on_access(const void* p, uint32_t bytes, Kind kind, bool aligned, Origin or
            to_string(origin).c_str());
     }
   }
-  shared ? shared_access(address, bytes, kind, origin)
+  shared ? shared_access(*owner, address, bytes, kind, origin)
          : global_access(address, bytes, kind, origin);
 }
 

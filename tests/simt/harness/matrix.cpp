@@ -1,10 +1,8 @@
 // ldmatrix, stmatrix, movmatrix and mma.sync, by the fragment layouts of PTX 9.7.14
 // (csrc/ptx/matrix.h and mma.h draw them; tests hold them against CuTe's).
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstring>
 
+#include "harness/operands.h"
 #include "harness/race.h"
 #include "harness/state.h"
 #include "harness/transactions.h"
@@ -14,17 +12,8 @@ namespace {
 
 constexpr int kRows = 8, kRowBytes = 16;
 
-float to_float(uint32_t bits, Half type) {
-  const auto low = static_cast<uint16_t>(bits);
-  if (type == Half::kFloat16) {
-    __half h;
-    memcpy(&h, &low, 2);
-    return __half2float(h);
-  }
-  const uint32_t wide = uint32_t{low} << 16;
-  float f;
-  memcpy(&f, &wide, 4);
-  return f;
+float half_of(uint32_t pair, int half, Half type) {
+  return to_float(static_cast<uint16_t>(pair >> 16 * half), type);
 }
 
 struct MatrixRecord {
@@ -37,10 +26,11 @@ struct MatrixRecord {
 
 // A lane reads the elements that it gets, whoever gave their row's address.
 void check_races(const MatrixRecord& mine, int lane, const char* first, const char* second) {
-  const int thread = self().warp * kWarpSize + lane;
+  const int thread = self().agent - self().lane + lane;
+  const Epoch epoch{static_cast<uint16_t>(thread), race().now(thread), mine.here};
   for (const char* p : {first, second}) {
     const auto offset = static_cast<uint32_t>(p - block().smem);
-    block().race->thread_access(thread, offset, 2, mine.store, {mine.here});
+    race().access(block(), race().thread_view(thread), epoch, offset, 2, mine.store);
   }
 }
 
@@ -120,10 +110,10 @@ void multiply(void** lanes, uint32_t) {
     const int group = lane / 4, pair = lane % 4 * 2;
     for (int half = 0; half < 2; ++half) {
       for (int i = 0; i < 4; ++i) {
-        a[group + i % 2 * 8][pair + i / 2 * 8 + half] = to_float(r.a[i] >> 16 * half, r.type);
+        a[group + i % 2 * 8][pair + i / 2 * 8 + half] = half_of(r.a[i], half, r.type);
       }
       for (int i = 0; i < 2; ++i) {
-        b[pair + i * 8 + half][group] = to_float(r.b[i] >> 16 * half, r.type);
+        b[pair + i * 8 + half][group] = half_of(r.b[i], half, r.type);
         d[group + i * 8][pair + half] = r.d[2 * i + half];
       }
     }

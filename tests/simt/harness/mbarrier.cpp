@@ -1,5 +1,5 @@
-// Barriers in shared memory: counted arrivals, phases told apart by parity; transaction counts join
-// with sm_90. The state lies here; the object's word only shows whether somebody stores over it.
+// Barriers in shared memory: counted arrivals and bytes, phases told apart by parity. The state
+// lies here; the object's word only shows whether somebody stores over it.
 #include <algorithm>
 #include <cstdio>
 
@@ -26,26 +26,96 @@ uint32_t address_of(const uint64_t* barrier, const char* what, Location here) {
   return address;
 }
 
-MBarrier& existing(uint32_t address, const char* what, Location here) {
-  const auto found = block().mbarriers.find(address);
-  if (found == block().mbarriers.end()) {
-    fail("%s at %s: no mbarrier was initialised at smem+0x%x", what, to_string(here).c_str(),
-         address - kSharedBase);
-  }
-  const std::string overwritten = overwritten_since_init(block(), address, found->second);
-  if (!overwritten.empty())
-    fail("%s at %s: %s", what, to_string(here).c_str(), overwritten.c_str());
-  return found->second;
-}
-
-}  // namespace
-
 std::string overwritten_since_init(const Block& b, uint32_t address, const MBarrier& barrier) {
   if (word_of(b, address) == kAlive) return "";
   char text[200];
   snprintf(text, sizeof text, "the live mbarrier at smem+0x%x, init at %s, was written over",
            address - kSharedBase, to_string(barrier.here).c_str());
   return text;
+}
+
+// The word is used as mbarrier_init left it: a race if nothing orders the two.
+void note_use(const Block& owner, uint32_t address, Location here) {
+  if (kRaceBuild) race().thread_access(owner, address - kSharedBase, 8, false, {here});
+}
+
+MBarrier& existing(uint32_t address, const char* what, Location here) {
+  return mbarrier_of(block(), address, what, here);
+}
+
+// The phase ends when arrivals and bytes have come.
+void end_phase_if_complete(Block& owner, MBarrier& m, Location here) {
+  if (m.pending > 0 || m.bytes != 0) return;
+  if (m.loads > 0) {
+    fail(
+        "a phase of the mbarrier of %s ended at %s while %d bulk loads into it were under way: too "
+        "few bytes were expected",
+        to_string(m.here).c_str(), to_string(here).c_str(), m.loads);
+  }
+  m.pending = m.count;
+  ++m.phase;
+  if (kRaceBuild) {
+    raise_time(m.arriving, race().loads_of(m.agent), static_cast<uint32_t>(m.phase));
+    join_clocks(m.ended, m.arriving);
+  }
+  m.arriving.clear();
+  m.copies_ended.insert(m.copies_ended.end(), m.copies_arriving.begin(), m.copies_arriving.end());
+  m.copies_arriving.clear();
+  for (int thread : m.waiters) wake(owner, thread);
+  m.waiters.clear();
+}
+
+void expect_bytes(MBarrier& m, uint32_t bytes, Location here) {
+  constexpr int64_t kMostBytes = (1 << 20) - 1;
+  m.bytes += bytes;
+  if (m.bytes <= kMostBytes) return;
+  fail("mbarrier expect at %s: %lld bytes, at most %lld", to_string(here).c_str(),
+       static_cast<long long>(m.bytes), static_cast<long long>(kMostBytes));
+}
+
+void arrive(Block& owner, uint32_t address, const char* what, uint32_t bytes, Location here) {
+  note_use(owner, address, here);
+  VectorClock clock;
+  if (kRaceBuild) race().release(self().agent, clock);
+  if (bytes > 0) expect_bytes(mbarrier_of(owner, address, what, here), bytes, here);
+  arrive_at(owner, address, clock, {self().id, 0}, here);
+}
+
+}  // namespace
+
+MBarrier& mbarrier_of(Block& owner, uint32_t address, const char* what, Location here) {
+  const auto found = owner.mbarriers.find(address);
+  if (found == owner.mbarriers.end()) {
+    fail("%s at %s: no mbarrier was initialised at smem+0x%x", what, to_string(here).c_str(),
+         address - kSharedBase);
+  }
+  const std::string overwritten = overwritten_since_init(owner, address, found->second);
+  if (!overwritten.empty())
+    fail("%s at %s: %s", what, to_string(here).c_str(), overwritten.c_str());
+  return found->second;
+}
+
+std::string unfinished_mbarriers(const Block& b) {
+  for (const auto& [address, m] : b.mbarriers) {
+    const std::string overwritten = overwritten_since_init(b, address, m);
+    if (!overwritten.empty()) return "block ended: " + overwritten;
+    char text[360];
+    if (m.bytes != 0) {
+      snprintf(text, sizeof text,
+               "block ended with %lld bytes expected in a phase of the mbarrier at smem+0x%x, init "
+               "at %s",
+               static_cast<long long>(m.bytes), address - kSharedBase, to_string(m.here).c_str());
+      return text;
+    }
+    if (m.pending == m.count) continue;
+    snprintf(text, sizeof text,
+             "block ended with %d of %u arrivals in a phase of the mbarrier at smem+0x%x, init at "
+             "%s, the last arrival at %s",
+             static_cast<int>(m.count - m.pending), m.count, address - kSharedBase,
+             to_string(m.here).c_str(), to_string(m.last_arrival).c_str());
+    return text;
+  }
+  return "";
 }
 
 void mbarrier_init(uint64_t* barrier, uint32_t arrivals, Location here) {
@@ -58,11 +128,13 @@ void mbarrier_init(uint64_t* barrier, uint32_t arrivals, Location here) {
     fail("mbarrier init at %s: one lives at smem+0x%x already", to_string(here).c_str(),
          address - kSharedBase);
   }
-  if (kRaceBuild) block().race->thread_access(self().id, address - kSharedBase, 8, true, {here});
+  if (kRaceBuild) race().thread_access(block(), address - kSharedBase, 8, true, {here});
   MBarrier fresh;
   fresh.count = arrivals;
   fresh.pending = arrivals;
   fresh.here = here;
+  fresh.agent = cluster().mbarriers++;
+  fresh.initialiser = self().id;
   block().mbarriers.emplace(address, std::move(fresh));
   word_of(block(), address) = kAlive;
 }
@@ -73,43 +145,65 @@ void mbarrier_invalidate(uint64_t* barrier, Location here) {
   if (!existing(address, "mbarrier inval", here).waiters.empty()) {
     fail("mbarrier inval at %s: threads wait for it", to_string(here).c_str());
   }
-  if (kRaceBuild) block().race->thread_access(self().id, address - kSharedBase, 8, true, {here});
+  if (kRaceBuild) race().thread_access(block(), address - kSharedBase, 8, true, {here});
   block().mbarriers.erase(address);
   word_of(block(), address) = kDead;
 }
 
-void arrive_at(uint32_t address, const VectorClock& clock, TrackedCopies copies, Location here) {
-  MBarrier& m = existing(address, "mbarrier arrive", here);
+void fence_inits() {
+  for (auto& [address, m] : block().mbarriers) m.fenced |= m.initialiser == self().id;
+}
+
+void fence_mbarrier_init(Location here) {
+  if (takes_part("fence mbarrier init", here)) fence_inits();
+}
+
+void arrive_at(Block& owner, uint32_t address, const VectorClock& clock, TrackedCopies copies,
+               Location here) {
+  MBarrier& m = mbarrier_of(owner, address, "mbarrier arrive", here);
   if (copies.up_to_copy > 0) m.copies_arriving.push_back(copies);
   if (kRaceBuild) join_clocks(m.arriving, clock);
   m.last_arrival = here;
-  if (--m.pending > 0) return;
-  m.pending = m.count;
-  ++m.phase;
-  if (kRaceBuild) join_clocks(m.ended, m.arriving);
-  m.arriving.clear();
-  m.copies_ended.insert(m.copies_ended.end(), m.copies_arriving.begin(), m.copies_arriving.end());
-  m.copies_arriving.clear();
-  for (int thread : m.waiters) wake(thread);
-  m.waiters.clear();
+  if (--m.pending < 0) {
+    fail("mbarrier arrive at %s: more than the %u arrivals of a phase, init at %s",
+         to_string(here).c_str(), m.count, to_string(m.here).c_str());
+  }
+  end_phase_if_complete(owner, m, here);
+}
+
+void complete_bytes(Block& owner, uint32_t address, int64_t bytes, Location here) {
+  MBarrier& m = mbarrier_of(owner, address, "bulk load", here);
+  --m.loads;
+  m.bytes -= bytes;
+  end_phase_if_complete(owner, m, here);
 }
 
 void mbarrier_arrive(uint64_t* barrier, Location here) {
   if (!takes_part("mbarrier arrive", here)) return;
-  const uint32_t address = address_of(barrier, "mbarrier arrive", here);
-  VectorClock clock;
-  if (kRaceBuild) {
-    // The word is used as mbarrier_init left it: a race if nothing orders the two.
-    block().race->thread_access(self().id, address - kSharedBase, 8, false, {here});
-    block().race->release(self().id, clock);
+  arrive(block(), address_of(barrier, "mbarrier arrive", here), "mbarrier arrive", 0, here);
+}
+
+void mbarrier_arrive_at(uint64_t* barrier, int rank, Location here) {
+  if (!takes_part("mbarrier arrive at", here)) return;
+  const uint32_t address = address_of(barrier, "mbarrier arrive at", here);
+  arrive(block_of_rank(rank, "mbarrier arrive at", here), address, "mbarrier arrive at", 0, here);
+}
+
+void mbarrier_expect(uint64_t* barrier, uint32_t bytes, bool arrives, Location here) {
+  if (!takes_part("mbarrier expect", here)) return;
+  const uint32_t address = address_of(barrier, "mbarrier expect", here);
+  if (arrives) {
+    arrive(block(), address, "mbarrier expect", bytes, here);
+    return;
   }
-  arrive_at(address, clock, {self().id, 0}, here);
+  note_use(block(), address, here);
+  expect_bytes(existing(address, "mbarrier expect", here), bytes, here);
 }
 
 void mbarrier_wait(uint64_t* barrier, uint32_t parity, Location here) {
   if (!takes_part("mbarrier wait", here)) return;
   const uint32_t address = address_of(barrier, "mbarrier wait", here);
-  if (kRaceBuild) block().race->thread_access(self().id, address - kSharedBase, 8, false, {here});
+  note_use(block(), address, here);
   const uint64_t begun = existing(address, "mbarrier wait", here).phase;
   if ((begun & 1) == (parity & 1)) {
     existing(address, "mbarrier wait", here).waiters.push_back(self().id);
@@ -126,7 +220,7 @@ void mbarrier_wait(uint64_t* barrier, uint32_t parity, Location here) {
     waited_for = std::max(waited_for, copies.up_to_copy);
   }
   m.copies_ended.clear();
-  if (kRaceBuild) block().race->acquire(self().id, m.ended);
+  if (kRaceBuild) race().acquire(self().agent, m.ended);
 }
 
 }  // namespace simt

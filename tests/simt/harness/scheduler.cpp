@@ -1,8 +1,7 @@
-// Runs a grid: block after block, and in a block one ready thread after another.
+// Runs a grid: cluster after cluster, and in a cluster one ready thread after another.
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <set>
 
@@ -23,6 +22,8 @@ Block::Block() = default;
 Block::~Block() {
   for (auto& fiber : fibers) release_stack(*fiber);
 }
+Cluster::Cluster() = default;
+Cluster::~Cluster() = default;
 
 std::string to_string(Location location) {
   if (location.file == nullptr) return "?";
@@ -64,14 +65,18 @@ void wait_for(const char* kind, Location here, uint64_t object, uint64_t detail)
   return_to_scheduler();
 }
 
-void wake(int thread) {
-  Fiber& fiber = *block().fibers[thread];
+void wake(Block& b, int thread) {
+  Fiber& fiber = *b.fibers[thread];
   if (fiber.state != State::kWaiting) return;
   fiber.state = State::kReady;
-  block().warps[fiber.warp].ready |= 1u << fiber.lane;
+  b.warps[fiber.warp].ready |= 1u << fiber.lane;
 }
 
 bool coin() { return block().random() & 1; }
+
+bool happens_now() {
+  return config.timing == Timing::kEager || (config.timing == Timing::kRandom && coin());
+}
 
 namespace {
 
@@ -115,98 +120,64 @@ int next_thread(Block& b) {
   return thread;
 }
 
-std::string describe_wait(const Block& b, const Fiber& fiber) {
-  const Wait& wait = fiber.wait;
-  const std::string here = to_string(wait.here);
-  char text[320];
-  if (fiber.state == State::kDone) return "has ended";
-  if (!strcmp(wait.kind, "mbarrier wait")) {
-    const MBarrier& m = b.mbarriers.at(static_cast<uint32_t>(wait.object));
-    snprintf(text, sizeof text,
-             "mbarrier wait at %s: smem+0x%x parity %d (phase %d, %d of %u arrivals missing; "
-             "init at %s)",
-             here.c_str(), static_cast<uint32_t>(wait.object) - kSharedBase,
-             static_cast<int>(wait.detail), static_cast<int>(m.phase), static_cast<int>(m.pending),
-             m.count, to_string(m.here).c_str());
-  } else if (!strcmp(wait.kind, "barrier")) {
-    const NamedBarrier& n = b.barriers[wait.object];
-    snprintf(text, sizeof text, "barrier %d at %s (%d of %d threads have arrived)",
-             static_cast<int>(wait.object), here.c_str(), n.arrived, n.expected);
-  } else {
-    snprintf(text, sizeof text, "%s at %s, mask %08x", wait.kind, here.c_str(),
-             static_cast<uint32_t>(wait.object));
+// Runs the next thread of a cluster until it waits. False: none is ready.
+bool run_next(Cluster& c) {
+  const int blocks = static_cast<int>(c.blocks.size());
+  const int first = config.order == Order::kRandom && blocks > 1
+                        ? static_cast<int>(c.blocks[0]->random() % blocks)
+                        : c.cursor;
+  for (int i = 0; i < blocks; ++i) {
+    Block& b = *c.blocks[(first + i) % blocks];
+    const int thread = next_thread(b);
+    if (thread < 0) continue;
+    if (config.order == Order::kRoundRobin) c.cursor = (first + i + 1) % blocks;
+    current_block = &b;
+    resume(*b.fibers[thread]);
+    return true;
   }
-  return text;
+  return false;
 }
 
-std::string deadlock_report(const Block& b) {
-  char line[400];
-  snprintf(line, sizeof line, "deadlock in block (%u, %u, %u):", b.index.x, b.index.y, b.index.z);
-  std::string report = line;
-  for (int warp = 0; warp < b.warps_count; ++warp) {
-    std::map<std::string, uint32_t> lanes_of;
-    for (int lane = 0; lane < kWarpSize && warp * kWarpSize + lane < b.threads; ++lane) {
-      lanes_of[describe_wait(b, *b.fibers[warp * kWarpSize + lane])] |= 1u << lane;
+std::string run_threads(Cluster& c) {
+  const auto alive = [](const auto& b) { return b->live > 0; };
+  while (std::any_of(c.blocks.begin(), c.blocks.end(), alive)) {
+    if (run_next(c)) {
+      if (!block().failure.empty()) return block().failure;
+      if (config.timing == Timing::kRandom && !c.loads.empty() && coin()) progress_loads();
+    } else if (!progress_copies() && !progress_loads()) {
+      std::string report;
+      for (const auto& b : c.blocks) report += (report.empty() ? "" : "\n") + deadlock_report(*b);
+      return report;
     }
-    for (const auto& [what, lanes] : lanes_of) {
-      snprintf(line, sizeof line, "\n  warp %d lanes %08x: %s", warp, lanes, what.c_str());
-      report += line;
-    }
-  }
-  return report;
-}
-
-// What a kernel must not leave behind; empty: nothing.
-std::string unfinished(const Block& b) {
-  for (const Warp& warp : b.warps) {
-    for (const Collective& c : warp.open) {
-      return std::string("block ended while lanes wait in ") + c.kind + " at " + to_string(c.here);
-    }
-  }
-  for (int i = 0; i < kNamedBarriers; ++i) {
-    if (b.barriers[i].arrived == 0) continue;
-    return "block ended with " + std::to_string(b.barriers[i].arrived) + " arrivals at barrier " +
-           std::to_string(i) + ", last at " + to_string(b.barriers[i].here);
-  }
-  for (const auto& [address, m] : b.mbarriers) {
-    const std::string overwritten = overwritten_since_init(b, address, m);
-    if (!overwritten.empty()) return "block ended: " + overwritten;
-    if (m.pending == m.count) continue;
-    char text[320];
-    snprintf(text, sizeof text,
-             "block ended with %d of %u arrivals in a phase of the mbarrier at smem+0x%x, init at "
-             "%s, the last arrival at %s",
-             static_cast<int>(m.count - m.pending), m.count, address - kSharedBase,
-             to_string(m.here).c_str(), to_string(m.last_arrival).c_str());
-    return text;
-  }
-  for (const auto& fiber : b.fibers) {
-    const std::string left = leftovers(*fiber);
-    if (!left.empty()) return "thread " + std::to_string(fiber->id) + " ended with " + left;
   }
   return "";
 }
 
-void run_threads(Block& b) {
-  while (b.live > 0 && b.failure.empty()) {
-    const int thread = next_thread(b);
-    if (thread >= 0) {
-      resume(*b.fibers[thread]);
-    } else if (!progress_copies()) {
-      b.failure = deadlock_report(b);
-    }
+// All blocks end together: what one leaves behind may be another's.
+std::string finish(Cluster& c) {
+  if (!c.loads.empty()) {
+    return "the cluster ended while the bulk load of " + to_string(c.loads[0].here) +
+           " was under way";
   }
+  for (const auto& b : c.blocks) {
+    current_block = b.get();
+    const std::string left = unfinished(*b);
+    if (!left.empty()) return left;
+    for (const auto& fiber : b->fibers) finish_stores(*fiber);
+    const std::string unseen = c.race ? c.race->end_block(*b) : "";
+    if (!unseen.empty()) return unseen;
+    for (int warp = 0; warp < b->warps_count; ++warp) flush_transactions(warp);
+  }
+  return "";
 }
 
-void run_block(Block& b) {
+std::string run_cluster(Cluster& c) {
   try {
-    run_threads(b);
+    const std::string failure = run_threads(c);
+    return failure.empty() ? finish(c) : failure;
   } catch (const Error& error) {  // of what no thread was running for
-    b.failure = error.what();
+    return error.what();
   }
-  if (b.failure.empty()) b.failure = unfinished(b);
-  if (b.failure.empty() && b.race) b.failure = b.race->end_block();
-  for (int warp = 0; warp < b.warps_count; ++warp) flush_transactions(warp);
 }
 
 void make_threads(Block& b) {
@@ -217,24 +188,26 @@ void make_threads(Block& b) {
     fiber->id = id;
     fiber->warp = id / kWarpSize;
     fiber->lane = id % kWarpSize;
+    fiber->agent = b.rank * b.threads + id;
     start_fiber(*fiber);
     b.warps[fiber->warp].ready |= 1u << fiber->lane;
     b.fibers.push_back(std::move(fiber));
   }
 }
 
-// The block that kernels see, for as long as it runs.
+// The block that kernels see, for as long as one runs.
 struct Running {
-  explicit Running(Block& b) { current_block = &b; }
   ~Running() {
     current_block = nullptr;
     current_thread = nullptr;
   }
 };
 
-std::string run_one(uint64_t id, dim3 grid, dim3 size, Arena& arena,
-                    const std::function<void()>& body) {
-  Block b;
+using Arenas = std::vector<std::unique_ptr<Arena>>;
+
+std::unique_ptr<Block> make_block(uint64_t id, dim3 grid, dim3 size, Arena& arena) {
+  auto made = std::make_unique<Block>();
+  Block& b = *made;
   b.index = {static_cast<unsigned>(id % grid.x), static_cast<unsigned>(id / grid.x % grid.y),
              static_cast<unsigned>(id / grid.x / grid.y)};
   b.size = size;
@@ -246,13 +219,26 @@ std::string run_one(uint64_t id, dim3 grid, dim3 size, Arena& arena,
   arena.poison();
   b.smem = arena.data();
   b.smem_bytes = arena.bytes();
-  b.body = &body;
-  if (kRaceBuild) b.race = std::make_unique<RaceDetector>(b);
-  const Running running(b);
-  make_threads(b);
-  run_block(b);
-  ++counters.blocks;
-  return b.failure;
+  return made;
+}
+
+// The blocks from `first_id` on, one per arena.
+std::string run_blocks(uint64_t first_id, dim3 grid, dim3 size, const Arenas& arenas,
+                       const std::function<void()>& body) {
+  Cluster c;
+  const Running running;
+  for (size_t rank = 0; rank < arenas.size(); ++rank) {
+    c.blocks.push_back(make_block(first_id + rank, grid, size, *arenas[rank]));
+    Block& b = *c.blocks.back();
+    b.cluster = &c;
+    b.rank = static_cast<int>(rank);
+    b.body = &body;
+    current_block = &b;
+    make_threads(b);
+    ++counters.blocks;
+  }
+  if (kRaceBuild) c.race = std::make_unique<RaceDetector>(c);
+  return run_cluster(c);
 }
 
 }  // namespace
@@ -263,7 +249,7 @@ std::vector<std::string> kernels_run() {
   return names;
 }
 
-void run_grid(const void* kernel, dim3 grid, dim3 size, size_t smem_bytes,
+void run_grid(const void* kernel, dim3 grid, dim3 size, size_t smem_bytes, int cluster,
               const std::function<void()>& body) {
   const auto nobody_frees = lock_allocations();
   launched.insert(kernel);
@@ -279,15 +265,19 @@ void run_grid(const void* kernel, dim3 grid, dim3 size, size_t smem_bytes,
   if (blocks < 1 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
     fail("a grid of %u x %u x %u blocks", grid.x, grid.y, grid.z);
   }
+  if (cluster < 1 || cluster > kMaxClusterBlocks || grid.x % cluster) {
+    fail("clusters of %d blocks in a grid of %u along x", cluster, grid.x);
+  }
   ++counters.launches;
   begin_launch();
-  Arena arena(smem_bytes);
-  std::vector<uint64_t> ids(blocks);
-  for (uint64_t i = 0; i < blocks; ++i) ids[i] = i;
+  Arenas arenas;
+  for (int i = 0; i < cluster; ++i) arenas.push_back(std::make_unique<Arena>(smem_bytes));
+  std::vector<uint64_t> ids(blocks / cluster);
+  for (uint64_t i = 0; i < ids.size(); ++i) ids[i] = i * cluster;
   if (config.order == Order::kReverse) std::reverse(ids.begin(), ids.end());
   if (config.seed != 0) std::shuffle(ids.begin(), ids.end(), std::mt19937_64(config.seed));
   for (uint64_t id : ids) {
-    const std::string failure = run_one(id, grid, size, arena, body);
+    const std::string failure = run_blocks(id, grid, size, arenas, body);
     if (!failure.empty()) throw Error(failure);
   }
 }

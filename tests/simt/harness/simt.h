@@ -69,6 +69,8 @@ struct Counters {
   uint64_t global_sectors, global_ideal_sectors;        // of 32 bytes
   uint64_t shared_wavefronts, shared_ideal_wavefronts;  // of 128 bytes
   uint64_t mma_flops;
+  uint64_t bulk_bytes;  // of boxes and rows between global and shared memory, zero fill too
+  uint64_t wgmma_flops, wgmma_shared_bytes;  // what its operands are read with
 };
 extern Counters counters;
 
@@ -87,6 +89,8 @@ uint32_t shared_address(const void* p);
 
 // Memory that an atomic reads and changes: checked like any other access, but for conflicts.
 void note_atomic(const void* p, uint32_t bytes, Location here);
+
+enum class Half { kFloat16, kBFloat16 };
 
 // --- Synchronisation --------------------------------------------------------------------------
 // Every wrapper that synchronises asks this first: false drops it. The places are recorded.
@@ -117,19 +121,65 @@ void mbarrier_arrive(uint64_t* barrier, Location here);
 void mbarrier_arrive_cp_async(uint64_t* barrier, Location here);
 void mbarrier_wait(uint64_t* barrier, uint32_t parity, Location here);
 
+// With bytes to expect, of copies that count them down.
+void mbarrier_expect(uint64_t* barrier, uint32_t bytes, bool arrives, Location here);
+void mbarrier_arrive_at(uint64_t* barrier, int rank, Location here);  // in a block of the cluster
+void fence_mbarrier_init(Location here);
+
 void cp_async(void* shared, const void* global, int bytes, int source_bytes, Location here);
 void cp_async_commit(Location here);
 void cp_async_wait(int pending_groups, Location here);
 
+// --- Tensor maps and bulk copies --------------------------------------------------------------
+enum class Element { kFloat32, kFloat16, kBFloat16 };
+constexpr int kMaxRank = 5;
+struct TensorMap {
+  char* base;
+  Element element;
+  int rank;
+  int64_t sizes[kMaxRank], strides[kMaxRank];  // innermost first; bytes
+  int box[kMaxRank];
+  int swizzle;  // bytes of a row that it permutes: 128, 64, 32, or 0
+};
+// What is wrong with it, null: nothing.
+const char* problem_of(const TensorMap& map);
+// Into the same place of every block of the cluster that `blocks` has a bit of; 0: into this one's.
+void tma_load(void* shared, const TensorMap& map, uint64_t* barrier, const int* at, int rank,
+              uint32_t blocks, Location here);
+void tma_store(const TensorMap& map, const void* shared, const int* at, int rank, bool adds,
+               Location here);
+void bulk_commit(Location here);
+void bulk_wait(int pending_groups, bool reads_only, Location here);
+void fence_proxy_async(Location here);
+
+// --- Warpgroups -------------------------------------------------------------------------------
+struct WgmmaShape {
+  int N;
+  Half type;
+  bool a_turned, b_turned;  // MN-major
+};
+void wgmma_fence(Location here);
+void wgmma_commit(Location here);
+void wgmma_wait(int pending_groups, Location here);
+// a_registers null: a is a descriptor.
+void wgmma(const WgmmaShape& shape, float* d, const uint32_t* a_registers, uint64_t a, uint64_t b,
+           bool accumulate, Location here);
+void set_registers(int count, Location here);
+
+// --- Clusters ---------------------------------------------------------------------------------
+int cluster_rank();
+void cluster_arrive(Location here);
+void cluster_wait(Location here);
+void* cluster_shared(void* shared, int rank, Location here);
+
 // --- Matrices ---------------------------------------------------------------------------------
-enum class Half { kFloat16, kBFloat16 };
 uint32_t movmatrix(uint32_t value, Location here);
 void ldmatrix(uint32_t* registers, const void* row, int matrices, bool transposed, Location here);
 void stmatrix(const uint32_t* registers, void* row, int matrices, bool transposed, Location here);
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, Half type, Location here);
 
 // --- Launch -----------------------------------------------------------------------------------
-void run_grid(const void* kernel, dim3 grid, dim3 block, size_t smem_bytes,
+void run_grid(const void* kernel, dim3 grid, dim3 block, size_t smem_bytes, int cluster,
               const std::function<void()>& body);
 std::vector<std::string> kernels_run();  // every instantiation that was launched, by name
 

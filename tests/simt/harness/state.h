@@ -1,4 +1,5 @@
-// The state of a running grid: one block at a time, its threads as fibers, all on one OS thread.
+// The state of a running grid: one cluster of blocks at a time (mostly a cluster is one block), the
+// threads as fibers, all on one OS thread.
 #pragma once
 
 #include <array>
@@ -6,6 +7,7 @@
 #include <memory>
 #include <random>
 
+#include "harness/async.h"
 #include "harness/simt.h"
 
 namespace simt {
@@ -13,8 +15,13 @@ namespace simt {
 constexpr int kWarpSize = 32;
 constexpr int kNamedBarriers = 16;
 
-// Times of every agent (race.h) that its owner knows of; empty: knows of nothing.
-using VectorClock = std::vector<uint32_t>;
+// What its owner knows of every agent (race.h): the time up to which that one's accesses are
+// ordered before the owner's. Empty: of nothing.
+struct VectorClock {
+  std::vector<uint32_t> known;
+  std::vector<uint32_t> fenced;  // likewise, of ordinary writes, before the async proxy's accesses
+  void clear() { known.clear(), fenced.clear(); }
+};
 
 enum class State : uint8_t { kReady, kWaiting, kDone };
 
@@ -44,6 +51,7 @@ struct PendingArrival {
 };
 
 struct Fiber : ThreadView {
+  int agent = 0;  // among the threads of the cluster
   State state = State::kReady;
   Wait wait;
   void* stack_pointer = nullptr;
@@ -55,6 +63,9 @@ struct Fiber : ThreadView {
   std::vector<PendingArrival> arrivals;                                 // oldest first
   size_t copies_issued = 0, copies_tracked = 0, copies_waited_for = 0;  // serial numbers
   uint64_t accesses = 0;  // to memory that others may write, since it was resumed
+  BulkStores stores;
+  Registers registers;
+  uint64_t cluster_arrivals = 0, cluster_waits = 0;
 };
 
 // A warp collective that some lanes have reached. Disjoint masks may wait side by side.
@@ -67,6 +78,8 @@ struct Collective {
 struct Warp {
   std::vector<Collective> open;
   uint32_t ready = 0;
+  WarpProducts products;
+  int register_count = 0;  // that setmaxnreg gave each of its threads; 0: those of the launch
 };
 
 // The lanes of a warp that have arrived in a barrier's phase, and where the first did.
@@ -92,6 +105,11 @@ struct TrackedCopies {
 struct MBarrier {
   uint32_t count = 0;
   int64_t pending = 0;
+  int64_t bytes = 0;    // that this phase still expects; below 0 where they came before
+  int loads = 0;        // bulk loads of this phase that are under way
+  int agent = 0;        // of those loads
+  bool fenced = false;  // its init, before the async proxy
+  int initialiser = 0;
   uint64_t phase = 0;
   Location here{nullptr, 0}, last_arrival{nullptr, 0};
   std::vector<int> waiters;
@@ -99,11 +117,13 @@ struct MBarrier {
   std::vector<TrackedCopies> copies_arriving, copies_ended;  // likewise
 };
 
-class RaceDetector;
+struct Cluster;
 
 struct Block : BlockView {
   Block();
   ~Block();
+  Cluster* cluster = nullptr;
+  int rank = 0;  // in it
   int threads = 0, warps_count = 0, live = 0, cursor = 0;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Warp> warps;
@@ -112,10 +132,27 @@ struct Block : BlockView {
   std::mt19937_64 random;
   std::string failure;
   const std::function<void()>* body = nullptr;
+};
+
+class RaceDetector;
+
+// Blocks that run at the same time, on one OS thread all the same.
+struct Cluster {
+  Cluster();
+  ~Cluster();
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<BulkLoad> loads;  // under way, oldest first
+  int mbarriers = 0;            // initialised so far
+  int cursor = 0;
+  uint64_t barrier_arrivals = 0;  // all phases of barrier.cluster together
+  std::vector<Fiber*> barrier_waiters;
+  VectorClock barrier_arriving, barrier_ended;
   std::unique_ptr<RaceDetector> race;  // race build only
 };
 
 inline Block& block() { return *static_cast<Block*>(current_block); }
+inline Cluster& cluster() { return *block().cluster; }
+inline RaceDetector& race() { return *cluster().race; }
 // Lanes that the last warp of a block doesn't have belong to no mask.
 inline uint32_t existing_lanes(int warp) {
   const int lanes = block().threads - warp * kWarpSize;
@@ -132,14 +169,37 @@ void release_stack(Fiber& fiber);
 
 // scheduler.cpp
 void wait_for(const char* kind, Location here, uint64_t object = 0, uint64_t detail = 0);
-void wake(int thread);
+void wake(Block& b, int thread);
 bool coin();
+bool happens_now();  // whether a copy or product that is issued now is done now
 
-// async copies (cp_async.cpp), mbarriers (mbarrier.cpp)
+// reports.cpp
+std::string deadlock_report(const Block& b);
+std::string unfinished(const Block& b);  // what it must not leave behind; empty: nothing
+
+// cp_async.cpp
 bool progress_copies();  // completes one copy that somebody may wait for; false: there is none
-void arrive_at(uint32_t barrier, const VectorClock& clock, TrackedCopies copies, Location here);
-std::string overwritten_since_init(const Block& b, uint32_t address, const MBarrier& barrier);
 std::string leftovers(const Fiber& fiber);
+
+// mbarrier.cpp
+void arrive_at(Block& owner, uint32_t address, const VectorClock& clock, TrackedCopies copies,
+               Location here);
+MBarrier& mbarrier_of(Block& owner, uint32_t address, const char* what, Location here);
+void complete_bytes(Block& owner, uint32_t address, int64_t bytes, Location here);
+void fence_inits();
+std::string unfinished_mbarriers(const Block& b);
+
+// bulk.cpp
+bool progress_loads();  // as progress_copies
+void finish_stores(Fiber& fiber);
+std::string leftover_stores(const Fiber& fiber);
+
+// wgmma.cpp
+std::string leftover_products(const Block& b);
+
+// cluster.cpp
+Block* block_of(const void* shared);  // of this cluster; null: in the memory of none
+Block& block_of_rank(int rank, const char* what, Location here);
 
 // memory.cpp
 uint32_t checked_shared_offset(uint32_t address, uint32_t bytes, const char* what, Location here);

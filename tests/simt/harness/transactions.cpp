@@ -21,8 +21,12 @@ struct WarpAccesses {
   std::array<std::unordered_map<uint64_t, uint32_t>, kWarpSize> visits;
 };
 
-std::vector<WarpAccesses> warps;
-const Block* warps_of;
+// Of the blocks of the running cluster, by rank.
+struct BlockAccesses {
+  const Block* block = nullptr;
+  std::vector<WarpAccesses> warps;
+};
+std::array<BlockAccesses, kMaxClusterBlocks> blocks;
 
 uint64_t place_of(Origin origin) {
   if (origin.code != nullptr) return reinterpret_cast<uint64_t>(origin.code);
@@ -96,11 +100,11 @@ void count_wavefronts(const Lanes& lanes) {
 void count_access(Origin origin, uintptr_t address, uint32_t bytes, bool shared) {
   if (!kRaceBuild || !config.count_transactions) return;
   const Fiber& fiber = self();
-  if (warps_of != &block() || static_cast<int>(warps.size()) != block().warps_count) {
-    warps.assign(block().warps_count, {});
-    warps_of = &block();
+  BlockAccesses& of_block = blocks[block().rank];
+  if (of_block.block != &block() || of_block.warps.size() != block().warps.size()) {
+    of_block = {&block(), std::vector<WarpAccesses>(block().warps.size())};
   }
-  WarpAccesses& warp = warps[fiber.warp];
+  WarpAccesses& warp = of_block.warps[fiber.warp];
   const uint64_t place = place_of(origin);
   const uint64_t key = place << 20 | (warp.visits[fiber.lane][place]++ & 0xfffff);
   Lanes& lanes = warp.instructions[key];
@@ -125,7 +129,10 @@ void count_matrix_rows(const uint32_t* row_addresses, int matrices) {
 }
 
 void flush_transactions(int warp) {
-  if (!kRaceBuild || warps_of != &block() || warp >= static_cast<int>(warps.size())) return;
+  if (!kRaceBuild) return;
+  BlockAccesses& of_block = blocks[block().rank];
+  if (of_block.block != &block() || warp >= static_cast<int>(of_block.warps.size())) return;
+  std::vector<WarpAccesses>& warps = of_block.warps;
   for (const auto& [key, lanes] : warps[warp].instructions) {
     lanes.shared ? count_wavefronts(lanes) : count_sectors(lanes);
   }

@@ -7,7 +7,8 @@
 
 #include <map>
 
-#include "harness/simt.h"
+#include "common/matrix_descriptor.h"
+#include "harness/operands.h"
 #include "kernels/attention_tuning.h"
 #include "kernels/layernorm_tuning.h"
 #include "planted/planted.h"
@@ -87,7 +88,10 @@ std::map<std::string, uint64_t> counters() {
           {"global_ideal_sectors", c.global_ideal_sectors},
           {"shared_wavefronts", c.shared_wavefronts},
           {"shared_ideal_wavefronts", c.shared_ideal_wavefronts},
-          {"mma_flops", c.mma_flops}};
+          {"mma_flops", c.mma_flops},
+          {"bulk_bytes", c.bulk_bytes},
+          {"wgmma_flops", c.wgmma_flops},
+          {"wgmma_shared_bytes", c.wgmma_shared_bytes}};
 }
 
 std::vector<std::tuple<std::string, int, std::string>> sites() {
@@ -172,6 +176,17 @@ PYBIND11_MODULE(SIMT_LIBRARY, m) {
   m.attr("HEAD_DIMS") =
       std::vector<int>(std::begin(fused_lm::kHeadDims), std::end(fused_lm::kHeadDims));
   m.def("norm_tuning", &norm_tuning);
+  m.def(
+      "operand_address",
+      [](uint32_t leading_bytes, uint32_t stride_bytes, int swizzle, uint32_t advance, uint32_t mn,
+         uint32_t k, bool turned) {
+        const uint64_t descriptor = fused_lm::matrix_descriptor(
+            simt::kSharedBase, leading_bytes, stride_bytes, fused_lm::Swizzle{swizzle});
+        const uint64_t at = fused_lm::advanced(descriptor, advance);
+        return simt::element_address(at, mn, k, turned) - simt::kSharedBase;
+      },
+      py::arg("leading_bytes"), py::arg("stride_bytes"), py::arg("swizzle"), py::arg("advance"),
+      py::arg("mn"), py::arg("k"), py::arg("turned"));
   m.def("planted_kernels", &planted::names);
   m.def("run_planted", &planted::run);
 }

@@ -10,11 +10,6 @@
 namespace planted {
 namespace {
 
-struct Entry {
-  Kernel right, wrong;
-  Shape shape;
-};
-
 // Filled by the constructors of static objects in other files: made by whoever comes first.
 std::map<std::string, Entry>& cases() {
   static std::map<std::string, Entry> all;
@@ -29,9 +24,8 @@ Floats on_device(size_t count) {
 
 }  // namespace
 
-Case::Case(const char* name, Kernel right, Kernel wrong, Shape shape) {
-  if (shape.outputs == 0) shape.outputs = static_cast<int>(shape.blocks * shape.threads);
-  if (!cases().emplace(name, Entry{right, wrong, shape}).second) {
+Case::Case(const char* name, Entry entry) {
+  if (!cases().emplace(name, std::move(entry)).second) {
     throw std::logic_error(std::string("two planted kernels have one name: ") + name);
   }
 }
@@ -46,13 +40,12 @@ std::vector<float> run(const std::string& name, bool with_bug) {
   const auto found = cases().find(name);
   if (found == cases().end()) throw std::invalid_argument("no planted kernel: " + name);
   const Entry& entry = found->second;
-  const Floats in = on_device(kInputs), out = on_device(entry.shape.outputs);
+  const int outputs = entry.shape.floats();
+  const Floats in = on_device(kInputs), out = on_device(outputs);
   for (int i = 0; i < kInputs; ++i) in.get()[i] = static_cast<float>(i + 1);
-  const fused_lm::LaunchConfig config{dim3(entry.shape.blocks), dim3(entry.shape.threads),
-                                      entry.shape.smem_bytes, nullptr};
-  fused_lm::launch(with_bug ? entry.wrong : entry.right, config,
-                   static_cast<const float*>(in.get()), out.get());
-  return {out.get(), out.get() + entry.shape.outputs};
+  const fused_lm::Status status = entry.run(with_bug, in.get(), out.get());
+  if (status != fused_lm::kOk) throw std::runtime_error(status);
+  return {out.get(), out.get() + outputs};
 }
 
 }  // namespace planted

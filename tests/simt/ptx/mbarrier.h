@@ -17,6 +17,16 @@ inline void mbarrier_arrive(uint64_t* barrier, SIMT_HERE) {
 inline void mbarrier_arrive_cp_async(uint64_t* barrier, SIMT_HERE) {
   ::simt::mbarrier_arrive_cp_async(barrier, here);
 }
+inline void mbarrier_expect_tx(uint64_t* barrier, uint32_t bytes, SIMT_HERE) {
+  ::simt::mbarrier_expect(barrier, bytes, false, here);
+}
+inline void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes, SIMT_HERE) {
+  ::simt::mbarrier_expect(barrier, bytes, true, here);
+}
+inline void mbarrier_arrive_at(uint64_t* barrier, int rank, SIMT_HERE) {
+  ::simt::mbarrier_arrive_at(barrier, rank, here);
+}
+inline void fence_mbarrier_init(SIMT_HERE) { ::simt::fence_mbarrier_init(here); }
 inline void mbarrier_wait(uint64_t* barrier, uint32_t parity, SIMT_HERE) {
   ::simt::mbarrier_wait(barrier, parity, here);
 }

@@ -1,0 +1,33 @@
+// Blocks of a cluster (sm_90): they run at the same time and reach each other's shared memory.
+#pragma once
+
+#include "ptx/memory.h"
+
+namespace fused_lm::ptx {
+
+// PTX 10, %cluster_ctarank.
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// PTX 9.7.13, barrier.cluster.arrive: releases what this thread wrote. All threads of all blocks.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+// PTX 9.7.13, barrier.cluster.wait: until all have arrived, and acquires what they released.
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// PTX 9.7.9, mapa: where another block of the cluster has what this one has at `shared`.
+template <class T>
+__device__ __forceinline__ T* cluster_shared(T* shared, int rank) {
+  uint64_t there;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(shared), "r"(rank));
+  return reinterpret_cast<T*>(there);
+}
+
+}  // namespace fused_lm::ptx
