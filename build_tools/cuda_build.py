@@ -93,11 +93,16 @@ class Unit:
         return flags
 
 
+def hopper_alone(unit: str) -> bool:
+    """Whether a unit's name, like ``attention_fwd_sm90_bf16``, says that it is for Hopper."""
+    return "sm90" in unit.split("_")
+
+
 def units_of(folder: Path, archs: list[str]) -> list[Unit]:
-    """Kernels named ``*_sm90.cu`` are compiled for 90a alone, whose code no other GPU can run."""
+    """What is :func:`hopper_alone` is compiled for 90a, whose code no other GPU can run."""
     units = []
     for source in sorted(folder.glob("*.cu")):
-        if source.stem.endswith("_sm90"):
+        if hopper_alone(source.stem):
             if "90" in archs:
                 units.append(Unit(source, ["90a"], None))
         else:

@@ -10,7 +10,6 @@
 #include "shared_memory.h"
 
 namespace fused_lm {
-
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& given_q, const Tensor& given_k,
                                          const Tensor& given_v, const OptionalTensor& mask,
                                          const OptionalTensor& key_mask, const OptionalTensor& bias,
@@ -45,6 +44,15 @@ std::tuple<Tensor, Tensor> attention_fwd(const Tensor& given_q, const Tensor& gi
   const auto device_index = given_q.get_device_index();
   const DeviceScope scope(device_index);
   const Stream stream = current_stream(device_index);
+  const auto hopper = is_bf16(given_q) ? attention_forward_sm90_bf16 : attention_forward_sm90_fp16;
+  if (hopper != nullptr && is_hopper(device_index) && attention_forward_sm90_takes(params)) {
+    // From which the blocks of the persistent grid take their tiles.
+    const std::array<int64_t, 1> size{1};
+    const Tensor counter = torch::stable::new_empty(given_q, {size.data(), 1}, ScalarType::Int);
+    raise_if_failed(hopper(params, multiprocessors(device_index),
+                           static_cast<int*>(counter.mutable_data_ptr()), stream));
+    return {out, lse};
+  }
   const size_t shared_bytes = shared_bytes_per_block(device_index);
   raise_if_failed(is_bf16(given_q) ? attention_forward_bf16(params, shared_bytes, stream)
                                    : attention_forward_fp16(params, shared_bytes, stream));

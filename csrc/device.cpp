@@ -55,6 +55,13 @@ size_t shared_bytes_per_block(int device_index) {
   return static_cast<size_t>(bytes);
 }
 
+bool is_hopper(int device_index) {
+  int major = 0, minor = 0;
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index));
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_index));
+  return major == 9 && minor == 0;
+}
+
 }  // namespace fused_lm
 
 // The CUDA version that the driver speaks, like 13000; 0 without a driver.

@@ -1,4 +1,4 @@
-// What the torch side asks about a GPU's shared memory. csrc/device.cpp answers; on a CPU the
+// What the torch side asks about a GPU to choose a kernel by. csrc/device.cpp answers; on a CPU the
 // harness' tests/simt/host/device.cpp does.
 #pragma once
 
@@ -8,5 +8,8 @@ namespace fused_lm {
 
 // Bytes that a block may ask for.
 size_t shared_bytes_per_block(int device_index);
+
+// Whether it runs code for sm_90a, which no other GPU does.
+bool is_hopper(int device_index);
 
 }  // namespace fused_lm

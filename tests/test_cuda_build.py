@@ -91,7 +91,7 @@ def test_targets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_kernels_for_hopper_are_compiled_for_it_alone(tmp_path: Path) -> None:
-    for name in ("norm.cu", "attention_sm90.cu"):
+    for name in ("norm.cu", "attention_sm90_bf16.cu"):
         (tmp_path / name).touch()
     hopper, norm = cuda_build.units_of(tmp_path, ["80", "90"])
     assert hopper.gencode == ["-gencode=arch=compute_90a,code=sm_90a"]

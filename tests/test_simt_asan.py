@@ -30,14 +30,16 @@ OPERATORS = {
         140,
         ["tests/test_simt_attention.py", "tests/test_simt_attention_bwd.py"],
     ),
+    "attention, Hopper": (120, ["tests/test_simt_attention_sm90.py"]),
 }
 """How many tests run at least, and of which files."""
-LONG = "attention, every kernel"
+SHORT = "attention"
+"""For every run; the others are in `make test-all`."""
 
 
 @pytest.mark.parametrize(
     "operator",
-    [pytest.param(name, marks=[pytest.mark.slow] if name == LONG else []) for name in OPERATORS],
+    [pytest.param(name, marks=[] if name == SHORT else [pytest.mark.slow]) for name in OPERATORS],
 )
 def test_under_the_sanitizers(operator: str) -> None:
     least, files = OPERATORS[operator]

@@ -108,7 +108,7 @@ def test_no_mutant_survives() -> None:
             run = partial(_run, hunt.harness, data_of(call), call.shared_bytes)
             hunt.drop_each(call.why, run)
     # Its barrier is of rows that several warps share: no warp here meets another's.
-    sources = mutants.sources_of("attention_fwd*") - {mutants.CSRC / "common/warp.h"}
+    sources = mutants.sources_of("attention_fwd_sm80*.cu") - {mutants.CSRC / "common/warp.h"}
     problems = hunt.problems(sources)
     assert not problems, "\n".join(problems)
     assert hunt.killed, "the kernels synchronise nowhere?"
@@ -221,7 +221,7 @@ def test_every_instantiation_runs() -> None:
     compiled = {
         place.split(" ", 2)[2]
         for place in json.loads(golden.read_text())
-        if place.split(" ")[1].startswith("attention_fwd")
+        if place.split(" ")[1].startswith("attention_fwd_sm80")
     }
     compiled |= {
         f"attention_fwd::attention_fwd_sm80<{element}, {head_dim}, {general}>"

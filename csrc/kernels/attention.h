@@ -91,6 +91,39 @@ Status attention_forward_bf16(const AttentionForwardParams& params, size_t share
 Status attention_forward_fp16(const AttentionForwardParams& params, size_t shared_bytes,
                               Stream stream);
 
+// The same for Hopper, by TMA and wgmma: what attention_forward_sm90_takes. The counter is one int
+// on the GPU, in use until the kernel has ended. Weak: a build for other GPUs alone has none.
+__attribute__((weak)) Status attention_forward_sm90_bf16(const AttentionForwardParams& params,
+                                                         int multiprocessors,
+                                                         int* tile_counter, Stream stream);
+__attribute__((weak)) Status attention_forward_sm90_fp16(const AttentionForwardParams& params,
+                                                         int multiprocessors,
+                                                         int* tile_counter, Stream stream);
+
+// Whether a tensor map can describe a [B, heads, length, D] tensor: no dimension is expanded, and
+// rows lie less than 2^40 bytes apart.
+inline bool maps_heads(const HeadStrides& strides, int B, int heads, int length) {
+  constexpr int64_t kElements = int64_t{1} << 39;
+  const auto fits = [](int size, int64_t stride) {
+    return size == 1 || (stride > 0 && stride < kElements);
+  };
+  return fits(B, strides.batch) && fits(heads, strides.head) && fits(length, strides.row);
+}
+
+inline bool attention_forward_sm90_takes(const AttentionForwardParams& p) {
+  constexpr int64_t kSmallestTile = 128, kMostTiles = INT32_MAX / 2;
+  const AttentionShape& shape = p.shape;
+  if (shape.T == 0 || shape.S == 0) return false;
+  const int64_t tiles = (shape.T + kSmallestTile - 1) / kSmallestTile;
+  const int64_t heads = int64_t{shape.B} * shape.H;
+  if (heads > kMostTiles / tiles) return false;
+  const int kv_heads = shape.H / shape.group;
+  return maps_heads(p.q_strides, shape.B, shape.H, shape.T) &&
+         maps_heads(p.k_strides, shape.B, kv_heads, shape.S) &&
+         maps_heads(p.v_strides, shape.B, kv_heads, shape.S) &&
+         maps_heads(p.out_strides, shape.B, shape.H, shape.T);
+}
+
 // The backward, in this order: delta and row_lse; then dk and dv, and dq, which need them.
 Status attention_delta_bf16(const AttentionBackwardParams& params, Stream stream);
 Status attention_delta_fp16(const AttentionBackwardParams& params, Stream stream);

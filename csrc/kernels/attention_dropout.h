@@ -84,4 +84,26 @@ __device__ __forceinline__ void drop(float (&value)[kM][kN][kFragment],
   drop(value, keep);
 }
 
+// The same for one row of fragments of any width: eight of them at a time, since a word has 32
+// bits.
+template <int kFirst = 0, int kN>
+__device__ __forceinline__ void drop_wide(float (&value)[1][kN][kFragment], ScoreTile<false> tile,
+                                          const DropoutKey& key, uint32_t threshold) {
+  constexpr int kHere = kN - kFirst < 8 ? kN - kFirst : 8;
+  uint32_t keep[1];
+  keep_mask<1, kHere>(keep, tile, key, threshold);
+#pragma unroll
+  for (int n = 0; n < kHere; ++n) {
+#pragma unroll
+    for (int e = 0; e < kFragment; ++e) {
+      float& own = value[0][kFirst + n][e];
+      own = (keep[0] >> (4 * n + e) & 1u) != 0 ? own : 0.0f;
+    }
+  }
+  if constexpr (kFirst + kHere < kN) {
+    tile.s_first += kHere * kMmaColumns;
+    drop_wide<kFirst + kHere>(value, tile, key, threshold);
+  }
+}
+
 }  // namespace fused_lm

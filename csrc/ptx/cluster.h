@@ -1,7 +1,37 @@
 // Blocks of a cluster (sm_90): they run at the same time and reach each other's shared memory.
 #pragma once
 
+#include "ptx/launch.h"
 #include "ptx/memory.h"
+
+namespace fused_lm {
+
+// launch() with clusters of so many blocks, neighbours along x. A function of its own: launch.h is
+// part of what the records of kernels without clusters speak for.
+template <class... Parameters, class... Arguments>
+Status launch_clusters(void (*kernel)(Parameters...), const LaunchConfig& config, unsigned blocks,
+                       Arguments&&... args) {
+  const cudaError_t resized = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(config.smem_bytes));
+  if (resized != cudaSuccess) return cudaGetErrorString(resized);
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = blocks;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t launch_config{};
+  launch_config.gridDim = config.grid;
+  launch_config.blockDim = config.block;
+  launch_config.dynamicSmemBytes = config.smem_bytes;
+  launch_config.stream = config.stream;
+  launch_config.attrs = &cluster;
+  launch_config.numAttrs = 1;
+  const cudaError_t error =
+      cudaLaunchKernelEx(&launch_config, kernel, static_cast<Parameters>(args)...);
+  return error == cudaSuccess ? kOk : cudaGetErrorString(error);
+}
+
+}  // namespace fused_lm
 
 namespace fused_lm::ptx {
 

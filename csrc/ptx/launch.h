@@ -13,7 +13,6 @@ struct LaunchConfig {
   dim3 block;
   size_t smem_bytes;  // dynamic shared memory, sizeof(SharedStorage)
   Stream stream;
-  unsigned cluster = 1;  // blocks of a cluster, neighbours along x
 };
 
 // The block's one shared structure. A kernel names it once; its size goes into LaunchConfig.
@@ -43,14 +42,6 @@ Status launch(void (*kernel)(Parameters...), const LaunchConfig& config, Argumen
   launch_config.blockDim = config.block;
   launch_config.dynamicSmemBytes = config.smem_bytes;
   launch_config.stream = config.stream;
-  cudaLaunchAttribute cluster{};
-  if (config.cluster > 1) {
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = config.cluster;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    launch_config.attrs = &cluster;
-    launch_config.numAttrs = 1;
-  }
   const cudaError_t error =
       cudaLaunchKernelEx(&launch_config, kernel, static_cast<Parameters>(args)...);
   return error == cudaSuccess ? kOk : cudaGetErrorString(error);

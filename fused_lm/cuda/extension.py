@@ -161,7 +161,9 @@ def kernel_hashes(units: tuple[str, ...], capability: tuple[int, int] | None) ->
     found = []
     for unit in units:  # an older build may not have it
         hashes = report["kernels"].get(unit, {})
-        found += [hashes[target]] if target in hashes else sorted(hashes.values())
+        portable = [h for name, h in sorted(hashes.items()) if target is None or name[-1] != "a"]
+        exact = [hashes[name] for name in (target, f"{target}a") if name in hashes]
+        found += exact or portable
         found.append(report.get("host_code", {}).get(unit, ""))
     return found
 

@@ -157,6 +157,8 @@ for _op in ("attention", "attention_weights"):
 records.KERNEL_SOURCES["attention", "cuda"] = (
     "attention_fwd_sm80_bf16",
     "attention_fwd_sm80_fp16",
+    "attention_fwd_sm90_bf16",
+    "attention_fwd_sm90_fp16",
     "attention_bwd_delta",
     "attention_bwd_dkdv_sm80_bf16",
     "attention_bwd_dkdv_sm80_fp16",

@@ -40,7 +40,8 @@ class Schedule:
     ``seed`` steers the random ones and, unless it is 0, the order of the blocks. ``dropped``
     is (file, line) of a synchronisation that does nothing. A thread that makes more than
     ``most_accesses`` to memory without waiting for anybody spins. No block has more than
-    ``max_smem_bytes`` of shared memory, which some kernels are chosen by.
+    ``max_smem_bytes`` of shared memory, which some kernels are chosen by; with ``hopper`` those for
+    sm_90a run where there are any.
     """
 
     order: str = "round_robin"
@@ -49,6 +50,7 @@ class Schedule:
     count_transactions: bool = False
     most_accesses: int = 50_000_000
     max_smem_bytes: int = LARGE_SHARED
+    hopper: bool = False
     dropped: tuple[str, int] = ("", 0)
 
     @classmethod

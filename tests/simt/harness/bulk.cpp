@@ -234,7 +234,6 @@ std::string leftover_stores(const Fiber& fiber) {
 
 void fence_proxy_async(Location here) {
   if (!takes_part("fence.proxy.async", here)) return;
-  fence_inits();
   if (kRaceBuild) race().fence_writes(self().agent);
 }
 

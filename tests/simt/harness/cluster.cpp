@@ -1,5 +1,4 @@
-// Clusters: blocks that run together, see each other's shared memory, and meet at a barrier. And
-// registers, which setmaxnreg moves between the warpgroups of a block.
+// Clusters: blocks that run together, see each other's shared memory, and meet at a barrier.
 #include "harness/race.h"
 
 namespace simt {
@@ -73,35 +72,6 @@ void cluster_wait(Location here) {
     wait_for("cluster wait", here, ~0u);
   }
   if (kRaceBuild) race().acquire(fiber.agent, c.barrier_ended);
-}
-
-// PTX 9.7.19, setmaxnreg: the registers of a multiprocessor must suffice for what all warps have.
-void set_registers(int count, Location here) {
-  constexpr int kLeast = 24, kMost = 256, kStep = 8, kOfBlock = 64 * 1024, kGroup = 4;
-  if (count % kStep || count < kLeast || count > kMost) {
-    fail("setmaxnreg at %s: %d registers", to_string(here).c_str(), count);
-  }
-  warp_collective("setmaxnreg", ~0u, nullptr, [](void**, uint32_t) {}, here);
-  Block& b = block();
-  b.warps[self().warp].register_count = count;
-  if (b.threads % (kGroup * kWarpSize)) {
-    fail("setmaxnreg at %s: a block of %d threads is not whole warpgroups", to_string(here).c_str(),
-         b.threads);
-  }
-  int held = 0;
-  for (const Warp& warp : b.warps) {
-    if (warp.register_count == 0) return;  // not everybody has come by
-    held += warp.register_count * kWarpSize;
-  }
-  if (held > kOfBlock) {
-    fail("setmaxnreg at %s: the warps hold %d registers, at most %d", to_string(here).c_str(), held,
-         kOfBlock);
-  }
-  for (int warp = 0; warp < b.warps_count; ++warp) {
-    if (b.warps[warp].register_count != b.warps[warp / kGroup * kGroup].register_count) {
-      fail("setmaxnreg at %s: the warps of a warpgroup differ", to_string(here).c_str());
-    }
-  }
 }
 
 }  // namespace simt

@@ -150,12 +150,9 @@ void mbarrier_invalidate(uint64_t* barrier, Location here) {
   word_of(block(), address) = kDead;
 }
 
-void fence_inits() {
-  for (auto& [address, m] : block().mbarriers) m.fenced |= m.initialiser == self().id;
-}
-
 void fence_mbarrier_init(Location here) {
-  if (takes_part("fence mbarrier init", here)) fence_inits();
+  if (!takes_part("fence mbarrier init", here)) return;
+  for (auto& [address, m] : block().mbarriers) m.fenced |= m.initialiser == self().id;
 }
 
 void arrive_at(Block& owner, uint32_t address, const VectorClock& clock, TrackedCopies copies,

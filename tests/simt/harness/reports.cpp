@@ -64,6 +64,8 @@ std::string unfinished(const Block& b) {
   }
   const std::string of_mbarriers = unfinished_mbarriers(b);
   if (!of_mbarriers.empty()) return of_mbarriers;
+  const std::string registers = uneven_registers(b);
+  if (!registers.empty()) return registers;
   const std::string products = leftover_products(b);
   if (!products.empty()) return products;
   for (const auto& fiber : b.fibers) {

@@ -215,6 +215,7 @@ std::unique_ptr<Block> make_block(uint64_t id, dim3 grid, dim3 size, Arena& aren
   b.threads = b.live = static_cast<int>(size.x * size.y * size.z);
   b.warps_count = (b.threads + kWarpSize - 1) / kWarpSize;
   b.warps.resize(b.warps_count);
+  b.free_registers = 64 * 1024 - b.threads * launch_registers(b.threads);
   b.random.seed(config.seed * 1000003 + id);
   arena.poison();
   b.smem = arena.data();

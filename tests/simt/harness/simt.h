@@ -56,6 +56,7 @@ struct Config {
   Timing timing = Timing::kLazy;
   uint64_t seed = 0;  // of kRandom, and of the order of blocks where it isn't 0
   uint32_t max_smem_bytes = 227 * 1024;
+  bool hopper = false;                  // whether kernels for sm_90a run where there are any
   bool count_transactions = false;      // sectors and wavefronts (race build)
   Location dropped{nullptr, 0};         // this synchronisation does nothing: a mutant
   uint64_t most_accesses = 50'000'000;  // of a thread that waits for nobody (race build)
@@ -82,6 +83,7 @@ extern const bool kRaceBuild;
 void* device_malloc(size_t bytes);
 void device_free(void* p);
 bool is_device_memory(const void* p);
+void checked_global(const void* p, size_t bytes, const char* what, Location here);
 
 // Shared addresses start here: CUDA 12 and newer keep the first KiB of a block's window.
 constexpr uint32_t kSharedBase = 1024;
@@ -164,7 +166,7 @@ void wgmma_wait(int pending_groups, Location here);
 // a_registers null: a is a descriptor.
 void wgmma(const WgmmaShape& shape, float* d, const uint32_t* a_registers, uint64_t a, uint64_t b,
            bool accumulate, Location here);
-void set_registers(int count, Location here);
+void set_registers(int count, bool increases, Location here);  // of the warp's threads
 
 // --- Clusters ---------------------------------------------------------------------------------
 int cluster_rank();

@@ -79,7 +79,9 @@ struct Warp {
   std::vector<Collective> open;
   uint32_t ready = 0;
   WarpProducts products;
-  int register_count = 0;  // that setmaxnreg gave each of its threads; 0: those of the launch
+  // Of each thread, by setmaxnreg: has, 0 being what the launch gave; waits for, 0 being nothing.
+  int registers = 0, registers_wanted = 0;
+  Location registers_set{nullptr, 0};
 };
 
 // The lanes of a warp that have arrived in a barrier's phase, and where the first did.
@@ -125,6 +127,7 @@ struct Block : BlockView {
   Cluster* cluster = nullptr;
   int rank = 0;  // in it
   int threads = 0, warps_count = 0, live = 0, cursor = 0;
+  int free_registers = 0;  // of the multiprocessor, beside those of the launch
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Warp> warps;
   std::array<NamedBarrier, kNamedBarriers> barriers;
@@ -186,13 +189,16 @@ void arrive_at(Block& owner, uint32_t address, const VectorClock& clock, Tracked
                Location here);
 MBarrier& mbarrier_of(Block& owner, uint32_t address, const char* what, Location here);
 void complete_bytes(Block& owner, uint32_t address, int64_t bytes, Location here);
-void fence_inits();
 std::string unfinished_mbarriers(const Block& b);
 
 // bulk.cpp
 bool progress_loads();  // as progress_copies
 void finish_stores(Fiber& fiber);
 std::string leftover_stores(const Fiber& fiber);
+
+// registers.cpp
+int launch_registers(int threads);
+std::string uneven_registers(const Block& b);
 
 // wgmma.cpp
 std::string leftover_products(const Block& b);
@@ -203,6 +209,5 @@ Block& block_of_rank(int rank, const char* what, Location here);
 
 // memory.cpp
 uint32_t checked_shared_offset(uint32_t address, uint32_t bytes, const char* what, Location here);
-void checked_global(const void* p, size_t bytes, const char* what, Location here);
 
 }  // namespace simt

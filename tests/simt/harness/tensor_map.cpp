@@ -45,7 +45,7 @@ const char* problem_of(const TensorMap& map) {
     if (map.box[dim] < 1 || map.box[dim] > kMaxBox) return "a box has 1 to 256 elements each way";
     if (dim == 0) continue;
     if (map.strides[dim] % 16) return "a stride is no multiple of 16 bytes";
-    if (map.strides[dim] < 0 || map.strides[dim] >= kMaxStride) return "a stride is out of range";
+    if (map.strides[dim] <= 0 || map.strides[dim] >= kMaxStride) return "a stride is out of range";
   }
   if (row_bytes(map) % 16) return "a row of the box is no multiple of 16 bytes";
   if (map.swizzle != 0 && row_bytes(map) != static_cast<uint32_t>(map.swizzle)) {

@@ -15,4 +15,6 @@ int multiprocessors(int) { return 2; }
 
 size_t shared_bytes_per_block(int) { return simt::config.max_smem_bytes; }
 
+bool is_hopper(int) { return simt::config.hopper; }
+
 }  // namespace fused_lm

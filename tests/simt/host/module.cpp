@@ -10,6 +10,7 @@
 #include "common/matrix_descriptor.h"
 #include "harness/operands.h"
 #include "kernels/attention_tuning.h"
+#include "kernels/attention_tuning_sm90.h"
 #include "kernels/layernorm_tuning.h"
 #include "planted/planted.h"
 
@@ -60,7 +61,7 @@ Choice choice(const std::string& name, const std::map<std::string, Choice>& choi
 
 void configure(const std::string& order, const std::string& timing, uint64_t seed,
                bool count_transactions, uint64_t most_accesses, uint32_t max_smem_bytes,
-               const std::string& dropped_file, int dropped_line) {
+               bool hopper, const std::string& dropped_file, int dropped_line) {
   simt::Config fresh;
   fresh.order = choice<simt::Order>(order, {{"round_robin", simt::Order::kRoundRobin},
                                             {"reverse", simt::Order::kReverse},
@@ -73,6 +74,7 @@ void configure(const std::string& order, const std::string& timing, uint64_t see
   fresh.count_transactions = count_transactions;
   fresh.most_accesses = most_accesses;
   fresh.max_smem_bytes = max_smem_bytes;
+  fresh.hopper = hopper;
   if (dropped_line > 0) fresh.dropped = {interned(dropped_file), dropped_line};
   simt::config = fresh;
 }
@@ -124,6 +126,18 @@ py::dict attention_tuning(int head_dim, bool general, int team_warps) {
                   "blocks_per_sm"_a = tuning.blocks_per_sm, "reason"_a = tuning.reason);
 }
 
+// Of csrc/kernels/attention_fwd_sm90.h.
+py::dict attention_tuning_sm90(int head_dim, const std::string& kind) {
+  using fused_lm::ForwardKind;
+  const auto chosen = choice<ForwardKind>(kind, {{"full", ForwardKind::kFull},
+                                                 {"band", ForwardKind::kBand},
+                                                 {"general", ForwardKind::kGeneral}});
+  const fused_lm::HopperTuning tuning = fused_lm::attention_forward_tuning_sm90(head_dim, chosen);
+  using namespace py::literals;
+  return py::dict("block_t"_a = tuning.block_t(), "block_s"_a = tuning.block_s,
+                  "stages"_a = tuning.stages, "reason"_a = tuning.reason);
+}
+
 py::dict backward_tuning(const fused_lm::AttentionBackwardTuning& tuning) {
   using namespace py::literals;
   return py::dict("block_own"_a = tuning.block_own(), "block_other"_a = tuning.block_other,
@@ -157,7 +171,7 @@ PYBIND11_MODULE(SIMT_LIBRARY, m) {
   m.attr("RACE_BUILD") = simt::kRaceBuild;
   m.def("configure", &configure, py::arg("order"), py::arg("timing"), py::arg("seed"),
         py::arg("count_transactions"), py::arg("most_accesses"), py::arg("max_smem_bytes"),
-        py::arg("dropped_file"), py::arg("dropped_line"));
+        py::arg("hopper"), py::arg("dropped_file"), py::arg("dropped_line"));
   m.def("counters", &counters);
   m.def("reset_counters", [] { simt::counters = {}; });
   m.def("sites", &sites);
@@ -168,6 +182,9 @@ PYBIND11_MODULE(SIMT_LIBRARY, m) {
         [](uintptr_t p) { return simt::is_device_memory(reinterpret_cast<const void*>(p)); });
   m.def("attention_tuning", &attention_tuning, py::arg("head_dim"), py::arg("general"),
         py::arg("team_warps"));
+  m.def("attention_tuning_sm90", &attention_tuning_sm90, py::arg("head_dim"), py::arg("kind"));
+  m.attr("HOPPER_HEAD_DIMS") =
+      std::vector<int>(std::begin(fused_lm::kHopperHeadDims), std::end(fused_lm::kHopperHeadDims));
   m.def("attention_dkdv_tuning", &attention_dkdv_tuning, py::arg("head_dim"), py::arg("general"));
   m.def("attention_backward_teams_tuning", &attention_backward_teams_tuning, py::arg("head_dim"),
         py::arg("makes"), py::arg("warps"));

@@ -11,6 +11,7 @@
 #include <functional>
 
 #include "planted/planted.h"
+#include "ptx/cluster.h"
 #include "ptx/launch.h"
 #include "ptx/tensor_map.h"
 
@@ -37,7 +38,7 @@ struct Shape {
 
   int floats() const { return outputs > 0 ? outputs : static_cast<int>(blocks * threads); }
   fused_lm::LaunchConfig launch() const {
-    return {dim3(blocks), dim3(threads), smem_bytes, nullptr, cluster};
+    return {dim3(blocks), dim3(threads), smem_bytes, nullptr};
   }
 };
 
@@ -61,9 +62,15 @@ inline fused_lm::Status make_map(fused_lm::ptx::TensorMap& map, const float* bas
   return fused_lm::encode_tensor_map(map, layout);
 }
 
+template <class Kernel, class... Arguments>
+fused_lm::Status start(Kernel kernel, const Shape& shape, const Arguments&... args) {
+  if (shape.cluster == 1) return fused_lm::launch(kernel, shape.launch(), args...);
+  return fused_lm::launch_clusters(kernel, shape.launch(), shape.cluster, args...);
+}
+
 inline Entry entry_of(Kernel right, Kernel wrong, const Shape& shape) {
   const auto run = [=](bool with_bug, const float* in, float* out) {
-    return fused_lm::launch(with_bug ? wrong : right, shape.launch(), in, out);
+    return start(with_bug ? wrong : right, shape, in, out);
   };
   return {run, shape};
 }
@@ -74,7 +81,7 @@ inline Entry entry_of(MappedKernel right, MappedKernel wrong, const Shape& shape
     fused_lm::Status status = make_map(maps.in, in, kInputs);
     if (status == fused_lm::kOk) status = make_map(maps.out, out, shape.floats());
     if (status != fused_lm::kOk) return status;
-    return fused_lm::launch(with_bug ? wrong : right, shape.launch(), maps, in, out);
+    return start(with_bug ? wrong : right, shape, maps, in, out);
   };
   return {run, shape};
 }

@@ -245,12 +245,36 @@ __global__ void more_registers_than_there_are(const float* gIn, float* gOut) {
   if (threadIdx.x / 128 == 0) {
     ptx::registers_decrease<24>();
   } else {
-    // BUG(plain,race,asan): the warps hold \d+ registers, at most 65536
+    // BUG(plain,race,asan): deadlock .*setmaxnreg at
     kBug ? ptx::registers_increase<248>() : ptx::registers_increase<240>();
   }
   gOut[threadIdx.x] = gIn[threadIdx.x];
 }
 PLANT(more_registers_than_there_are, 384);
+
+// Nobody gives back what the others wait for.
+template <bool kBug>
+__global__ void registers_never_given_back(const float* gIn, float* gOut) {
+  if (threadIdx.x / 128 > 0) {
+    ptx::registers_increase<240>();  // BUG(plain,race,asan): deadlock .*setmaxnreg at
+  } else {
+    if constexpr (!kBug) ptx::registers_decrease<24>();
+  }
+  gOut[threadIdx.x] = gIn[threadIdx.x];
+}
+PLANT(registers_never_given_back, 384);
+
+template <bool kBug>
+__global__ void increase_that_is_none(const float* gIn, float* gOut) {
+  if (threadIdx.x / 128 == 0) {
+    ptx::registers_decrease<24>();
+  } else {
+    // BUG(plain,race,asan): increase from 168 to 160 registers
+    kBug ? ptx::registers_increase<160>() : ptx::registers_increase<240>();
+  }
+  gOut[threadIdx.x] = gIn[threadIdx.x];
+}
+PLANT(increase_that_is_none, 384);
 
 template <bool kBug>
 __global__ void warps_of_a_group_part(const float* gIn, float* gOut) {

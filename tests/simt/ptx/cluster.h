@@ -1,7 +1,21 @@
 // Host twin of csrc/ptx/cluster.h.
 #pragma once
 
+#include "ptx/launch.h"
 #include "ptx/memory.h"
+
+namespace fused_lm {
+
+template <class... Parameters, class... Arguments>
+Status launch_clusters(void (*kernel)(Parameters...), const LaunchConfig& config, unsigned blocks,
+                       Arguments&&... args) {
+  const std::tuple<std::remove_const_t<Parameters>...> given(std::forward<Arguments>(args)...);
+  ::simt::run_grid(reinterpret_cast<const void*>(kernel), config.grid, config.block,
+                   config.smem_bytes, static_cast<int>(blocks), [&] { std::apply(kernel, given); });
+  return kOk;
+}
+
+}  // namespace fused_lm
 
 namespace fused_lm::ptx {
 

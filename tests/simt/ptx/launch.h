@@ -15,7 +15,6 @@ struct LaunchConfig {
   dim3 block;
   size_t smem_bytes;
   Stream stream;
-  unsigned cluster = 1;
 };
 
 template <class SharedStorage>
@@ -35,8 +34,7 @@ template <class... Parameters, class... Arguments>
 Status launch(void (*kernel)(Parameters...), const LaunchConfig& config, Arguments&&... args) {
   const std::tuple<std::remove_const_t<Parameters>...> given(std::forward<Arguments>(args)...);
   ::simt::run_grid(reinterpret_cast<const void*>(kernel), config.grid, config.block,
-                   config.smem_bytes, static_cast<int>(config.cluster),
-                   [&] { std::apply(kernel, given); });
+                   config.smem_bytes, 1, [&] { std::apply(kernel, given); });
   return kOk;
 }
 

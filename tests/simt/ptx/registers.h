@@ -1,4 +1,4 @@
-// Host twin of csrc/ptx/registers.h: who has how many is added up.
+// Host twin of csrc/ptx/registers.h.
 #pragma once
 
 #include "ptx/builtins.h"
@@ -7,11 +7,11 @@ namespace fused_lm::ptx {
 
 template <int kCount>
 void registers_decrease(SIMT_HERE) {
-  ::simt::set_registers(kCount, here);
+  ::simt::set_registers(kCount, false, here);
 }
 template <int kCount>
 void registers_increase(SIMT_HERE) {
-  ::simt::set_registers(kCount, here);
+  ::simt::set_registers(kCount, true, here);
 }
 
 }  // namespace fused_lm::ptx

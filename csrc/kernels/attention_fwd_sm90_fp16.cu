@@ -1,0 +1,12 @@
+// The kernels of attention_fwd_launch_sm90.h for fp16: a file per type, so that they compile side
+// by side.
+#include "kernels/attention_fwd_launch_sm90.h"
+
+namespace fused_lm {
+
+Status attention_forward_sm90_fp16(const AttentionForwardParams& params, int multiprocessors,
+                                   int* tile_counter, Stream stream) {
+  return attention_fwd::launch_any_hopper<__half>(params, multiprocessors, tile_counter, stream);
+}
+
+}  // namespace fused_lm

@@ -1,0 +1,235 @@
+"""The Hopper forward of attention on the harness: right bits in every schedule, bytes moved, and
+every synchronisation dropped in turn. ``test_attention.py`` and its like run on the sm_80 kernels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from build_tools.cubin import short_name
+from fused_lm.reference import attention as reference
+from fused_lm.tolerance import check_close
+from tests import test_simt_attention_extremes as extremes
+from tests.attention_bwd_calls import Call as BackwardCall
+from tests.attention_calls import BF16, DTYPES, Call, data_of, in_fp64
+from tests.attention_hopper_calls import HEAD_DIMS, HOPPER_CALLS, INSTANTIATIONS, SMALL_CALLS
+from tests.simt import backend as simt
+from tests.simt import mutants, runtime
+
+pytestmark = pytest.mark.skipif(not simt.BACKENDS, reason=str(simt.PROBLEM))
+needs_race = pytest.mark.skipif("simt_race" not in simt.BACKENDS, reason="needs the race build")
+MUTANT_SCHEDULES = 6
+GROUP_ROWS = 64
+HOPPER = {"hopper": True}
+FEW = [c for c in HOPPER_CALLS if (c in INSTANTIATIONS and c.dtype == BF16) or c.T == c.S == 300]
+"""For the race build each time: every kernel for bf16, and causal ones."""
+BLOCKS = 2
+"""Multiprocessors of the harness, which the grid has blocks for."""
+
+
+class Hopper:
+    """A harness on which the kernels for sm_90a run."""
+
+    def __init__(self, harness: runtime.Harness) -> None:
+        self.harness = harness
+
+    def call(self, op: str, *arguments: Any) -> Any:
+        with self.harness.choosing(**HOPPER):
+            return self.harness.call(op, *arguments)
+
+
+def _run(harness: runtime.Harness, data: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    out, lse = Hopper(harness).call("attention_fwd", *data)
+    return out, lse
+
+
+def _check(harness: runtime.Harness, call: Call, seeds: tuple[int, ...]) -> None:
+    data = data_of(call)
+    results = {}
+    for seed in seeds:
+        harness.configure(runtime.Schedule.of_seed(seed))
+        results[seed] = _run(harness, data)
+    first = results[seeds[0]]
+    same, exact = reference.attention_forward(*data), in_fp64(data)
+    for i, name in enumerate(("out", "lse")):
+        check_close(first[i], same[i], exact[i], name)
+    for seed, other in results.items():
+        equal = all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+        assert equal, f"schedules {seeds[0]} and {seed} differ"
+
+
+def _of_builds(calls: Sequence[Call], few: Sequence[Call]) -> list[Any]:
+    """Every call on every build; beyond a few, the slower builds wait for `make test-all`."""
+    return [
+        pytest.param(
+            *(name.removeprefix(simt.PREFIX), call),
+            id=f"{call.why}-{name}",
+            marks=[pytest.mark.slow] if name != "simt_plain" and call not in few else [],
+        )
+        for call in calls
+        for name in simt.BACKENDS
+    ]
+
+
+@pytest.fixture
+def build(request: pytest.FixtureRequest) -> Iterator[runtime.Harness]:
+    found = runtime.load(request.param)
+    yield found
+    found.configure()
+
+
+@pytest.mark.parametrize(("build", "call"), _of_builds(HOPPER_CALLS, FEW), indirect=["build"])
+def test_every_schedule_gives_the_right_bits(call: Call, build: runtime.Harness) -> None:
+    """Each order and timing of the plain build, two of the slower ones."""
+    _check(build, call, (0, 3, 5, 6, 11) if build.name == "plain" else (0, 11))
+
+
+@pytest.mark.parametrize(("build", "call"), _of_builds(SMALL_CALLS, ()), indirect=["build"])
+def test_every_feature(call: Call, build: runtime.Harness) -> None:
+    _check(build, call, (7,))
+
+
+@pytest.mark.parametrize("call", extremes.CALLS, ids=lambda call: call.why)
+def test_large_scores(call: BackwardCall, harness: runtime.Harness) -> None:
+    """With a backward from the lse."""
+    extremes.check(Hopper(harness), call)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        BackwardCall("in turns", 140, 400, 128, H=1),
+        BackwardCall("in turns, three groups", 200, 400, 64, H=1),
+        BackwardCall("general", 140, 400, 128, H=1, softcap=1e6),
+    ],
+    ids=lambda call: call.why,
+)
+def test_rows_have_bits_of_their_own(call: BackwardCall, harness: runtime.Harness) -> None:
+    extremes.check_rows(Hopper(harness), call)
+
+
+@pytest.mark.parametrize("D", HEAD_DIMS)
+def test_later_tokens_change_nothing_before(D: int, harness: runtime.Harness) -> None:
+    """Causal: other keys and values behind a query leave its bits alone."""
+    q, k, v, *rest = data_of(Call("causal", 260, 260, D, H=1, upper=0))
+    before = _run(harness, (q, k, v, *rest))
+    k[..., 200:, :], v[..., 200:, :] = 3.0, 100.0
+    after = _run(harness, (q, k, v, *rest))
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a[:, :, :200], b[:, :, :200])
+
+
+def test_nan_stays_in_its_rows(harness: runtime.Harness) -> None:
+    q, k, v, *rest = data_of(Call("full", 130, 200, 128, H=1))
+    q[..., 7, :] = float("nan")
+    out, lse = _run(harness, (q, k, v, *rest))
+    assert out[..., 7, :].isnan().all() and lse[..., 7].isnan().all()
+    others = torch.arange(130) != 7
+    assert out[:, :, others].isfinite().all() and lse[:, :, others].isfinite().all()
+
+
+@pytest.mark.slow
+@needs_race
+def test_no_mutant_survives() -> None:
+    """Every synchronisation of the kernels, dropped in turn from the calls that pass it. How
+    long walks are decides which waits are needed: each is in one call at least.
+    """
+    hunt = mutants.Hunt(runtime.load("race"), MUTANT_SCHEDULES)
+    for call in _MUTATED:
+        hunt.drop_each(call.why, partial(_run, hunt.harness, data_of(call)))
+    of_others = {mutants.CSRC / name for name in ("common/warp.h", "kernels/attention_tile.h")}
+    sources = mutants.sources_of("attention_fwd_sm90*") - of_others
+    hunt.alive = {key: calls for key, calls in hunt.alive.items() if key not in hunt.killed}
+    problems = hunt.problems(sources)
+    assert not problems, "\n".join(problems)
+    assert hunt.killed, "the kernels synchronise nowhere?"
+
+
+_MUTATED = [
+    Call("in turns", 300, 520, 128, H=2, upper=200),
+    Call("in turns, three groups", 500, 900, 64, H=1, upper=300),
+    Call("out in q's place", 300, 520, 128, H=2),
+    Call("in sequence", 300, 520, 64, H=2, softcap=4.0, dropout_p=0.2),
+    Call("in sequence, out in q's place", 300, 300, 256, H=1, softcap=4.0),
+    Call("walks that end before they wait", 600, 100, 128, H=3, upper=300),
+    Call("the same, out in q's place", 600, 100, 128, H=3),
+    Call("tiles without a key between others", 500, 60, 128, H=2, lower=-300, upper=-90),
+    Call("tiles without a key, out in q's place", 500, 40, 256, H=1, upper=-280),
+]
+
+
+def _tiles(call: Call) -> Iterator[tuple[int, list[int]]]:
+    """Per query tile its rows, and how many keys each tile has that any of these rows sees."""
+    tuning = _tuning(call)
+    band = reference.visible(call.T, call.S, call.lower, call.upper, torch.device("cpu"))
+    visible = torch.ones(call.T, call.S, dtype=torch.bool) if band is None else band
+    for rows in visible.split(tuning["block_t"]):
+        yield len(rows), [t.shape[1] for t in rows.split(tuning["block_s"], dim=1) if t.any()]
+
+
+def _tuning(call: Call) -> dict[str, Any]:
+    hides = call.lower is not None or call.upper is not None
+    kind = "general" if call.general else "band" if hides or _head_dim(call) != 128 else "full"
+    found: dict[str, Any] = runtime.load("race").module.attention_tuning_sm90(_head_dim(call), kind)
+    return found
+
+
+def _head_dim(call: Call) -> int:
+    return min(dim for dim in HEAD_DIMS if dim >= max(call.D, call.values))
+
+
+PLAIN = [call for call in HOPPER_CALLS if not call.general]
+
+
+@needs_race
+@pytest.mark.parametrize("call", PLAIN, ids=lambda call: call.why)
+def test_moves_exactly_its_floor(call: Call) -> None:
+    """q once, the keys that a query tile sees, out and lse once; the products of whole tiles, which
+    read k, v and q where wgmma reads them; no bank conflict.
+    """
+    harness = runtime.load("race")
+    with harness.counting(**HOPPER) as counts:
+        harness.call("attention_fwd", *data_of(call))
+    tuning, D = _tuning(call), _head_dim(call)
+    block_t, block_s = tuning["block_t"], tuning["block_s"]
+    heads, tiles = call.B * call.H, list(_tiles(call))
+    met = [(rows, keys) for rows, keys in tiles if keys]
+    loaded = sum(2 * rows * call.D + 2 * sum(keys) * (call.D + call.values) for rows, keys in met)
+    products = sum(len(keys) for _, keys in tiles)
+    # Where there are more tiles than blocks, the counter is read and raised once per tile.
+    blocks = min(BLOCKS, heads * len(tiles))
+    taken = 4 * heads * len(tiles) if heads * len(tiles) > BLOCKS else 0
+    assert counts["global_read_bytes"] == heads * loaded + taken
+    assert counts["global_write_bytes"] == heads * call.T * (2 * call.values + 4) + taken
+    assert counts["blocks"] == blocks
+    assert counts["wgmma_flops"] == heads * products * 4 * block_t * block_s * D
+    of_scores = block_t * D + block_t // GROUP_ROWS * block_s * D
+    of_sums = block_t // GROUP_ROWS * block_s * D
+    assert counts["wgmma_shared_bytes"] == heads * products * 2 * (of_scores + of_sums)
+    assert counts["shared_wavefronts"] == counts["shared_ideal_wavefronts"]
+
+
+def test_every_instantiation_runs() -> None:
+    """What nvcc compiles is what runs here, by name."""
+    golden = sorted((Path(__file__).parent / "golden").glob("cuda-*.json"))[-1]
+    compiled = {
+        place.split(" ", 2)[2]
+        for place in json.loads(golden.read_text())
+        if place.split(" ")[1].startswith("attention_fwd_sm90")
+    }
+    assert len(compiled) == len(DTYPES) * (2 * len(HEAD_DIMS) + 1)
+    harness = runtime.load(simt.BACKENDS[0].removeprefix(simt.PREFIX))
+    assert tuple(harness.module.HOPPER_HEAD_DIMS) == HEAD_DIMS
+    harness.configure()
+    for call in INSTANTIATIONS:
+        _run(harness, data_of(call))
+    ran = {short_name(name) for name in harness.module.kernels_run()}
+    assert not compiled - ran, f"no call of INSTANTIATIONS reaches {sorted(compiled - ran)}"
