@@ -94,11 +94,11 @@ Status attention_forward_fp16(const AttentionForwardParams& params, size_t share
 // The same for Hopper, by TMA and wgmma: what attention_forward_sm90_takes. The counter is one int
 // on the GPU, in use until the kernel has ended. Weak: a build for other GPUs alone has none.
 __attribute__((weak)) Status attention_forward_sm90_bf16(const AttentionForwardParams& params,
-                                                         int multiprocessors,
-                                                         int* tile_counter, Stream stream);
+                                                         int multiprocessors, int* tile_counter,
+                                                         Stream stream);
 __attribute__((weak)) Status attention_forward_sm90_fp16(const AttentionForwardParams& params,
-                                                         int multiprocessors,
-                                                         int* tile_counter, Stream stream);
+                                                         int multiprocessors, int* tile_counter,
+                                                         Stream stream);
 
 // Whether a tensor map can describe a [B, heads, length, D] tensor: no dimension is expanded, and
 // rows lie less than 2^40 bytes apart.

@@ -29,7 +29,7 @@
 //
 // clang-format off
 // Barrier          who arrives                            who waits, and what for
-//   q_full         producer of q; bytes of q              consumers, producer of v: q, the next Work
+//   q_full         producer of q; bytes of q              consumers, producer of v: q, the Work
 //   q_empty        producer of v; consumers: a lane per   producer of q: q's place, out of which
 //                  warp, or per group where out is there  TMA may read; an older Work
 //   k_full v_full  their producer; bytes of the tile      consumers: the tile
