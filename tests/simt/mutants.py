@@ -21,7 +21,7 @@ CSRC = build.ROOT / "csrc"
 SYNCHRONISES = re.compile(
     r"\b(__syncthreads\w*|__syncwarp|named_barrier_(?:sync|arrive)|(?:fence_)?mbarrier_\w+"
     r"|(?:cp_async|bulk|wgmma)_(?:commit|wait\w*)|wgmma_fence|fence_proxy_async"
-    r"|cluster_(?:arrive|wait)|registers_(?:de|in)crease)\s*[(<]"
+    r"|cluster_(?:arrive|wait))\s*[(<]"
 )
 """Calls that ask ``takes_part``: the words of tests/simt/ptx."""
 _INCLUDE = re.compile(r'#include "((?:common|kernels)/[^"]+)"')

@@ -6,11 +6,6 @@ SURVIVORS: dict[tuple[str, str, int], str] = {
     ("kernels/attention_fwd_tiles_sm90.h", "__syncwarp();", 1): (
         "orders nothing that wgmma_wait has not; ptxas keeps descriptors uniform behind it"
     ),
-    (
-        "kernels/attention_fwd_sm90.h",
-        "ptx::registers_increase<C::kConsumerRegisters>();",
-        1,
-    ): "ptxas has given the code behind it registers that the launch has not",
 }
 """(path below csrc, the source line without indentation, which of the file's lines that read so)
 -> why the hardware needs it. An entry that no call needs any more fails the tests."""

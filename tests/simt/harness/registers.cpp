@@ -56,7 +56,6 @@ int launch_registers(int threads) {
 }
 
 void set_registers(int count, bool increases, Location here) {
-  if (!takes_part(increases ? "setmaxnreg inc" : "setmaxnreg dec", here)) return;
   if (count % kStep || count < kLeast || count > kMost) {
     fail("setmaxnreg at %s: %d registers", to_string(here).c_str(), count);
   }
