@@ -14,11 +14,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from build_tools.cuda_build import host_code_of
 from fused_lm import dispatch
 from fused_lm import records as evidence
+from fused_lm.cuda.extension import code_hashes
 from fused_lm.parity.run import NOT_MEASURED
 
 from .contest import OURS, RACES
 from .record import Line, Record, gpus, records, times_of, verified
 
+NEVER_RUN = "checked on the CPU, not yet run on a GPU"
 HEAD = """# What has run on a GPU
 
 Written by `python -m benchmarks.report` from the records below `results/`, never by hand. A record
@@ -111,11 +113,10 @@ def _built_id(record: Record, op: str) -> str | None:
     build, target = record.build(), _target(record)
     hashes = []
     for unit in evidence.KERNEL_SOURCES[op, "cuda"]:
-        code = build.get("kernels", {}).get(unit, {}).get(target)
         host = build.get("host_code", {}).get(unit)
-        if code is None or host != host_code_of(unit):
+        if host is None or host != host_code_of(unit):
             return None
-        hashes += [code, host]
+        hashes += [*code_hashes(build["kernels"][unit], target), host]
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:16]
 
 
@@ -132,7 +133,15 @@ def sources(own: list[Record]) -> Iterator[tuple[str, ...]]:
     build, target = built[-1].build(), _target(built[-1])
     for unit, hashes in build["kernels"].items():
         now = "current" if build["host_code"].get(unit) == host_code_of(unit) else "stale"
-        yield f"{unit}.cu", f"`{hashes.get(target, 'PTX')}`", built[-1].label, now
+        code = ", ".join(code_hashes(hashes, target))
+        yield f"{unit}.cu", f"`{code}`", built[-1].label, now
+    for unit in sorted(_cuda_units() - build["kernels"].keys()):
+        yield f"{unit}.cu", "none", "none", NEVER_RUN
+
+
+def _cuda_units() -> set[str]:
+    sources = evidence.KERNEL_SOURCES.items()
+    return {unit for (_, backend), units in sources if backend == "cuda" for unit in units}
 
 
 def proofs(own: list[Record]) -> Iterator[tuple[str, ...]]:

@@ -13,6 +13,7 @@ from benchmarks.gpu_suite import STATE
 from benchmarks.record import Record
 from benchmarks.suite_archive import pack
 from build_tools import cuda_build
+from fused_lm.cuda import extension
 
 GPU = "NVIDIA Imaginary 1"
 MEND = "python -m benchmarks.report"
@@ -196,7 +197,18 @@ def test_a_kernel_that_changed_is_stale(tmp_path: Path) -> None:
     build["host_code"][units[0]] = "of another source"
     (of.folder / "build.json").write_text(json.dumps(build))
     assert status._built_id(of, "layer_norm") is None
-    assert [row[3] for row in status.sources([of])] == ["stale", "current"]
+    ran, others = list(status.sources([of]))[:2], list(status.sources([of]))[2:]
+    assert [row[3] for row in ran] == ["stale", "current"]
+    assert others and {row[3] for row in others} == {status.NEVER_RUN}
+
+
+def test_code_for_one_target_alone_counts_on_its_gpus() -> None:
+    """On a Hopper what is compiled for sm_90a, on others not."""
+    hashes = {"sm_80": "a", "compute_80": "b"}, {"sm_90a": "c"}
+    assert [extension.code_hashes(h, "sm_80") for h in hashes] == [["a"], []]
+    assert [extension.code_hashes(h, "sm_90") for h in hashes] == [["b", "a"], ["c"]]
+    assert [extension.code_hashes(h, None) for h in hashes] == [["b", "a"], ["c"]]
+    assert extension.code_hashes({}, "sm_90") == []
 
 
 def test_a_text_keeps_what_is_not_generated() -> None:

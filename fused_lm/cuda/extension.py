@@ -160,12 +160,19 @@ def kernel_hashes(units: tuple[str, ...], capability: tuple[int, int] | None) ->
     target = None if capability is None else target_for(capability)
     found = []
     for unit in units:  # an older build may not have it
-        hashes = report["kernels"].get(unit, {})
-        portable = [h for name, h in sorted(hashes.items()) if target is None or name[-1] != "a"]
-        exact = [hashes[name] for name in (target, f"{target}a") if name in hashes]
-        found += exact or portable
+        found += code_hashes(report["kernels"].get(unit, {}), target)
         found.append(report.get("host_code", {}).get(unit, ""))
     return found
+
+
+def code_hashes(hashes: dict[str, str], target: str | None) -> list[str]:
+    """Of one unit's ``{"sm_80": hash, ...}`` those of what a GPU runs: code for the target, or for
+    it alone ("sm_90a"), or else what the driver may compile; of everything without a target.
+    """
+    if target is None:
+        return [hashes[name] for name in sorted(hashes)]
+    exact = [hashes[name] for name in (target, f"{target}a") if name in hashes]
+    return exact or [hashes[name] for name in sorted(hashes) if not name.endswith("a")]
 
 
 @functools.cache

@@ -1,5 +1,5 @@
 // Mistakes between the blocks of a cluster of two.
-#include "planted/case.h"
+#include "planted/box.h"
 #include "ptx/cluster.h"
 #include "ptx/mbarrier.h"
 #include "ptx/tma.h"
@@ -10,8 +10,6 @@ namespace {
 using namespace fused_lm;
 
 constexpr int kThreads = 64, kBlocks = 2;
-constexpr int kBox = kBoxRows * kMapColumns;
-constexpr uint32_t kBoxBytes = kBox * sizeof(float);
 
 struct Shared {
   alignas(1024) float tile[kBox];
