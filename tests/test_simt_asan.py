@@ -33,14 +33,10 @@ OPERATORS = {
     "attention, Hopper": (120, ["tests/test_simt_attention_sm90.py"]),
 }
 """How many tests run at least, and of which files."""
-SHORT = "attention"
-"""For every run; the others are in `make test-all`."""
 
 
-@pytest.mark.parametrize(
-    "operator",
-    [pytest.param(name, marks=[] if name == SHORT else [pytest.mark.slow]) for name in OPERATORS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_under_the_sanitizers(operator: str) -> None:
     least, files = OPERATORS[operator]
     build.build("asan")

@@ -88,8 +88,8 @@ def build(request: pytest.FixtureRequest) -> Iterator[runtime.Harness]:
 
 @pytest.mark.parametrize(("build", "call"), _of_builds(HOPPER_CALLS, FEW), indirect=["build"])
 def test_every_schedule_gives_the_right_bits(call: Call, build: runtime.Harness) -> None:
-    """Each order and timing of the plain build, two of the slower ones."""
-    _check(build, call, (0, 3, 5, 6, 11) if build.name == "plain" else (0, 11))
+    """Three of the plain build, two of the slower ones."""
+    _check(build, call, (0, 6, 11) if build.name == "plain" else (0, 11))
 
 
 @pytest.mark.parametrize(("build", "call"), _of_builds(SMALL_CALLS, ()), indirect=["build"])

@@ -82,6 +82,7 @@ def test_reports_the_mistake(mark: Mark) -> None:
     assert not _report(harness, mark.kernel, with_bug=False), "something was left behind"
 
 
+@pytest.mark.slow
 def test_sanitizers_report_the_mistakes() -> None:
     reports = _sanitized()["wrong"]
     problems = []
@@ -168,7 +169,9 @@ def _right_results(name: str) -> list[dict[str, list[float]]]:
     return found
 
 
-@pytest.mark.parametrize("name", build.BUILDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "asan")) for n in build.BUILDS]
+)
 def test_right_kernels_pass_and_repeat_bitwise(name: str) -> None:
     first = _right_results("plain")[0]
     for results in _right_results(name):

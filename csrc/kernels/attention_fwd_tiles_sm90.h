@@ -88,9 +88,9 @@ struct Stage {
       : index(static_cast<int>(n % kStages)), parity(n / kStages % 2) {}
 };
 
-// One arrival for the whole warp, behind a wgmma_wait that all of it has passed: what its products
-// have read may be overwritten. __syncwarp tells the compiler that the warp is together: without it
-// the general kernels move descriptors to uniform registers anew for every product.
+// One arrival for the whole warp: what its lanes and, behind a wgmma_wait, its products have read
+// may be overwritten. Without __syncwarp the general kernels also move descriptors to uniform
+// registers anew for every product: the compiler doesn't see that the warp is together.
 __device__ __forceinline__ void release(uint64_t* barrier) {
   __syncwarp();
   if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(barrier);

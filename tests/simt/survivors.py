@@ -2,10 +2,6 @@
 hardware's reason for keeping it. Everything else that survives is removed from the kernel.
 """
 
-SURVIVORS: dict[tuple[str, str, int], str] = {
-    ("kernels/attention_fwd_tiles_sm90.h", "__syncwarp();", 1): (
-        "orders nothing that wgmma_wait has not; ptxas keeps descriptors uniform behind it"
-    ),
-}
+SURVIVORS: dict[tuple[str, str, int], str] = {}
 """(path below csrc, the source line without indentation, which of the file's lines that read so)
 -> why the hardware needs it. An entry that no call needs any more fails the tests."""

@@ -100,6 +100,7 @@ __global__ void result_read_after_wait_read(const __grid_constant__ Maps maps, c
                                             float* gOut) {
   auto& smem = dynamic_smem<Tiles>();
   fill(smem, gIn, 3.0f);
+  for (int i = 1 + threadIdx.x; i < kBox; i += kThreads) gOut[kBox + i] = gIn[i];
   ptx::fence_proxy_async();
   __syncthreads();
   if (threadIdx.x == 0) {
