@@ -22,6 +22,7 @@ from tests import attention_calls, gpu
 from tests import test_simt_attention_extremes as extremes
 from tests import test_simt_attention_weights as weights
 from tests import test_simt_layernorm as norms
+from tests.attention_hopper_calls import HOPPER_CALLS
 from tests.simt import runtime
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(gpu.PROBLEM is not None, reason=str(gpu.PROBLEM))]
@@ -51,7 +52,7 @@ def _own(calls: Sequence[Any]) -> list[Any]:
     return [call for call in calls if call.shared_bytes in sizes]
 
 
-@pytest.mark.parametrize("call", _own(attention_calls.CALLS), ids=_ids)
+@pytest.mark.parametrize("call", _own([*attention_calls.CALLS, *HOPPER_CALLS]), ids=_ids)
 def test_attention_forward(call: attention_calls.Call) -> None:
     data = attention_calls.data_of(call)
     results = _repeated(lambda: gpu.call("attention_fwd", *data))
