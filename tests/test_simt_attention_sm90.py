@@ -166,19 +166,30 @@ _MUTATED = [
 ]
 
 
-def _tiles(call: Call) -> Iterator[tuple[int, list[int]]]:
-    """Per query tile its rows, and how many keys each tile has that any of these rows sees."""
+def _tiles(call: Call) -> Iterator[tuple[int, list[int], int]]:
+    """Per query tile its rows, how many keys each tile has that any of these rows sees, and how
+    many products of a group with a tile there are: without those of the last tiles that none of the
+    group's rows reaches, unless it reaches none at all.
+    """
     tuning = _tuning(call)
+    block_t, block_s = tuning["block_t"], tuning["block_s"]
     band = reference.visible(call.T, call.S, call.lower, call.upper, torch.device("cpu"))
     visible = torch.ones(call.T, call.S, dtype=torch.bool) if band is None else band
-    for rows in visible.split(tuning["block_t"]):
-        yield len(rows), [t.shape[1] for t in rows.split(tuning["block_s"], dim=1) if t.any()]
+    upper = call.S if call.upper is None else call.upper
+    for first in range(0, call.T, block_t):
+        rows = visible[first : first + block_t]
+        met = [i for i, t in enumerate(rows.split(block_s, dim=1)) if t.any()]
+        products = block_t // GROUP_ROWS * len(met)
+        if block_t > block_s:
+            for last in range(first + GROUP_ROWS - 1, first + block_t, GROUP_ROWS):
+                hidden = sum(i * block_s > last + upper for i in met)
+                products -= max(min(hidden, len(met) - 1), 0)
+        yield len(rows), [min(block_s, call.S - i * block_s) for i in met], products
 
 
 def _tuning(call: Call) -> dict[str, Any]:
-    hides = call.lower is not None or call.upper is not None
-    kind = "general" if call.general else "band" if hides or _head_dim(call) != 128 else "full"
-    found: dict[str, Any] = runtime.load("race").module.attention_tuning_sm90(_head_dim(call), kind)
+    module = runtime.load("race").module
+    found: dict[str, Any] = module.attention_tuning_sm90(_head_dim(call), call.general)
     return found
 
 
@@ -199,20 +210,19 @@ def test_moves_exactly_its_floor(call: Call) -> None:
     with harness.counting(**HOPPER) as counts:
         harness.call("attention_fwd", *data_of(call))
     tuning, D = _tuning(call), _head_dim(call)
-    block_t, block_s = tuning["block_t"], tuning["block_s"]
+    block_s = tuning["block_s"]
     heads, tiles = call.B * call.H, list(_tiles(call))
-    met = [(rows, keys) for rows, keys in tiles if keys]
+    met = [(rows, keys) for rows, keys, _ in tiles if keys]
     loaded = sum(2 * rows * call.D + 2 * sum(keys) * (call.D + call.values) for rows, keys in met)
-    products = sum(len(keys) for _, keys in tiles)
+    products = sum(products for *_, products in tiles)
     # Where there are more tiles than blocks, the counter is read and raised once per tile.
     blocks = min(BLOCKS, heads * len(tiles))
     taken = 4 * heads * len(tiles) if heads * len(tiles) > BLOCKS else 0
     assert counts["global_read_bytes"] == heads * loaded + taken
     assert counts["global_write_bytes"] == heads * call.T * (2 * call.values + 4) + taken
     assert counts["blocks"] == blocks
-    assert counts["wgmma_flops"] == heads * products * 4 * block_t * block_s * D
-    of_scores = block_t * D + block_t // GROUP_ROWS * block_s * D
-    of_sums = block_t // GROUP_ROWS * block_s * D
+    assert counts["wgmma_flops"] == heads * products * 4 * GROUP_ROWS * block_s * D
+    of_scores, of_sums = (GROUP_ROWS + block_s) * D, block_s * D
     assert counts["wgmma_shared_bytes"] == heads * products * 2 * (of_scores + of_sums)
     assert counts["shared_wavefronts"] == counts["shared_ideal_wavefronts"]
 
@@ -225,7 +235,7 @@ def test_every_instantiation_runs() -> None:
         for place in json.loads(golden.read_text())
         if place.split(" ")[1].startswith("attention_fwd_sm90")
     }
-    assert len(compiled) == len(DTYPES) * (2 * len(HEAD_DIMS) + 1)
+    assert len(compiled) == len(DTYPES) * 2 * len(HEAD_DIMS)
     harness = runtime.load(simt.BACKENDS[0].removeprefix(simt.PREFIX))
     assert tuple(harness.module.HOPPER_HEAD_DIMS) == HEAD_DIMS
     harness.configure()

@@ -11,18 +11,18 @@ from benchmarks.gpus import GPUS, SHARED_BYTES
 from benchmarks.machine_code import Graph, Instruction
 from build_tools import compiled, toolchain
 from build_tools.compiled import Kernel
+from tests.attention_hopper_calls import HEAD_DIMS
 from tests.simt import build, runtime
 
 WARPS = 4
 """Of a warpgroup, on each of which the loop's instructions run."""
-MOST_INSTRUCTIONS = {(128, "full"): 594, (128, "band"): 480}
+MOST_INSTRUCTIONS = {128: 480}
 """Of one tile of keys: what FlashAttention-3's loop has (simt.md 9), as a limit."""
-KINDS = ("full", "band", "general")
 
 
 @functools.cache
-def _kernels() -> dict[tuple[int, str], Kernel]:
-    """Those for bf16, by head dim and kind."""
+def _kernels() -> dict[tuple[int, bool], Kernel]:
+    """Those for bf16, by head dim and whether their scores are general."""
     try:
         toolkit = toolchain.find_toolkit()
     except toolchain.Missing as error:
@@ -32,8 +32,8 @@ def _kernels() -> dict[tuple[int, str], Kernel]:
     for kernel in compiled.compiled(toolkit, source, "90a").kernels:
         if kernel.sass is None:
             pytest.skip("no cuobjdump, neither nvcc's nor Triton's")
-        _, head_dim, kind = kernel.name[kernel.name.index("<") + 1 : -1].split(", ")
-        found[int(head_dim), KINDS[int(kind[-1])]] = kernel
+        _, head_dim, general = kernel.name[kernel.name.index("<") + 1 : -1].split(", ")
+        found[int(head_dim), general == "true"] = kernel
     return found
 
 
@@ -44,25 +44,22 @@ def _main_loop(kernel: Kernel) -> list[Instruction]:
     return min((way for way in ways if any(i.base == "HGMMA" for i in way)), key=len)
 
 
-PLAIN = [(64, "band"), (96, "band"), (128, "full"), (128, "band"), (192, "band"), (256, "band")]
-
-
-@pytest.mark.parametrize(("head_dim", "kind"), PLAIN)
-def test_the_main_loop(head_dim: int, kind: str) -> None:
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_the_main_loop(head_dim: int) -> None:
     """As many products and exponentials as there must be; the tensor cores bind, or at 64 columns
     the exponentials, which take as long; all of these run beside p v, before it is waited for.
     """
     if build.unavailable() is not None:
         pytest.skip(str(build.unavailable()))
-    tuning = runtime.load("plain").module.attention_tuning_sm90(head_dim, kind)
+    tuning = runtime.load("plain").module.attention_tuning_sm90(head_dim, False)
     groups, keys = tuning["block_t"] // 64, tuning["block_s"]
-    code = _main_loop(_kernels()[head_dim, kind])
+    code = _main_loop(_kernels()[head_dim, False])
     assert sum(i.base == "HGMMA" for i in code) == head_dim // 16 + keys // 16
     exponentials = [at for at, i in enumerate(code) if i.opcode.startswith("MUFU.EX2")]
     assert len(exponentials) == keys // 2
     waits = [at for at, i in enumerate(code) if i.opcode.startswith("WARPGROUP.DEPBAR")]
     assert len(waits) == 2 and waits[0] < exponentials[0] and exponentials[-1] < waits[1]
-    assert len(code) <= MOST_INSTRUCTIONS.get((head_dim, kind), len(code))
+    assert len(code) <= MOST_INSTRUCTIONS.get(head_dim, len(code))
     cycles = static.cycles_of(code, GPUS["H200"], static.Traffic(code))
     busy = {unit: WARPS * groups * time for unit, time in cycles.items()}
     busy["shared"] += _operand_bytes(groups, keys, head_dim) / SHARED_BYTES
@@ -78,10 +75,10 @@ def _operand_bytes(groups: int, keys: int, head_dim: int) -> int:
     return 2 * (scores + groups * keys * head_dim + 2 * keys * head_dim)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_registers_move_between_the_groups(kind: str) -> None:
+@pytest.mark.parametrize("general", [False, True])
+def test_registers_move_between_the_groups(general: bool) -> None:
     """ptxas ignores setmaxnreg with no more than a remark where it doesn't know the launch."""
-    for (_, of_kind), kernel in _kernels().items():
-        if of_kind == kind:
+    for (_, is_general), kernel in _kernels().items():
+        if is_general == general:
             moves = [line for line in kernel.sass or () if "USETMAXREG" in line]
             assert len(moves) == 2, moves

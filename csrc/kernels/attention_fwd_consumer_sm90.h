@@ -57,7 +57,9 @@ struct Consumer {
   const AttentionForwardParams& p;
   int group;
 
-  __device__ __forceinline__ uint64_t queries() const { return smem.q.k_major(group * kGroupRows); }
+  __device__ __forceinline__ uint64_t queries(int place) const {
+    return advanced(smem.q[0].k_major(group * kGroupRows), place * C::Queries::kBytes);
+  }
   __device__ __forceinline__ uint64_t keys(int stage) const {
     return advanced(smem.k[0].k_major(0), stage * C::Keys::kBytes);
   }
@@ -107,13 +109,35 @@ __device__ __forceinline__ void hide_ends(Scores<C>& score, const Consumer<C>& o
 // Groups issue products in turn: 0, 1, .., 0, ..; the last one's start gives the first its turn.
 template <class C>
 __device__ __forceinline__ void await_turn(int group) {
-  ptx::named_barrier_sync(kTurn + group, 2 * kGroupThreads);
+  if constexpr (C::kTurns) ptx::named_barrier_sync(kTurn + group, 2 * kGroupThreads);
 }
 
 template <class C>
 __device__ __forceinline__ void pass_turn(int group) {
   const int next = group + 1 < C::kGroups ? group + 1 : 0;
-  ptx::named_barrier_arrive(kTurn + next, 2 * kGroupThreads);
+  if constexpr (C::kTurns) ptx::named_barrier_arrive(kTurn + next, 2 * kGroupThreads);
+}
+
+// Passes over the first tiles of keys that no row of the group sees, and returns how many. They
+// must have come before their places can be released. Where tiles of keys are as high as those of
+// queries, the band of square attention leaves none.
+template <class C>
+__device__ __forceinline__ int pass_over_hidden(const Consumer<C>& own, const Work& work,
+                                                unsigned n) {
+  if constexpr (C::kBlockT <= C::kBlockS) return 0;
+  auto& barriers = own.smem.barriers;
+  const int last = work.tile.tile * C::kBlockT + (own.group + 1) * kGroupRows - 1;
+  const int hidden = work.walk.hidden<C::kBlockS>(last + own.p.score.upper);
+  for (int i = 0; i < hidden; ++i) {
+    const Stage<C::kStages> at(n + i);
+    await_turn<C>(own.group);
+    pass_turn<C>(own.group);
+    ptx::mbarrier_wait(&barriers.k_full[at.index], at.parity);
+    release(&barriers.k_empty[at.index]);
+    ptx::mbarrier_wait(&barriers.v_full[at.index], at.parity);
+    release(&barriers.v_empty[at.index]);
+  }
+  return hidden;
 }
 
 // Stores lse, and makes out of acc.
@@ -122,10 +146,9 @@ __device__ __forceinline__ void finish_sums(const Consumer<C>& own, Rows<C>& row
                                             const Work& work) {
   const AttentionForwardParams& p = own.p;
   const ScoreTile<false> tile = own.tile(work, 0);
-  constexpr bool kGeneral = C::kKind == ForwardKind::kGeneral;
-  const float unit = kGeneral ? 1.0f : p.score.scale;
-  const float unit_log2 = kGeneral ? kLog2E : p.score.scale_log2;
-  const float kept = kGeneral && p.dropout.rng != nullptr ? p.dropout.scale : 1.0f;
+  const float unit = C::kGeneral ? 1.0f : p.score.scale;
+  const float unit_log2 = C::kGeneral ? kLog2E : p.score.scale_log2;
+  const float kept = C::kGeneral && p.dropout.rng != nullptr ? p.dropout.scale : 1.0f;
   float* gLse = p.lse + (static_cast<int64_t>(tile.batch) * p.shape.H + tile.head) * p.shape.T;
   RowValues<C> factor;
   for_each_row<C>([&](int m, int half) {
@@ -149,7 +172,7 @@ __device__ __forceinline__ void store_out(const Consumer<C>& own, const ptx::Ten
   const int thread = static_cast<int>(ptx::thread_index()) % kGroupThreads;
   const int first = own.group * kGroupRows;
   const bool stores = thread == 0;
-  if constexpr (C::kTuning.own_out) {
+  if constexpr (C::kOwnOut) {
     // TMA has read the last out. Of q's place a warp writes the rows that only it has read.
     if (stores) ptx::bulk_wait_read<0>();
     ptx::named_barrier_sync(kGroupDone + own.group, kGroupThreads);
@@ -171,9 +194,9 @@ __device__ __forceinline__ void store_out(const Consumer<C>& own, const ptx::Ten
     ptx::tma_store(out_map, &sOut.chunks[slab][first][0], {column, t_first, tile.head, tile.batch});
   }
   ptx::bulk_commit();
-  if constexpr (!C::kTuning.own_out) {
+  if constexpr (!C::kOwnOut) {
     ptx::bulk_wait_read<0>();
-    ptx::mbarrier_arrive(&own.smem.barriers.q_empty);
+    ptx::mbarrier_arrive(&own.smem.barriers.q_empty[0]);
   }
 }
 

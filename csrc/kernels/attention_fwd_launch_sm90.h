@@ -43,10 +43,10 @@ inline TileOrder tile_order(const AttentionForwardParams& p, int block_t) {
   return {tiles, heads, static_cast<int>(section < heads ? section : heads), true};
 }
 
-template <class Element, int kD, ForwardKind kKind>
+template <class Element, int kD, bool kGeneral>
 Status launch_hopper(const AttentionForwardParams& p, int multiprocessors, int* tile_counter,
                      Stream stream) {
-  using C = HopperConfig<kD, kKind>;
+  using C = HopperConfig<kD, kGeneral>;
   const AttentionShape& shape = p.shape;
   const int kv_heads = shape.H / shape.group;
   ptx::TensorMap q, k, v, out;
@@ -72,7 +72,7 @@ Status launch_hopper(const AttentionForwardParams& p, int multiprocessors, int* 
   }
   const LaunchConfig config{dim3(static_cast<unsigned>(blocks)), dim3(C::kThreads),
                             sizeof(typename C::SharedStorage), stream};
-  return launch(attention_fwd_sm90<Element, kD, kKind>, config, q, k, v, out, p, order, counter);
+  return launch(attention_fwd_sm90<Element, kD, kGeneral>, config, q, k, v, out, p, order, counter);
 }
 
 // Calls body with the compiled head dim that holds D and Dv, as a constant.
@@ -92,19 +92,9 @@ Status launch_any_hopper(const AttentionForwardParams& p, int multiprocessors, i
                          Stream stream) {
   return with_hopper_head_dim(p.shape, [&](auto head_dim) {
     constexpr int kD = decltype(head_dim)::value;
-    const auto launch_kind = [&](auto kind) {
-      return launch_hopper<Element, kD, decltype(kind)::value>(p, multiprocessors, tile_counter,
-                                                               stream);
-    };
-    if (!is_plain(p.score, p.dropout)) {
-      return launch_kind(std::integral_constant<ForwardKind, ForwardKind::kGeneral>{});
-    }
-    if constexpr (has_full_kernel(kD)) {
-      if (p.score.lower <= 1 - p.shape.T && p.score.upper >= p.shape.S - 1) {
-        return launch_kind(std::integral_constant<ForwardKind, ForwardKind::kFull>{});
-      }
-    }
-    return launch_kind(std::integral_constant<ForwardKind, ForwardKind::kBand>{});
+    return is_plain(p.score, p.dropout)
+               ? launch_hopper<Element, kD, false>(p, multiprocessors, tile_counter, stream)
+               : launch_hopper<Element, kD, true>(p, multiprocessors, tile_counter, stream);
   });
 }
 

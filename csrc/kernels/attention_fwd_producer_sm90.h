@@ -33,7 +33,7 @@ __device__ __forceinline__ void load_keys(typename C::Keys (&sTiles)[C::kStages]
 }
 
 // One thread takes tiles of queries, tells everybody, and brings q and k. The counter is asked a
-// tile ahead. A tile's first k comes before its q, which may have to wait for out.
+// tile ahead. A tile's first k comes before its q, which may have to wait for its place.
 template <class C>
 __device__ __forceinline__ void produce_keys(typename C::SharedStorage& smem,
                                              const AttentionForwardParams& p,
@@ -51,24 +51,26 @@ __device__ __forceinline__ void produce_keys(typename C::SharedStorage& smem,
     // Without a counter every block has one tile.
     index =
         counter == nullptr ? order.count() : static_cast<int>(gridDim.x) + atomicAdd(counter, 1);
+    const Stage<C::kQueries> place(round);
     const auto load = [&](int i) {
       load_keys<C>(smem.k, k_map, barriers.k_full, barriers.k_empty, work, p.shape.group, i, n);
     };
     if (work.walk.count > 0) load(0);
-    ptx::mbarrier_wait(&barriers.q_empty, round % 2 ^ 1u);
+    ptx::mbarrier_wait(&barriers.q_empty[place.index], place.parity ^ 1u);
     if (work.walk.count > 0) {
-      load_tile(smem.q, q_map, &barriers.q_full, work.tile.tile * C::kBlockT, work.tile.head,
-                work.tile.batch);
+      load_tile(smem.q[place.index], q_map, &barriers.q_full[place.index],
+                work.tile.tile * C::kBlockT, work.tile.head, work.tile.batch);
     } else {
-      ptx::mbarrier_arrive(&barriers.q_full);
+      ptx::mbarrier_arrive(&barriers.q_full[place.index]);
     }
 #pragma unroll 1
     for (int i = 1; i < work.walk.count; ++i) load(i);
     n += work.walk.count;
   }
-  ptx::mbarrier_wait(&barriers.q_empty, round % 2 ^ 1u);
+  const Stage<C::kQueries> place(round);
+  ptx::mbarrier_wait(&barriers.q_empty[place.index], place.parity ^ 1u);
   smem.work[round % kWorkSlots].tile.tile = kNoTile;
-  ptx::mbarrier_arrive(&barriers.q_full);
+  ptx::mbarrier_arrive(&barriers.q_full[place.index]);
 }
 
 // One thread of another warp brings v, so that neither waits for the other's places.
@@ -78,7 +80,8 @@ __device__ __forceinline__ void produce_values(typename C::SharedStorage& smem,
   auto& barriers = smem.barriers;
   unsigned n = 0;
   for (unsigned round = 0;; ++round) {
-    ptx::mbarrier_wait(&barriers.q_full, round % 2);
+    const Stage<C::kQueries> place(round);
+    ptx::mbarrier_wait(&barriers.q_full[place.index], place.parity);
     const Work& work = smem.work[round % kWorkSlots];
     if (work.tile.tile == kNoTile) return;
 #pragma unroll 1
@@ -86,7 +89,7 @@ __device__ __forceinline__ void produce_values(typename C::SharedStorage& smem,
       load_keys<C>(smem.v, v_map, barriers.v_full, barriers.v_empty, work, group, i, n);
     }
     n += work.walk.count;
-    ptx::mbarrier_arrive(&barriers.q_empty);
+    ptx::mbarrier_arrive(&barriers.q_empty[place.index]);
   }
 }
 

@@ -56,31 +56,35 @@
 namespace fused_lm {
 namespace attention_fwd {
 
-// The plain walk over the keys. n: how many tiles of keys the block has met before this walk.
+// The plain walk over the keys. place: of q. n: how many tiles of keys the block has met before.
 template <class Element, class C>
-__device__ __forceinline__ void walk_overlapped(const Consumer<C>& own, Rows<C>& rows,
-                                                const Work& work, unsigned n) {
+__device__ __forceinline__ void walk_overlapped(const Consumer<C>& own, BasedRows<C>& rows,
+                                                const Work& work, int place, unsigned n) {
   using At = Stage<C::kStages>;
   auto& barriers = own.smem.barriers;
   const ScoreParams& how = own.p.score;
-  const int count = work.walk.count, masked = work.walk.masked;
+  const int hidden = pass_over_hidden<C>(own, work, n);
+  const int count = work.walk.count - hidden, masked = work.walk.masked - hidden;
+  n += hidden;
   const auto hide = [&](Scores<C>& score, int i) {
-    hide_ends(score, own, work, work.walk.start<C::kBlockS>(i));
+    hide_ends(score, own, work, work.walk.start<C::kBlockS>(hidden + i));
   };
   Packed<C> packed;
   RowValues<C> decay;
+  const float growth = growth_of(how.scale_log2);
   {
     Scores<C> score;
     const At at(n);
     await_turn<C>(own.group);
     ptx::mbarrier_wait(&barriers.k_full[at.index], at.parity);
-    issue_scores<Element, C>(score, own.queries(), own.keys(at.index));
+    issue_scores<Element, C>(score, own.queries(place), own.keys(at.index));
     pass_turn<C>(own.group);
     ptx::wgmma_wait<0>();
     ptx::registers_fence(score[0]);
     release(&barriers.k_empty[at.index]);
     if (masked > 0) hide(score, 0);
-    softmax_tile<C>(score, rows, decay, how.scale_log2);
+    raise_bases<C>(score, rows, decay, how.scale_log2, growth);
+    exponentials<C>(score, rows, how.scale_log2);
     pack<Element, C>(packed, score);
   }
   const auto step = [&](int i, auto hides) {
@@ -88,7 +92,7 @@ __device__ __forceinline__ void walk_overlapped(const Consumer<C>& own, Rows<C>&
     const At at(n + i), before(n + i - 1);
     await_turn<C>(own.group);
     ptx::mbarrier_wait(&barriers.k_full[at.index], at.parity);
-    issue_scores<Element, C>(score, own.queries(), own.keys(at.index));
+    issue_scores<Element, C>(score, own.queries(place), own.keys(at.index));
     ptx::mbarrier_wait(&barriers.v_full[before.index], before.parity);
     issue_sums<Element, C>(rows.acc, packed, own.values(before.index));
     pass_turn<C>(own.group);
@@ -96,7 +100,8 @@ __device__ __forceinline__ void walk_overlapped(const Consumer<C>& own, Rows<C>&
     ptx::registers_fence(score[0]);
     release(&barriers.k_empty[at.index]);
     if constexpr (decltype(hides)::value) hide(score, i);
-    const bool decays = softmax_tile<C>(score, rows, decay, how.scale_log2);
+    const bool decays = raise_bases<C>(score, rows, decay, how.scale_log2, growth);
+    exponentials<C>(score, rows, how.scale_log2);
     // Without it ptxas waits for p v before the exponentials.
     ptx::store_pinned(&own.smem.pinned[threadIdx.x - kGroupThreads],
                       rows.sum[0][0] + rows.sum[0][1]);
@@ -109,7 +114,7 @@ __device__ __forceinline__ void walk_overlapped(const Consumer<C>& own, Rows<C>&
   int i = 1;
   for (; i < masked; ++i) step(i, std::true_type{});
   for (; i < count; ++i) step(i, std::false_type{});
-  if constexpr (C::kTuning.own_out) release(&barriers.q_empty);
+  if constexpr (C::kOwnOut) release(&barriers.q_empty[place]);
   const At last(n + count - 1);
   ptx::mbarrier_wait(&barriers.v_full[last.index], last.parity);
   issue_sums<Element, C>(rows.acc, packed, own.values(last.index));
@@ -120,22 +125,24 @@ __device__ __forceinline__ void walk_overlapped(const Consumer<C>& own, Rows<C>&
 
 // The general one.
 template <class Element, class C>
-__device__ __forceinline__ void walk_in_sequence(const Consumer<C>& own, Rows<C>& rows,
-                                                 const Work& work, unsigned n) {
+__device__ __forceinline__ void walk_in_sequence(const Consumer<C>& own, BasedRows<C>& rows,
+                                                 const Work& work, int place, unsigned n) {
   auto& barriers = own.smem.barriers;
   const AttentionForwardParams& p = own.p;
-  for (int i = 0; i < work.walk.count; ++i) {
+  const float growth = growth_of(kLog2E);
+  for (int i = pass_over_hidden<C>(own, work, n); i < work.walk.count; ++i) {
     Scores<C> score;
     const Stage<C::kStages> at(n + i);
     ptx::mbarrier_wait(&barriers.k_full[at.index], at.parity);
-    issue_scores<Element, C>(score, own.queries(), own.keys(at.index));
+    issue_scores<Element, C>(score, own.queries(place), own.keys(at.index));
     ptx::wgmma_wait<0>();
     ptx::registers_fence(score[0]);
     release(&barriers.k_empty[at.index]);
     const ScoreTile<false> tile = own.tile(work, work.walk.start<C::kBlockS>(i));
     finish_scores(score, tile, p.score, i < work.walk.masked);
     RowValues<C> decay;
-    if (softmax_tile<C>(score, rows, decay, kLog2E)) multiply_rows<C>(rows.acc, decay);
+    if (raise_bases<C>(score, rows, decay, kLog2E, growth)) multiply_rows<C>(rows.acc, decay);
+    exponentials<C>(score, rows, kLog2E);
     if (p.dropout.rng != nullptr) {
       const DropoutKey key = dropout_key(p.dropout.rng, tile.batch, tile.head);
       drop_wide(score, tile, key, p.dropout.threshold);
@@ -148,50 +155,50 @@ __device__ __forceinline__ void walk_in_sequence(const Consumer<C>& own, Rows<C>
     ptx::registers_fence(rows.acc[0]);
     release(&barriers.v_empty[at.index]);
   }
-  if constexpr (C::kTuning.own_out) release(&barriers.q_empty);
+  if constexpr (C::kOwnOut) release(&barriers.q_empty[place]);
 }
 
 template <class Element, class C>
 __device__ __forceinline__ void consume(typename C::SharedStorage& smem,
                                         const AttentionForwardParams& p,
                                         const ptx::TensorMap& out_map) {
-  constexpr bool kTurns = C::kKind != ForwardKind::kGeneral;
   // By a shuffle the compiler learns that a warp's lanes agree, and keeps descriptors once per
   // warp.
   const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kGroupThreads, 0) - 1;
   const Consumer<C> own{smem, p, group};
-  if (kTurns && group == C::kGroups - 1) pass_turn<C>(group);
+  if (group == C::kGroups - 1) pass_turn<C>(group);
   unsigned n = 0;
   for (unsigned round = 0;; ++round) {
-    ptx::mbarrier_wait(&smem.barriers.q_full, round % 2);
+    const Stage<C::kQueries> place(round);
+    ptx::mbarrier_wait(&smem.barriers.q_full[place.index], place.parity);
     const Work& work = smem.work[round % kWorkSlots];
     if (work.tile.tile == kNoTile) break;
-    Rows<C> rows;
-    start_rows<C>(rows);
-    if constexpr (C::kKind == ForwardKind::kGeneral) {
-      walk_in_sequence<Element, C>(own, rows, work, n);
+    BasedRows<C> rows;
+    start_based_rows<C>(rows);
+    if constexpr (C::kGeneral) {
+      walk_in_sequence<Element, C>(own, rows, work, place.index, n);
     } else if (work.walk.count > 0) {
-      walk_overlapped<Element, C>(own, rows, work, n);
-    } else if constexpr (C::kTuning.own_out) {
-      release(&smem.barriers.q_empty);
+      walk_overlapped<Element, C>(own, rows, work, place.index, n);
+    } else if constexpr (C::kOwnOut) {
+      release(&smem.barriers.q_empty[place.index]);
     }
     n += work.walk.count;
     finish_sums<C>(own, rows, work);
     store_out<Element, C>(own, out_map, rows, work.tile);
   }
-  if (kTurns && group == 0) await_turn<C>(group);  // whose turn nobody took
-  if constexpr (C::kTuning.own_out) ptx::bulk_wait_read<0>();
+  if (group == 0) await_turn<C>(group);  // whose turn nobody took
+  if constexpr (C::kOwnOut) ptx::bulk_wait_read<0>();
 }
 
-template <class Element, int kD, ForwardKind kKind>
-__global__ void __launch_bounds__((HopperConfig<kD, kKind>::kThreads), 1)
+template <class Element, int kD, bool kGeneral>
+__global__ void __launch_bounds__((HopperConfig<kD, kGeneral>::kThreads), 1)
     attention_fwd_sm90(const __grid_constant__ ptx::TensorMap q_map,
                        const __grid_constant__ ptx::TensorMap k_map,
                        const __grid_constant__ ptx::TensorMap v_map,
                        const __grid_constant__ ptx::TensorMap out_map,
                        const __grid_constant__ AttentionForwardParams p, const TileOrder order,
                        int* counter) {
-  using C = HopperConfig<kD, kKind>;
+  using C = HopperConfig<kD, kGeneral>;
   auto& smem = dynamic_smem<typename C::SharedStorage>();
   if (threadIdx.x == 0) {
     constexpr int kWarps = C::kConsumers / kWarpSize;
@@ -199,7 +206,7 @@ __global__ void __launch_bounds__((HopperConfig<kD, kKind>::kThreads), 1)
     ptx::tma_prefetch(k_map);
     ptx::tma_prefetch(v_map);
     ptx::tma_prefetch(out_map);
-    smem.barriers.init(kWarps, 1 + (C::kTuning.own_out ? kWarps : C::kGroups));
+    smem.barriers.init(kWarps, 1 + (C::kOwnOut ? kWarps : C::kGroups));
   }
   __syncthreads();
   if (threadIdx.x < kGroupThreads) {

@@ -39,17 +39,24 @@ struct TileOrder {
 
 constexpr int kNoTile = -1;  // in BlockTile::tile: there are no more
 
-// The tiles of keys that a tile of queries meets: `masked` ones first, in which the band or S may
-// end, then those that every row sees whole.
+// The tiles of keys that a tile of queries meets: those behind which the band or S may end, the
+// last one first, then those in which the band may begin, then those that every row sees whole.
 struct KeyWalk {
   int begin, full_begin, full_end;
   int count, masked;
+  int late;  // of the masked ones, those behind full_end
 
   template <int kBlockS>
   __device__ __forceinline__ int start(int i) const {
-    const int low = full_begin - begin, at = i * kBlockS;
-    if (i >= masked) return full_begin + at - masked * kBlockS;
-    return at < low ? begin + at : full_end + at - low;
+    if (i >= masked) return full_begin + (i - masked) * kBlockS;
+    return i < late ? full_end + (late - 1 - i) * kBlockS : begin + (i - late) * kBlockS;
+  }
+  // How many tiles, before the first that matters, begin behind the last key that any row up to
+  // `last` may see; not all of them.
+  template <int kBlockS>
+  __device__ __forceinline__ int hidden(int last_key) const {
+    const int seen = last_key < full_end ? 0 : (last_key - full_end) / kBlockS + 1;
+    return max(min(late - seen, count - 1), 0);
   }
 };
 
@@ -58,11 +65,13 @@ __device__ __forceinline__ KeyWalk key_walk(const AttentionForwardParams& p, int
   const int first = tile * C::kBlockT;
   const int last = min(first + C::kBlockT, p.shape.T) - 1;
   // Tiles are wide: a band may begin behind the last key, and in its tile all the same.
-  if (first + p.score.lower >= p.shape.S) return {0, 0, 0, 0, 0};
+  if (first + p.score.lower >= p.shape.S) return {0, 0, 0, 0, 0, 0};
   const BandTiles band =
       band_tiles<C::kBlockS>(first, last, p.shape.S, p.score.lower, p.score.upper);
   const int whole = (band.full_end - band.full_begin) / C::kBlockS;
-  return {band.begin, band.full_begin, band.full_end, band.count, band.count - whole};
+  const int masked = band.count - whole;
+  const int late = masked - (band.full_begin - band.begin) / C::kBlockS;
+  return {band.begin, band.full_begin, band.full_end, band.count, masked, late};
 }
 
 // What a block is told about its next tile of queries.
@@ -71,12 +80,12 @@ struct Work {
   KeyWalk walk;
 };
 
-// The producer writes a Work when q of the round before the last has been released: so everybody is
-// done with the round before that, and three are in use at most.
+// The producer writes a Work when it has waited for the place of the last q. So with two places
+// everybody has released q of three rounds ago, may still be storing its out, and no older one.
 constexpr unsigned kWorkSlots = 4;
 
-// Where the n-th tile of keys of a block, of all its tiles of queries, is, and the parity of the
-// phase of a barrier there that it is the n-th of.
+// Where the n-th tile of a ring is, and the parity of the phase of a barrier there that it is the
+// n-th of. Tiles of keys are counted through all tiles of queries of the block.
 template <int kStages>
 struct Stage {
   static_assert((kStages & (kStages - 1)) == 0, "n may wrap around");
@@ -96,16 +105,18 @@ __device__ __forceinline__ void release(uint64_t* barrier) {
   if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(barrier);
 }
 
-template <int kStages>
+template <int kQueries, int kStages>
 struct TileBarriers {
-  uint64_t q_full, q_empty;
+  uint64_t q_full[kQueries], q_empty[kQueries];
   uint64_t k_full[kStages], k_empty[kStages];
   uint64_t v_full[kStages], v_empty[kStages];
 
   // One thread, before __syncthreads.
   __device__ __forceinline__ void init(int warps, int q_releases) {
-    ptx::mbarrier_init(&q_full, 1);
-    ptx::mbarrier_init(&q_empty, q_releases);
+    for (int place = 0; place < kQueries; ++place) {
+      ptx::mbarrier_init(&q_full[place], 1);
+      ptx::mbarrier_init(&q_empty[place], q_releases);
+    }
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::mbarrier_init(&k_full[stage], 1);
       ptx::mbarrier_init(&v_full[stage], 1);
@@ -122,16 +133,19 @@ enum Barrier : int {
   kGroupDone = 4,  // + group: all of it have come here
 };
 
-template <int kHeadDim, ForwardKind kKindOf>
+template <int kHeadDim, bool kGeneralScores>
 struct HopperConfig {
   static constexpr int kD = kHeadDim;
-  static constexpr ForwardKind kKind = kKindOf;
-  static constexpr HopperTuning kTuning = attention_forward_tuning_sm90(kD, kKind);
+  static constexpr bool kGeneral = kGeneralScores;
+  static constexpr HopperTuning kTuning = attention_forward_tuning_sm90(kD, kGeneral);
   static constexpr int kGroups = kTuning.groups;
   static constexpr int kStages = kTuning.stages;
+  static constexpr int kQueries = kTuning.queries;
+  static constexpr bool kOwnOut = kTuning.own_out();
   static constexpr int kThreads = kTuning.threads();
   static constexpr int kProducerRegisters = kTuning.producer_registers();
   static constexpr int kConsumerRegisters = kTuning.consumer_registers();
+  static constexpr bool kTurns = !kGeneral;
   static constexpr int kConsumers = kGroups * kGroupThreads;
   static constexpr int kBlockT = kTuning.block_t();
   static constexpr int kBlockS = kTuning.block_s;
@@ -144,21 +158,21 @@ struct HopperConfig {
   struct NoOut {};
 
   struct SharedStorage {
-    Queries q;  // without out: the place of out too, each group in its own rows
+    Queries q[kQueries];  // without out: its place too, each group in its own rows
     Keys k[kStages];
     Keys v[kStages];
-    std::conditional_t<kTuning.own_out, Queries, NoOut> out;
+    std::conditional_t<kOwnOut, Queries, NoOut> out;
     float pinned[kConsumers];
     Work work[kWorkSlots];  // of rounds 0, 1, ..: written before q_full
-    TileBarriers<kStages> barriers;
+    TileBarriers<kQueries, kStages> barriers;
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 
   static __device__ __forceinline__ Queries& out_tile(SharedStorage& smem) {
-    if constexpr (kTuning.own_out) {
+    if constexpr (kOwnOut) {
       return smem.out;
     } else {
-      return smem.q;
+      return smem.q[0];
     }
   }
 };

@@ -53,18 +53,26 @@ __device__ __forceinline__ void start_rows(Rows<C>& rows) {
 // are scaled down for it: p <= 2^8 is exact enough in 16 bits, and sums of p in fp32.
 constexpr float kGrowthLog2 = 8.0f;
 
-// The largest of each row's scores and its maximum so far.
+// The largest of each row's maximum so far and the scores of it that a lane has.
 template <class C>
-__device__ __forceinline__ void row_maxima(RowValues<C>& largest, const Scores<C>& score,
-                                           const Rows<C>& rows) {
+__device__ __forceinline__ void lane_maxima(RowValues<C>& largest, const Scores<C>& score,
+                                            const Rows<C>& rows) {
   for_each_row<C>([&](int m, int half) {
     float found = rows.max[m][half];
 #pragma unroll
     for (int n = 0; n < C::kScores; ++n) {
       found = fmaxf(found, fmaxf(score[m][n][2 * half], score[m][n][2 * half + 1]));
     }
-    largest[m][half] = quad_max(found);
+    largest[m][half] = found;
   });
+}
+
+// The same of all its scores.
+template <class C>
+__device__ __forceinline__ void row_maxima(RowValues<C>& largest, const Scores<C>& score,
+                                           const Rows<C>& rows) {
+  lane_maxima<C>(largest, score, rows);
+  for_each_row<C>([&](int m, int half) { largest[m][half] = quad_max(largest[m][half]); });
 }
 
 // Rows that have outgrown their maximum get the largest that was found, and their sums so far

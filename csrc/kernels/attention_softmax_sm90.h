@@ -10,9 +10,13 @@
 // p would overflow. So from |M| > 2^10 on a row subtracts its maximum first, as attention_softmax.h
 // does always; below, the error is an eleventh of what fp16 is rounded by.
 //
-// Both are rare, so one vote asks for any row of the warp that has outgrown its maximum, is huge,
-// or has seen no key (M = -inf). What the branch does to a row depends on this row alone.
+// Both are rare. A row has a limit, below which its scores raise no maximum; one vote asks whether
+// a lane of the warp has a score above its row's limit, without a word from the quad that shares
+// the row. Where a row is huge or has seen no key (M = -inf), the limit is -inf. What the branch
+// does to a row depends on this row alone.
 #pragma once
+
+#include <cfloat>
 
 #include "kernels/attention_softmax.h"
 
@@ -24,67 +28,77 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 __device__ __forceinline__ bool is_huge(float base) { return fabsf(base) > kLargestBase; }
 
-// Sets each row's base, what p subtracts in its exponent. Returns whether the sums are to be
-// multiplied by decay: false in most tiles.
+// Rows, and what p subtracts in its exponent, and up to which score.
 template <class C>
-__device__ __forceinline__ bool find_bases(Scores<C>& score, Rows<C>& rows, RowValues<C>& base,
-                                           RowValues<C>& decay, float unit_log2) {
-  RowValues<C> largest;
-  row_maxima<C>(largest, score, rows);
-  bool rare = false;
+struct BasedRows : Rows<C> {
+  RowValues<C> base, limit;
+};
+
+template <class C>
+__device__ __forceinline__ void start_based_rows(BasedRows<C>& rows) {
+  start_rows<C>(rows);
   for_each_row<C>([&](int m, int half) {
-    const float max = rows.max[m][half];
-    base[m][half] = __fmul_rn(max, unit_log2);
-    decay[m][half] = 1.0f;
-    rare |= (largest[m][half] - max) * unit_log2 > kGrowthLog2 || is_huge(base[m][half]);
+    rows.base[m][half] = 0.0f;
+    rows.limit[m][half] = kNoScore;
   });
+}
+
+// How many units a score may be above the maximum; finite, so that above -inf it is nothing.
+__device__ __forceinline__ float growth_of(float unit_log2) {
+  return fminf(kGrowthLog2 / unit_log2, FLT_MAX);
+}
+
+// Raises maxima where a tile of scores outgrows them. Returns whether the sums are to be multiplied
+// by decay: false in most tiles.
+template <class C>
+__device__ __forceinline__ bool raise_bases(Scores<C>& score, BasedRows<C>& rows,
+                                            RowValues<C>& decay, float unit_log2, float growth) {
+  RowValues<C> largest;
+  lane_maxima<C>(largest, score, rows);
+  bool rare = false;
+  for_each_row<C>([&](int m, int half) { rare |= largest[m][half] > rows.limit[m][half]; });
   if (!__any_sync(kAllLanes, rare)) return false;
+  RowValues<C> shift;
+  bool shifts = false;
   for_each_row<C>([&](int m, int half) {
-    const float before = rows.max[m][half], base_before = base[m][half];
-    const bool outgrown = (largest[m][half] - before) * unit_log2 > kGrowthLog2;
-    const float max = outgrown ? largest[m][half] : before;
-    const float rounded = __fmul_rn(max, unit_log2);
-    const bool huge = is_huge(rounded);
-    const float fall = huge ? (before - max) * unit_log2 : base_before - rounded;
-    decay[m][half] = outgrown ? ptx::exp2_approx(fall) : 1.0f;
+    const float before = rows.max[m][half], found = quad_max(largest[m][half]);
+    const bool outgrown = found > before + growth;
+    const float max = outgrown ? found : before;
+    const float base = __fmul_rn(max, unit_log2);
+    const bool huge = is_huge(base);
+    const float fall = (before - max) * unit_log2;
+    const float rounded_fall = __fmul_rn(before, unit_log2) - base;
+    decay[m][half] = outgrown ? ptx::exp2_approx(huge ? fall : rounded_fall) : 1.0f;
     rows.max[m][half] = max;
     rows.sum[m][half] *= decay[m][half];
-    base[m][half] = huge ? 0.0f : rounded;
-    const float shift = huge && max != kNoScore ? max : 0.0f;
-#pragma unroll
-    for (int n = 0; n < C::kScores; ++n) {
-      score[m][n][2 * half] -= shift;
-      score[m][n][2 * half + 1] -= shift;
-    }
+    rows.base[m][half] = huge ? 0.0f : base;
+    rows.limit[m][half] = huge ? kNoScore : max + growth;
+    shift[m][half] = huge && max != kNoScore ? max : 0.0f;
+    shifts |= shift[m][half] != 0.0f;
   });
+  if (__any_sync(kAllLanes, shifts)) {
+    for_each_value<C::kM, C::kScores>(
+        [&](int m, int n, int e) { score[m][n][e] -= shift[m][e / 2]; });
+  }
   return true;
 }
 
+// Scores become p.
 template <class C>
-__device__ __forceinline__ void exponentials_above(Scores<C>& score, Rows<C>& rows,
-                                                   const RowValues<C>& base, float unit_log2) {
+__device__ __forceinline__ void exponentials(Scores<C>& score, BasedRows<C>& rows,
+                                             float unit_log2) {
   for_each_row<C>([&](int m, int half) {
     float sum = 0.0f;
 #pragma unroll
     for (int n = 0; n < C::kScores; ++n) {
 #pragma unroll
       for (int e = 2 * half; e < 2 * half + 2; ++e) {
-        score[m][n][e] = ptx::exp2_approx(fmaf(score[m][n][e], unit_log2, -base[m][half]));
+        score[m][n][e] = ptx::exp2_approx(fmaf(score[m][n][e], unit_log2, -rows.base[m][half]));
         sum += score[m][n][e];
       }
     }
     rows.sum[m][half] += sum;
   });
-}
-
-// Scores become p. Returns whether the sums are to be multiplied by decay.
-template <class C>
-__device__ __forceinline__ bool softmax_tile(Scores<C>& score, Rows<C>& rows, RowValues<C>& decay,
-                                             float unit_log2) {
-  RowValues<C> base;
-  const bool decays = find_bases<C>(score, rows, base, decay, unit_log2);
-  exponentials_above<C>(score, rows, base, unit_log2);
-  return decays;
 }
 
 template <class C>

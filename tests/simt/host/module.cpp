@@ -127,12 +127,8 @@ py::dict attention_tuning(int head_dim, bool general, int team_warps) {
 }
 
 // Of csrc/kernels/attention_fwd_sm90.h.
-py::dict attention_tuning_sm90(int head_dim, const std::string& kind) {
-  using fused_lm::ForwardKind;
-  const auto chosen = choice<ForwardKind>(kind, {{"full", ForwardKind::kFull},
-                                                 {"band", ForwardKind::kBand},
-                                                 {"general", ForwardKind::kGeneral}});
-  const fused_lm::HopperTuning tuning = fused_lm::attention_forward_tuning_sm90(head_dim, chosen);
+py::dict attention_tuning_sm90(int head_dim, bool general) {
+  const fused_lm::HopperTuning tuning = fused_lm::attention_forward_tuning_sm90(head_dim, general);
   using namespace py::literals;
   return py::dict("block_t"_a = tuning.block_t(), "block_s"_a = tuning.block_s,
                   "stages"_a = tuning.stages, "reason"_a = tuning.reason);
@@ -182,7 +178,7 @@ PYBIND11_MODULE(SIMT_LIBRARY, m) {
         [](uintptr_t p) { return simt::is_device_memory(reinterpret_cast<const void*>(p)); });
   m.def("attention_tuning", &attention_tuning, py::arg("head_dim"), py::arg("general"),
         py::arg("team_warps"));
-  m.def("attention_tuning_sm90", &attention_tuning_sm90, py::arg("head_dim"), py::arg("kind"));
+  m.def("attention_tuning_sm90", &attention_tuning_sm90, py::arg("head_dim"), py::arg("general"));
   m.attr("HOPPER_HEAD_DIMS") =
       std::vector<int>(std::begin(fused_lm::kHopperHeadDims), std::end(fused_lm::kHopperHeadDims));
   m.def("attention_dkdv_tuning", &attention_dkdv_tuning, py::arg("head_dim"), py::arg("general"));
