@@ -1,10 +1,11 @@
 // Tiles of the decoding kernel and the number of splits: pure functions, a reason per row.
 //
-// From arithmetic: no GPU has measured them. Every key is read once and multiplied with 16 rows at
-// most, 16 FLOP per byte, so memory binds, and what counts is how many bytes are on their way. A
-// multiprocessor of an H100 reads 25 bytes per ns, and waits some 800 ns for them: 20 KB must be
-// under way, all the time, those of an A100 or a GeForce less. With two stages a warp has one tile
-// under way while it works on the other, so rows give 24 KB and more per block.
+// From arithmetic and `python -m benchmarks.static`: no GPU has measured them. Every key is read
+// once and multiplied with 16 rows, 16 FLOP per byte, so memory binds, and what counts is how many
+// bytes are on their way. A multiprocessor of an H200 reads 36 bytes per ns, and waits some 700 ns
+// for them: 26 KB must be under way, all the time; those of an A100 or a GeForce need less. With
+// two stages a warp has one tile under way while it works on the other, so that two blocks have 48
+// to 64 KB. By their instructions they work three times as fast as an H200 reads, at 128 columns.
 #pragma once
 
 #include "common/types.h"
@@ -29,11 +30,11 @@ constexpr int kDecodeRows = 16;  // of a block: what one product has
 
 constexpr DecodeTuning attention_decode_tuning(int head_dim) {
   constexpr auto kHeld = QueryPlace::kRegisters;
-  if (head_dim <= 32) return {4, 32, 3, 2, kHeld, "48 KB, tiles of 4 KB"};
+  if (head_dim <= 32) return {4, 32, 3, 2, kHeld, "48 KB, tiles of 4 KB: two under way"};
   if (head_dim <= 64) return {4, 32, 2, 2, kHeld, "64 KB, tiles of 8 KB"};
-  if (head_dim <= 96) return {4, 16, 3, 2, kHeld, "72 KB, tiles of 6 KB"};
+  if (head_dim <= 96) return {4, 16, 2, 2, kHeld, "48 KB, tiles of 6 KB: 3 blocks on an H100"};
   if (head_dim <= 128) return {4, 16, 2, 2, kHeld, "64 KB, tiles of 8 KB"};
-  if (head_dim <= 192) return {2, 16, 3, 2, kHeld, "72 KB, tiles of 12 KB; 4 warps exceed 99 KB"};
+  if (head_dim <= 192) return {2, 16, 2, 2, kHeld, "48 KB, tiles of 12 KB; 4 warps exceed 99 KB"};
   return {2, 16, 2, 2, QueryPlace::kShared, "64 KB, tiles of 16 KB; q in 64 registers spills"};
 }
 
