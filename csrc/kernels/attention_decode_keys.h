@@ -94,13 +94,13 @@ __device__ __forceinline__ SplitTiles tiles_of_split(const KeyRange& keys, int s
   return {(begin + first) * C::kBlockS, count};
 }
 
-// Elements from the beginning of the keys to a row of theirs.
+// Where a key lies: in which sequence or block, and in which row of it.
 struct KeyPlace {
   int64_t block;
   int row;
 };
 
-// A block that is none has no rows: false.
+// Whether there is such a block; a table that is wrong must not lead out of the cache.
 __device__ __forceinline__ bool find_key(KeyPlace& found, const AttentionDecodeParams& p, int batch,
                                          int s) {
   if (p.table.data == nullptr) {

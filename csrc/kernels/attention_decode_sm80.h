@@ -74,7 +74,7 @@ struct Config {
   };
 };
 
-// Hides the keys of a tile that a thread's rows don't see; keys are counted from the tile's first.
+// Hides the keys of a tile that a thread's rows don't see; s_first is that of its first score.
 template <class C>
 __device__ __forceinline__ void hide_unseen(Scores<C>& score, const KeyRange (&seen)[2],
                                             int s_first) {
