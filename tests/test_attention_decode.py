@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fused_lm
 from fused_lm.explain import call_of
@@ -145,6 +146,18 @@ def test_compiles_fullgraph(backend: str, paged: bool) -> None:
     with fused_lm.use_backend(backend):
         compiled = torch.compile(decode, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(data), decode(data), rtol=0, atol=0)
+
+
+def test_compiles_once_for_all_lengths() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(decode, fullgraph=True, dynamic=True, backend=counter)
+    compilations = set()
+    for B, S in ((3, 12), (5, 40), (7, 33)):
+        data = data_of(Call("", tuple(range(1, B + 1)), S, D=16, dtype=F32))
+        torch.testing.assert_close(compiled(data), decode(data))
+        compilations.add(counter.frame_count)
+    assert len(compilations) == 1, "other lengths ran what the first one had compiled"
 
 
 def _table(*rows: list[int]) -> Tensor:

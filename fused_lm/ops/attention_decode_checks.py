@@ -82,7 +82,7 @@ def checked_call(
             f"attention_decode sees nothing after a row: right must be 0, got {window}; "
             "or say causal=False"
         )
-    if softcap < 0.0 or not math.isfinite(softcap):
+    if not 0.0 <= softcap < math.inf:
         raise ValueError(f"softcap must be finite and >= 0 (0 = none), got {softcap}")
     scale = q.shape[3] ** -0.5 if scale is None else scale
     lower = None if left is None else -left
