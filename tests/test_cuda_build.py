@@ -112,6 +112,7 @@ def test_kernels_for_hopper_are_compiled_for_it_alone(tmp_path: Path) -> None:
         ("ptx/lane.h", False),  # machine code
         ("common/tiles.h", False),  # of another operator
         ("kernels/norm_bwd.cu", False),
+        ("norm_wide.cpp", False),  # an operator of its own, by its header
     ],
 )
 def test_host_code_is_what_a_unit_includes(
@@ -125,6 +126,8 @@ def test_host_code_is_what_a_unit_includes(
         "kernels/other.h": '#include "common/tiles.h"',
         "common/tiles.h": "int tile = 3;",
         "norm.cpp": '#include "kernels/norm.h"',
+        "norm_wide.cpp": '#include "norm_wide_ops.h"',
+        "norm_wide_ops.h": "int wide;",
         "ptx/launch.h": "int launch = 1;",
         "ptx/lane.h": "int lane = 1;",
     }
