@@ -200,7 +200,9 @@ def host_code_of(unit: str) -> str:
     ``device.cpp``, which asks the driver.
     """
     csrc = ROOT / "csrc"
-    waiting = [csrc / f"kernels/{unit}.cu", *csrc.glob(f"{unit.split('_')[0]}*.cpp")]
+    operator = _operator_of(unit)
+    sides = [path for path in csrc.glob("*.cpp") if _operator_of(path.stem) == operator]
+    waiting = [csrc / f"kernels/{unit}.cu", *sides]
     seen: dict[Path, str] = {}
     while waiting:
         path = waiting.pop()
@@ -214,6 +216,15 @@ def host_code_of(unit: str) -> str:
     for path in sorted(seen):
         digest.update(seen[path].encode())
     return digest.hexdigest()[:16]
+
+
+def _operator_of(name: str) -> str:
+    """``attention_decode`` of ``attention_decode_sm80_bf16``: the longest beginning that has an
+    ``_ops.h`` of its own, or else the first word.
+    """
+    own = (path.name.removesuffix("_ops.h") for path in (ROOT / "csrc").glob("*_ops.h"))
+    found = [operator for operator in own if f"{name}_".startswith(f"{operator}_")]
+    return max(found, key=len, default=name.split("_")[0])
 
 
 def _gencode_changed(keep: Path, unit: Unit) -> bool:

@@ -253,7 +253,7 @@ CALLS = [
 ]
 
 
-def _laid(t: Tensor, layout: Layout) -> Tensor:
+def lay_out(t: Tensor, layout: Layout) -> Tensor:
     """The same numbers elsewhere."""
     B, H, T, D = t.shape
     if layout is Layout.PACKED:
@@ -277,7 +277,7 @@ def data_of(call: Call) -> tuple[Any, ...]:
 
     def laid(*shape: int, size: float = 1.0) -> Tensor:
         layout = Layout.DENSE if c.layout is Layout.CUT else c.layout
-        return _laid((size * torch.randn(shape)).to(c.dtype), layout)
+        return lay_out((size * torch.randn(shape)).to(c.dtype), layout)
 
     q = laid(c.B, c.H, c.T, c.D, size=c.size)
     k, v = laid(*heads, c.S, c.D, size=c.size), laid(*heads, c.S, c.values)
@@ -288,7 +288,7 @@ def data_of(call: Call) -> tuple[Any, ...]:
         mask = torch.rand([sizes[dim] for dim in c.mask]) > 0.3
         mask[..., 1:3, :] = False
         mask[..., 2:3, -1] = True  # the row's first key is the last one
-        mask = _laid(mask, c.layout)
+        mask = lay_out(mask, c.layout)
     if c.key_mask:
         key_mask = torch.rand(c.S, c.B).t() > 0.3  # neighbours B apart
         key_mask[2:] = False
@@ -296,7 +296,7 @@ def data_of(call: Call) -> tuple[Any, ...]:
         bias = torch.randn([sizes[dim] for dim in c.bias]).to(c.bias_dtype)
         if c.hides:
             bias[bias < -0.5] = bias[..., 1:3, :] = float("-inf")
-        bias = _laid(bias, c.layout)
+        bias = lay_out(bias, c.layout)
     rng = RNG if c.dropout_p > 0 else None
     scale = c.D**-0.5 if c.scale is None else c.scale
     band = (c.lower, c.upper)

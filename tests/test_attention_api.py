@@ -240,38 +240,3 @@ def test_varlen_is_attention_per_sequence(backend: str, device: torch.device) ->
         torch.testing.assert_close(lse[:, rows], expected[1][0])
     with pytest.raises(ValueError, match="must rise from 0 to 11"):
         fused_lm.attention_varlen(q, k, v, bounds[1], bounds[0])
-
-
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-@pytest.mark.parametrize("paged", [False, True])
-def test_decode_reads_the_cache(backend: str, paged: bool, device: torch.device) -> None:
-    B, T, S, block = 3, 2, 12, 4
-    q, k, v = (torch.randn(B, *shape, device=device) for shape in ((4, T, 8), (2, S, 8), (2, S, 8)))
-    lens = torch.tensor([12, 5, 2], device=device)
-    rows = lens[:, None] - T + torch.arange(T, device=device)
-    visible = torch.arange(S, device=device) <= rows[..., None]
-    expected = oracle.attention(q, k, v, visible=visible[:, None].expand(B, 4, T, S))[0]
-    table, caches = None, (k, v)
-    if paged:
-        order = torch.randperm(B * S // block, device=device)
-        table = order.argsort().view(B, -1)
-        caches = tuple(
-            t.unflatten(2, (-1, block)).transpose(1, 2).flatten(0, 1)[order] for t in (k, v)
-        )
-    with fused_lm.use_backend(backend):
-        got = fused_lm.attention_decode(q, *caches, lens, table)
-    torch.testing.assert_close(got, expected)
-
-
-def test_decode_errors() -> None:
-    q, cache = torch.zeros(2, 4, 1, 8), torch.zeros(2, 2, 6, 8)
-    lens = torch.tensor([6, 3])
-    for window, text in (
-        ((-2, 0), "window must be"),
-        ((2,), "window must be"),
-        ((2, 5), "right must be 0"),
-    ):
-        with pytest.raises(ValueError, match=text):
-            fused_lm.attention_decode(q, cache, cache, lens, window=window)
-    with pytest.raises(ValueError, match="cache_lens must be int"):
-        fused_lm.attention_decode(q, cache, cache, lens.float())

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from build_tools import commands, cuda_build, toolchain
 from build_tools.toolchain import Missing
 from fused_lm.ops import schemas
-from fused_lm.reference import attention, layernorm
+from fused_lm.reference import attention, attention_decode, layernorm
 
 NVCC = """#!/bin/sh
 case "$1" in
@@ -112,6 +112,7 @@ def test_kernels_for_hopper_are_compiled_for_it_alone(tmp_path: Path) -> None:
         ("ptx/lane.h", False),  # machine code
         ("common/tiles.h", False),  # of another operator
         ("kernels/norm_bwd.cu", False),
+        ("norm_wide.cpp", False),  # an operator of its own, by its header
     ],
 )
 def test_host_code_is_what_a_unit_includes(
@@ -125,6 +126,8 @@ def test_host_code_is_what_a_unit_includes(
         "kernels/other.h": '#include "common/tiles.h"',
         "common/tiles.h": "int tile = 3;",
         "norm.cpp": '#include "kernels/norm.h"',
+        "norm_wide.cpp": '#include "norm_wide_ops.h"',
+        "norm_wide_ops.h": "int wide;",
         "ptx/launch.h": "int launch = 1;",
         "ptx/lane.h": "int lane = 1;",
     }
@@ -152,7 +155,15 @@ def test_the_build_knows_the_schemas_without_torch() -> None:
     assert commands.schema_hash() == schemas.SCHEMA_HASH
 
 
+def _decode_arguments() -> tuple[object, ...]:
+    q, k, v = torch.randn(2, 4, 3, 16), torch.randn(5, 2, 4, 16), torch.randn(5, 2, 4, 8)
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    return (q, k, v, torch.tensor([5, 8]), torch.tensor([[1, 0], [4, 2]]), -3, 0, 0.25, 5.0)
+
+
 def _attention_arguments(op: str) -> tuple[object, ...]:
+    if op == "attention_decode_fwd":
+        return _decode_arguments()
     q, k, v = torch.randn(2, 4, 6, 16), torch.randn(2, 2, 5, 16), torch.randn(2, 2, 5, 8)
     q = q.transpose(1, 2).contiguous().transpose(1, 2)  # results take the order of their inputs
     masks = (torch.ones(2, 1, 6, 5).bool(), torch.ones(2, 5).bool(), torch.randn(1, 4, 6, 5))
@@ -185,7 +196,9 @@ def test_inner_ops(name: str) -> None:
     """
     op = name.removeprefix("cuda_")
     inner = getattr(torch.ops.fused_lm, name).default
-    reference = attention if op.startswith("attention") else layernorm
+    references = {"attention_decode": attention_decode, "attention": attention}
+    found = (module for start, module in references.items() if op.startswith(start))
+    reference = next(found, layernorm)
     function = getattr(reference, op.replace("_fwd", "_forward").replace("_bwd", "_backward"))
     arguments = _arguments(op)
     with torch.library._scoped_library("fused_lm", "IMPL") as library:

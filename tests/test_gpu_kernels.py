@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from fused_lm.reference import attention as reference
+from fused_lm.reference import attention_decode as decode_reference
 from fused_lm.tolerance import check_close
 from tests import attention_bwd_calls as backward_calls
 from tests import attention_calls, gpu
+from tests import attention_decode_calls as decode_calls
 from tests import test_simt_attention_extremes as extremes
 from tests import test_simt_attention_weights as weights
 from tests import test_simt_layernorm as norms
@@ -76,6 +78,15 @@ def test_attention_weights(call: weights.Call) -> None:
     results = _repeated(lambda: [gpu.call("attention_weights_fwd", *data.arguments())])
     same = reference.attention_weights_forward(*data.arguments())
     check_close(results[0], same, data.exact())
+
+
+@pytest.mark.parametrize("call", [*decode_calls.CALLS, *decode_calls.LONG], ids=_ids)
+def test_attention_decode(call: decode_calls.Call) -> None:
+    data = decode_calls.data_of(call)
+    results = _repeated(lambda: gpu.call("attention_decode_fwd", *data))
+    same, exact = decode_reference.attention_decode_forward(*data), decode_calls.formula(*data)
+    for i, name in enumerate(("out", "lse")):
+        check_close(results[i], same[i], exact[i], name)
 
 
 @pytest.mark.parametrize("call", extremes.CALLS, ids=_ids)

@@ -30,6 +30,10 @@ OPERATORS = {
         140,
         ["tests/test_simt_attention.py", "tests/test_simt_attention_bwd.py"],
     ),
+    "attention, decoding": (
+        60,
+        ["tests/test_attention_decode.py", "tests/test_simt_attention_decode.py"],
+    ),
     "attention, Hopper": (120, ["tests/test_simt_attention_sm90.py"]),
 }
 """How many tests run at least, and of which files."""

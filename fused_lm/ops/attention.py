@@ -91,7 +91,7 @@ def attention(
     plain = q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
     operands: tuple[Any, ...] = call[:-1]
     if not plain or _is_any_autocast_enabled():
-        operands = _operands(call[:3]) + call[3:-1]
+        operands = as_operands(call[:3]) + call[3:-1]
     out, lse = _run(operands, backend)
     return (out, lse) if return_lse else out
 
@@ -143,7 +143,7 @@ def attention_weights(
         average_heads,
     )
     backend = dispatch.choose("attention_weights", call)
-    q, k = _operands((call.q, call.k))
+    q, k = as_operands((call.q, call.k))
     call = call._replace(q=q, k=k)
     differentiable = (call.q, call.k, call.lse, call.bias)
     if registration.through_reference(differentiable):
@@ -153,7 +153,7 @@ def attention_weights(
     return registration.execute("attention_weights_fwd", *call, backend)
 
 
-def _operands(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def as_operands(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """One dtype under autocast, and the one place that copies: kernels read the rows of a head as
     they lie, with any other stride.
     """

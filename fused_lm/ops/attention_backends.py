@@ -72,7 +72,7 @@ def _triton_refuses(call: Any) -> str | None:
     if refusal is not None or not call.q.is_cuda:
         return refusal
     score_bytes = sum(t.element_size() for t in (call.mask, call.bias) if t is not None)
-    return _no_tile(
+    return no_tile(
         call.q.shape[3], largest, call.q.element_size(), call.q.device.index, score_bytes
     )
 
@@ -86,12 +86,12 @@ def _no_tile_on(D: int, Dv: int, element: int, index: int | None, score_bytes: i
     return attention_tuning.refuses(D, Dv, element, limit, score_bytes)
 
 
-def _no_tile(D: int, Dv: int, element: int, index: int | None, score_bytes: int) -> str | None:
+def no_tile(D: int, Dv: int, element: int, index: int | None, score_bytes: int) -> str | None:
     """Why no tile of the tuning table fits this GPU's shared memory; a constant to Dynamo."""
     return _no_tile_on(D, Dv, element, index, score_bytes)
 
 
-_no_tile._dynamo_marked_constant = True  # type: ignore[attr-defined]
+no_tile._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 _WIDTHS = (32, 64, 96, 128, 192, 256)

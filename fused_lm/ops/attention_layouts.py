@@ -1,19 +1,15 @@
-"""Attention over other layouts: packed sequences of different lengths, and a KV cache.
+"""Attention over packed sequences of different lengths.
 
-These are the reference: correct everywhere, differentiable, one :func:`fused_lm.attention` call per
-sequence or batch. The CUDA kernels that read the layouts in place take their place behind the same
-names.
+This is the reference: correct everywhere, differentiable, one :func:`fused_lm.attention` call per
+sequence. A CUDA kernel that reads the layout in place takes its place behind the same name.
 """
 
 from __future__ import annotations
-
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from fused_lm.ops.attention import attention
-from fused_lm.ops.attention_checks import checked_window
 from fused_lm.ops.checks import check_same_device, shapes_of
 
 
@@ -75,68 +71,6 @@ def attention_varlen(
         statistics = [q.new_empty(q.shape[1], 0, dtype=wide)]
     packed = torch.cat(outputs)
     return (packed, torch.cat(statistics, dim=1)) if return_lse else packed
-
-
-def attention_decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_lens: Tensor,
-    block_table: Tensor | None = None,
-    *,
-    window: tuple[int | None, int | None] | None = None,
-    scale: float | None = None,
-    softcap: float = 0.0,
-) -> Tensor:
-    """Attention of the newest T tokens of each sequence to its KV cache, causal from the end.
-
-    Args:
-        q: [B, H, T, D], T usually 1.
-        k_cache: [B, Hkv, S, D], or paged [blocks, Hkv, block size, D]; v_cache the same with Dv.
-        cache_lens: int [B], valid keys of each sequence, the T new ones included; what lies behind
-            is ignored. At most S; it stays on the device, so a larger one is taken as S.
-        block_table: int [B, most blocks]: block j of sequence b is ``k_cache[block_table[b, j]]``;
-            entries behind a sequence's end must still name some block.
-        window: (left, right) around each row's own position; nothing lies right of it, so right is
-            0 or None.
-        scale, softcap: As in :func:`fused_lm.attention`.
-    Returns:
-        [B, H, T, Dv]. Rows of a sequence shorter than T that precede its start are 0.
-    Raises: ValueError on shape or value, TypeError on dtype or device mix.
-    """
-    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
-    if any(t.dim() != 4 for t in tensors.values()):
-        raise ValueError(f"attention_decode takes tensors of four dims, got {shapes_of(**tensors)}")
-    check_same_device({**tensors, "cache_lens": cache_lens})
-    if cache_lens.shape != (q.shape[0],) or cache_lens.is_floating_point():
-        raise ValueError(
-            f"cache_lens must be int [B], got {cache_lens.dtype} "
-            + shapes_of(cache_lens=cache_lens, q=q)
-        )
-    left, right = (None, None) if window is None else checked_window(window)
-    if right:
-        raise ValueError(
-            f"attention_decode sees nothing after a row: right must be 0, got {window}"
-        )
-    if block_table is not None:
-        if block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
-            raise ValueError(
-                f"block_table must be [B, blocks], got {shapes_of(block_table=block_table, q=q)}"
-            )
-        k_cache, v_cache = (_gathered(cache, block_table) for cache in (k_cache, v_cache))
-    T, S = q.shape[2], k_cache.shape[2]
-    key = torch.arange(S, device=q.device)
-    row = cache_lens.clamp(max=S)[:, None] - T + torch.arange(T, device=q.device)
-    visible = key <= row[..., None]
-    if left is not None:
-        visible = visible & (key >= row[..., None] - left)
-    mask = visible[:, None]
-    return cast(Tensor, attention(q, k_cache, v_cache, mask=mask, scale=scale, softcap=softcap))
-
-
-def _gathered(cache: Tensor, block_table: Tensor) -> Tensor:
-    """[blocks, Hkv, block size, D] -> [B, Hkv, most blocks * block size, D]."""
-    return cache[block_table.long()].transpose(1, 2).flatten(2, 3)
 
 
 def _checked_bounds(name: str, bounds: Tensor, total: int) -> list[int]:

@@ -53,6 +53,11 @@ SCHEMAS = {
         f"(Tensor q, Tensor k, Tensor lse, {_SCORE}, float dropout_p, bool average_heads,"
         " str backend) -> Tensor"
     ),
+    "attention_decode_fwd": (
+        "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_lens, Tensor? block_table,"
+        " SymInt? lower, SymInt? upper, float scale, float softcap, str backend)"
+        " -> (Tensor out, Tensor lse)"
+    ),
     "layer_norm_fwd": (
         "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float eps,"
         " float dropout_p, ScalarType out_dtype, ScalarType residual_dtype, str backend)"
@@ -113,7 +118,7 @@ SCHEMAS = {
 }
 
 _IN_CUDA = (
-    *("attention_fwd", "attention_bwd", "attention_weights_fwd"),
+    *("attention_fwd", "attention_bwd", "attention_weights_fwd", "attention_decode_fwd"),
     *("layer_norm_fwd", "layer_norm_bwd", "rms_norm_fwd", "rms_norm_bwd"),
 )
 CUDA_SCHEMAS = {f"cuda_{name}": SCHEMAS[name].replace(", str backend)", ")") for name in _IN_CUDA}

@@ -18,6 +18,7 @@ from fused_lm.parity.cross_entropy_cases import (
     CrossEntropyCase,
     verify_cross_entropy_cases,
 )
+from fused_lm.parity.decode_cases import SMALL_DECODE, DecodeCase, verify_decode_cases
 from fused_lm.parity.judge import Function
 from fused_lm.parity.linear_cases import SMALL_LINEAR, LinearCase, verify_linear_cases
 from fused_lm.parity.rotary_cases import SMALL_ROTARY, RotaryCase, verify_rotary_cases
@@ -234,7 +235,9 @@ class WeightsCase:
         return Problem(call, formula, (q, k), ("weights",), ("q", "k"), call, arguments)
 
 
-Case = AttentionCase | NormCase | WeightsCase | RotaryCase | LinearCase | CrossEntropyCase
+Case = (
+    AttentionCase | NormCase | WeightsCase | DecodeCase | RotaryCase | LinearCase | CrossEntropyCase
+)
 
 SMALL: tuple[Case, ...] = (
     AttentionCase(),
@@ -252,6 +255,7 @@ SMALL: tuple[Case, ...] = (
     NormCase(features=("dropout", "add"), C=257),
     NormCase("rms_norm"),
     NormCase("rms_norm", ("dropout", "add"), C=100),
+    *SMALL_DECODE,
     *SMALL_ROTARY,
     *SMALL_LINEAR,
     *SMALL_CROSS_ENTROPY,
@@ -291,5 +295,6 @@ def verify_cases() -> list[Case]:
     cases += [case.sized(1024, D) for D in (96, 256, 32, 192) for case in ladder[:2]]
     shared_keys = AttentionCase(("bias", "dropout"), B=16, H=16, Hkv=4)
     cases += [shared_keys.sized(1024, D) for D in (128, 192)]
+    cases += verify_decode_cases()
     cases += [NormCase(op, features, N, C) for N, C in rare for op, features in NORM_KINDS]
     return cases

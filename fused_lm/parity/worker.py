@@ -22,6 +22,7 @@ from fused_lm.parity.cases import (
     SMALL,
     AttentionCase,
     Case,
+    DecodeCase,
     RotaryCase,
     WeightsCase,
     verify_cases,
@@ -126,7 +127,8 @@ def without_kernels(op: str, arguments: dict[str, Any]) -> str:
 
 def _slice(case: Case) -> Case:
     """What parity can afford of a case: batch and heads are copies of one another."""
-    if not isinstance(case, AttentionCase | WeightsCase | RotaryCase) or case.B * case.H <= 4:
+    sliced = AttentionCase | WeightsCase | DecodeCase | RotaryCase
+    if not isinstance(case, sliced) or case.B * case.H <= 4:
         return case
     few = 1 if case.T > LONG else 2
     if isinstance(case, WeightsCase):

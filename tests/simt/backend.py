@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from fused_lm import dispatch
-from fused_lm.ops import registration
-from fused_lm.ops.attention_backends import cuda_limit
+from fused_lm.ops import attention_backends, attention_decode_checks, registration
 from fused_lm.ops.schemas import CUDA_SCHEMAS
 from tests.simt import build, runtime
 
@@ -39,7 +38,7 @@ def installed(backend: str, seed: int = 0) -> Iterator[runtime.Harness]:
             registration.FUNCTIONS[op][backend] = partial(harness.call, op)
             public = op.removesuffix("_fwd")
             if public in tables:
-                refuses = cuda_limit if public.startswith("attention") else _norm_refuses
+                refuses = _LIMITS.get(public, _norm_refuses)
                 impl = dispatch.Impl(backend, refuses, needs_record=True)
                 dispatch.TABLE[public] = (impl, *tables[public])
         yield harness
@@ -49,6 +48,13 @@ def installed(backend: str, seed: int = 0) -> Iterator[runtime.Harness]:
         for op in ops:
             registration.FUNCTIONS[op].pop(backend, None)
         harness.configure()
+
+
+_LIMITS = {
+    "attention": attention_backends.cuda_limit,
+    "attention_weights": attention_backends.cuda_limit,
+    "attention_decode": attention_decode_checks.cuda_limit,
+}
 
 
 def _norm_refuses(call: Any) -> str | None:

@@ -7,8 +7,10 @@
 
 #include <map>
 
+#include "common/device.h"
 #include "common/matrix_descriptor.h"
 #include "harness/operands.h"
+#include "kernels/attention_decode_tuning.h"
 #include "kernels/attention_tuning.h"
 #include "kernels/attention_tuning_sm90.h"
 #include "kernels/layernorm_tuning.h"
@@ -156,6 +158,20 @@ py::dict attention_backward_teams_tuning(int head_dim, const std::string& makes,
   return backward_tuning(fused_lm::attention_backward_teams_tuning(head_dim, pass, warps));
 }
 
+// Of csrc/kernels/attention_decode_sm80.h.
+py::dict attention_decode_tuning(int head_dim) {
+  const fused_lm::DecodeTuning tuning = fused_lm::attention_decode_tuning(head_dim);
+  using namespace py::literals;
+  return py::dict("warps"_a = tuning.warps, "threads"_a = tuning.threads(),
+                  "block_s"_a = tuning.block_s, "reason"_a = tuning.reason);
+}
+
+// On the harness' GPU.
+int attention_decode_splits(int B, int H, int group, int T, int S, int D, int Dv) {
+  return fused_lm::attention_decode_splits({B, H, group, T, S, D, Dv},
+                                           fused_lm::multiprocessors(0));
+}
+
 py::dict attention_dq_tuning(int head_dim, bool general) {
   return backward_tuning(fused_lm::attention_dq_tuning(head_dim, general));
 }
@@ -185,6 +201,8 @@ PYBIND11_MODULE(SIMT_LIBRARY, m) {
   m.def("attention_backward_teams_tuning", &attention_backward_teams_tuning, py::arg("head_dim"),
         py::arg("makes"), py::arg("warps"));
   m.def("attention_dq_tuning", &attention_dq_tuning, py::arg("head_dim"), py::arg("general"));
+  m.def("attention_decode_tuning", &attention_decode_tuning, py::arg("head_dim"));
+  m.def("attention_decode_splits", &attention_decode_splits);
   m.attr("MAX_JOINT_HEAD_DIM") = fused_lm::kMaxJointHeadDim;
   m.attr("HEAD_DIMS") =
       std::vector<int>(std::begin(fused_lm::kHeadDims), std::end(fused_lm::kHeadDims));
