@@ -30,26 +30,17 @@ Status map_heads(ptx::TensorMap& map, const uint16_t* base, const HeadStrides& s
             Tile::kSwizzle});
 }
 
-// Whether batches share what their heads have each.
-inline bool batches_share(const void* values, const ScoreStrides& strides) {
-  return values != nullptr && strides.batch == 0 && strides.head != 0;
-}
-
 // Sections of heads matter where tiles of one length come one head after the other; elsewhere all
 // tiles of a head come together.
 inline TileOrder tile_order(const AttentionForwardParams& p, int block_t) {
   const AttentionShape& shape = p.shape;
   const int heads = shape.B * shape.H;
   const int tiles = (shape.T + block_t - 1) / block_t;
-  const ScoreParams& score = p.score;
-  const bool shares = batches_share(score.bias, score.bias_strides) ||
-                      batches_share(score.mask, score.mask_strides);
-  const int batches = shares ? shape.B : 0;
-  if (score.upper >= shape.S - 1) return {tiles, heads, 1, false, batches};
+  if (p.score.upper >= shape.S - 1) return {tiles, heads, 1, false};
   const int64_t kv_bytes = int64_t{shape.S} * (shape.D + shape.Dv) * int64_t{sizeof(uint16_t)};
   const int64_t held = kSectionBytes / kv_bytes * shape.group;
   const int64_t section = held < shape.group ? shape.group : held;
-  return {tiles, heads, static_cast<int>(section < heads ? section : heads), true, batches};
+  return {tiles, heads, static_cast<int>(section < heads ? section : heads), true};
 }
 
 template <class Element, int kD, bool kGeneral>

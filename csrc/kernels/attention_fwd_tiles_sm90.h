@@ -22,7 +22,6 @@ struct TileOrder {
   int heads;    // of all batches together
   int section;  // heads per section
   bool reversed;
-  int batches;  // if not 0, a head's of these come one after the other: they share a bias or a mask
 
   __device__ __forceinline__ int count() const { return tiles * heads; }
 
@@ -34,9 +33,7 @@ struct TileOrder {
     const int here = before == 0 ? section - missing : section;
     const int tile = within / here;
     const int head = before + within % here;
-    const int inner = batches == 0 ? heads_per_batch : batches;
-    const int outer = head / inner, rest = head % inner, shown = reversed ? tiles - 1 - tile : tile;
-    return batches == 0 ? BlockTile{shown, rest, outer} : BlockTile{shown, outer, rest};
+    return {reversed ? tiles - 1 - tile : tile, head % heads_per_batch, head / heads_per_batch};
   }
 };
 

@@ -29,8 +29,8 @@ struct PlainWalk {
         growth(growth_of(consumer.p.score.scale_log2)),
         n(0) {}
 
-  // The first tile of keys of a block, or after a tile of queries without a key. Returns which of
-  // the work's it was, as change does.
+  // The first tile of keys of a block, or after a tile of queries without a key. Returns which of the
+  // work's it was, as change does.
   __device__ __forceinline__ int begin(const Work& work, int place) {
     const int hidden = pass_over_hidden<C>(own, work, n);
     n += hidden;
@@ -168,28 +168,6 @@ struct PlainWalk {
   }
 };
 
-// Asks for the bias of the group's rows in the tile of keys from s_first on, a line of 128 bytes
-// per lane and turn, so that the scores need not wait for it.
-template <class C>
-__device__ __forceinline__ void prefetch_bias(const Consumer<C>& own, const Work& work,
-                                              int s_first) {
-  const ScoreParams& p = own.p.score;
-  if (p.bias == nullptr || !p.bias_pairs) return;
-  constexpr int kLineBytes = 128;
-  const int bytes = p.bias_dtype == DType::kFloat32 ? 4 : 2, keys = kLineBytes / bytes;
-  const int lines = C::kBlockS / keys;
-  const int warp = static_cast<int>(ptx::thread_index()) / kWarpSize - kGroupThreads / kWarpSize;
-  const int t_first = work.tile.tile * C::kBlockT + warp * kMmaRows;
-  const int64_t head =
-      work.tile.batch * p.bias_strides.batch + work.tile.head * p.bias_strides.head;
-  for (int line = ptx::lane_index(); line < kMmaRows * lines; line += kWarpSize) {
-    const int t = t_first + line / lines, s = s_first + line % lines * keys;
-    if (t >= own.p.shape.T || s >= own.p.shape.S) continue;
-    ptx::prefetch_l1(static_cast<const char*>(p.bias) +
-                     bytes * (head + t * p.bias_strides.row + s));
-  }
-}
-
 // The general way: one thing after the other.
 template <class Element, class C>
 __device__ __forceinline__ void walk_in_sequence(const Consumer<C>& own, BasedRows<C>& rows,
@@ -200,8 +178,6 @@ __device__ __forceinline__ void walk_in_sequence(const Consumer<C>& own, BasedRo
   for (int i = pass_over_hidden<C>(own, work, n); i < work.walk.count; ++i) {
     Scores<C> score;
     const Stage<C::kStages> at(n + i);
-    const int next = min(i + 1, work.walk.count - 1);
-    prefetch_bias<C>(own, work, work.walk.start<C::kBlockS>(next));
     ptx::mbarrier_wait(&barriers.k_full[at.index], at.parity);
     issue_scores<Element, C>(score, own.queries(place), own.keys(at.index));
     ptx::wgmma_wait<0>();

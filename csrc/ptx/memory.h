@@ -29,11 +29,6 @@ __device__ __forceinline__ uint2 load_streaming(const uint2* p) {
   return v;
 }
 
-// PTX 9.7.9, prefetch.global.L1: brings the line that p is in, if it is somewhere in global memory.
-__device__ __forceinline__ void prefetch_l1(const void* p) {
-  asm volatile("prefetch.global.L1 [%0];" ::"l"(p));
-}
-
 // PTX 9.7.9, st.volatile.shared: a store that stays where it is written. ptxas moves a
 // wgmma_wait above arithmetic, but not above this: what `value` depends on is computed first.
 __device__ __forceinline__ void store_pinned(float* shared, float value) {

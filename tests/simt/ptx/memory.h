@@ -10,8 +10,6 @@ inline uint32_t shared_address(const void* p) { return ::simt::shared_address(p)
 __forceinline__ uint4 load_streaming(const uint4* p) { return *p; }
 __forceinline__ uint2 load_streaming(const uint2* p) { return *p; }
 
-inline void prefetch_l1(const void*) {}
-
 __forceinline__ void store_pinned(float* shared, float value) { *shared = value; }
 
 }  // namespace fused_lm::ptx
