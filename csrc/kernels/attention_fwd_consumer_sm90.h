@@ -142,8 +142,8 @@ __device__ __forceinline__ int pass_over_hidden(const Consumer<C>& own, const Wo
 
 // Stores lse, and makes out of acc.
 template <class C>
-__device__ __forceinline__ void finish_sums(const Consumer<C>& own, Sums<C>& acc,
-                                            const RowTotals<C>& totals, const Work& work) {
+__device__ __forceinline__ void finish_sums(const Consumer<C>& own, Rows<C>& rows,
+                                            const Work& work) {
   const AttentionForwardParams& p = own.p;
   const ScoreTile<false> tile = own.tile(work, 0);
   const float unit = C::kGeneral ? 1.0f : p.score.scale;
@@ -152,20 +152,20 @@ __device__ __forceinline__ void finish_sums(const Consumer<C>& own, Sums<C>& acc
   float* gLse = p.lse + (static_cast<int64_t>(tile.batch) * p.shape.H + tile.head) * p.shape.T;
   RowValues<C> factor;
   for_each_row<C>([&](int m, int half) {
-    const float sum = quad_sum(totals.sum[m][half]);
+    const float sum = quad_sum(rows.sum[m][half]);
     const int t = tile.t(m, 0, 2 * half);
     if (ptx::lane_index() % 4 == 0 && t < p.shape.T) {
-      gLse[t] = row_lse(totals.max[m][half], sum, unit, unit_log2);
+      gLse[t] = row_lse(rows.max[m][half], sum, unit, unit_log2);
     }
     factor[m][half] = sum == 0.0f ? 0.0f : __fdividef(kept, sum);
   });
-  multiply_rows<C>(acc, factor);
+  multiply_rows<C>(rows.acc, factor);
 }
 
 // A group's rows of out go through shared memory to where they belong, which is query t_first.
 template <class Element, class C>
 __device__ __forceinline__ void store_out(const Consumer<C>& own, const ptx::TensorMap& out_map,
-                                          const Sums<C>& acc, const BlockTile& tile) {
+                                          const Rows<C>& rows, const BlockTile& tile) {
   using Tile = typename C::Queries;
   auto& sOut = C::out_tile(own.smem);
   // Read anew: addresses that are kept all along cost spills.
@@ -181,7 +181,7 @@ __device__ __forceinline__ void store_out(const Consumer<C>& own, const ptx::Ten
 #pragma unroll
   for (int pair = 0; pair < C::kSums / 2; ++pair) {
     uint32_t columns[4];
-    pack_a<Element>(columns, acc[0][2 * pair], acc[0][2 * pair + 1]);
+    pack_a<Element>(columns, rows.acc[0][2 * pair], rows.acc[0][2 * pair + 1]);
     ptx::stmatrix_x4(sOut.at(row, 2 * pair + thread % kWarpSize / kMmaRows), columns);
   }
   ptx::fence_proxy_async();

@@ -46,77 +46,145 @@
 // Sources: Shah et al. 2024 (arXiv:2407.08608); Dao 2023 (arXiv:2307.08691) alg. 1; PTX 9.7.15.
 #pragma once
 
+#include "kernels/attention_dropout.h"
+#include "kernels/attention_fwd_consumer_sm90.h"
 #include "kernels/attention_fwd_producer_sm90.h"
-#include "kernels/attention_fwd_walk_sm90.h"
+#include "kernels/attention_score.h"
 #include "ptx/launch.h"
 #include "ptx/registers.h"
 
 namespace fused_lm {
 namespace attention_fwd {
 
-// What the producer says about the block's tile of queries number `round`.
-template <class C>
-__device__ __forceinline__ const Work& await_work(typename C::SharedStorage& smem, unsigned round) {
-  const Stage<C::kQueries> place(round);
-  ptx::mbarrier_wait(&smem.barriers.q_full[place.index], place.parity);
-  return smem.work[round % kWorkSlots];
+// The plain walk over the keys. place: of q. n: how many tiles of keys the block has met before.
+template <class Element, class C>
+__device__ __forceinline__ void walk_overlapped(const Consumer<C>& own, BasedRows<C>& rows,
+                                                const Work& work, int place, unsigned n) {
+  using At = Stage<C::kStages>;
+  auto& barriers = own.smem.barriers;
+  const ScoreParams& how = own.p.score;
+  const int hidden = pass_over_hidden<C>(own, work, n);
+  const int count = work.walk.count - hidden, masked = work.walk.masked - hidden;
+  n += hidden;
+  const auto hide = [&](Scores<C>& score, int i) {
+    hide_ends(score, own, work, work.walk.start<C::kBlockS>(hidden + i));
+  };
+  Packed<C> packed;
+  RowValues<C> decay;
+  const float growth = growth_of(how.scale_log2);
+  {
+    Scores<C> score;
+    const At at(n);
+    await_turn<C>(own.group);
+    ptx::mbarrier_wait(&barriers.k_full[at.index], at.parity);
+    issue_scores<Element, C>(score, own.queries(place), own.keys(at.index));
+    pass_turn<C>(own.group);
+    ptx::wgmma_wait<0>();
+    ptx::registers_fence(score[0]);
+    release(&barriers.k_empty[at.index]);
+    if (masked > 0) hide(score, 0);
+    raise_bases<C>(score, rows, decay, how.scale_log2, growth);
+    exponentials<C>(score, rows, how.scale_log2);
+    pack<Element, C>(packed, score);
+  }
+  const auto step = [&](int i, auto hides) {
+    Scores<C> score;
+    const At at(n + i), before(n + i - 1);
+    await_turn<C>(own.group);
+    ptx::mbarrier_wait(&barriers.k_full[at.index], at.parity);
+    issue_scores<Element, C>(score, own.queries(place), own.keys(at.index));
+    ptx::mbarrier_wait(&barriers.v_full[before.index], before.parity);
+    issue_sums<Element, C>(rows.acc, packed, own.values(before.index));
+    pass_turn<C>(own.group);
+    ptx::wgmma_wait<1>();
+    ptx::registers_fence(score[0]);
+    release(&barriers.k_empty[at.index]);
+    if constexpr (decltype(hides)::value) hide(score, i);
+    const bool decays = raise_bases<C>(score, rows, decay, how.scale_log2, growth);
+    exponentials<C>(score, rows, how.scale_log2);
+    // Without it ptxas waits for p v before the exponentials.
+    ptx::store_pinned(&own.smem.pinned[threadIdx.x - kGroupThreads],
+                      rows.sum[0][0] + rows.sum[0][1]);
+    ptx::wgmma_wait<0>();
+    ptx::registers_fence(rows.acc[0]);
+    release(&barriers.v_empty[before.index]);
+    pack<Element, C>(packed, score);
+    if (decays) multiply_rows<C>(rows.acc, decay);
+  };
+  int i = 1;
+  for (; i < masked; ++i) step(i, std::true_type{});
+  for (; i < count; ++i) step(i, std::false_type{});
+  if constexpr (C::kOwnOut) release(&barriers.q_empty[place]);
+  const At last(n + count - 1);
+  ptx::mbarrier_wait(&barriers.v_full[last.index], last.parity);
+  issue_sums<Element, C>(rows.acc, packed, own.values(last.index));
+  ptx::wgmma_wait<0>();
+  ptx::registers_fence(rows.acc[0]);
+  release(&barriers.v_empty[last.index]);
 }
 
+// The general one.
 template <class Element, class C>
-__device__ __forceinline__ void consume_plain(const Consumer<C>& own,
-                                              const ptx::TensorMap& out_map) {
-  const auto place = [](unsigned round) { return Stage<C::kQueries>(round).index; };
-  PlainWalk<Element, C> walk(own, out_map);
-  unsigned round = 0;
-  const Work* work = &await_work<C>(own.smem, round);
-  while (agreed(work->tile.tile != kNoTile)) {
-    if (agreed(work->walk.count == 0)) {
-      walk.store_nothing(*work, place(round));
-      work = &await_work<C>(own.smem, ++round);
-      continue;
+__device__ __forceinline__ void walk_in_sequence(const Consumer<C>& own, BasedRows<C>& rows,
+                                                 const Work& work, int place, unsigned n) {
+  auto& barriers = own.smem.barriers;
+  const AttentionForwardParams& p = own.p;
+  const float growth = growth_of(kLog2E);
+  for (int i = pass_over_hidden<C>(own, work, n); i < work.walk.count; ++i) {
+    Scores<C> score;
+    const Stage<C::kStages> at(n + i);
+    ptx::mbarrier_wait(&barriers.k_full[at.index], at.parity);
+    issue_scores<Element, C>(score, own.queries(place), own.keys(at.index));
+    ptx::wgmma_wait<0>();
+    ptx::registers_fence(score[0]);
+    release(&barriers.k_empty[at.index]);
+    const ScoreTile<false> tile = own.tile(work, work.walk.start<C::kBlockS>(i));
+    finish_scores(score, tile, p.score, i < work.walk.masked);
+    RowValues<C> decay;
+    if (raise_bases<C>(score, rows, decay, kLog2E, growth)) multiply_rows<C>(rows.acc, decay);
+    exponentials<C>(score, rows, kLog2E);
+    if (p.dropout.rng != nullptr) {
+      const DropoutKey key = dropout_key(p.dropout.rng, tile.batch, tile.head);
+      drop_wide(score, tile, key, p.dropout.threshold);
     }
-    int first = walk.begin(*work, place(round));
-    for (;;) {
-      walk.run(*work, first, place(round));
-      if constexpr (!C::kOwnOut) walk.end(*work);  // which the next q waits for
-      const Work* next = &await_work<C>(own.smem, ++round);
-      const bool follows = agreed(next->tile.tile != kNoTile && next->walk.count > 0);
-      if (C::kOwnOut && follows) first = walk.change(*work, *next, place(round));
-      if (C::kOwnOut && !follows) walk.end(*work);
-      work = next;
-      if (!C::kOwnOut || !follows) break;
-    }
+    Packed<C> packed;
+    pack<Element, C>(packed, score);
+    ptx::mbarrier_wait(&barriers.v_full[at.index], at.parity);
+    issue_sums<Element, C>(rows.acc, packed, own.values(at.index));
+    ptx::wgmma_wait<0>();
+    ptx::registers_fence(rows.acc[0]);
+    release(&barriers.v_empty[at.index]);
   }
-}
-
-template <class Element, class C>
-__device__ __forceinline__ void consume_general(const Consumer<C>& own,
-                                                const ptx::TensorMap& out_map) {
-  unsigned n = 0;
-  for (unsigned round = 0;; ++round) {
-    const Work& work = await_work<C>(own.smem, round);
-    if (agreed(work.tile.tile == kNoTile)) break;
-    BasedRows<C> rows;
-    fill_zero(rows.acc);
-    start_bases<C>(rows);
-    walk_in_sequence<Element, C>(own, rows, work, Stage<C::kQueries>(round).index, n);
-    n += work.walk.count;
-    finish_sums<C>(own, rows.acc, totals_of<C>(rows), work);
-    store_out<Element, C>(own, out_map, rows.acc, work.tile);
-  }
+  if constexpr (C::kOwnOut) release(&barriers.q_empty[place]);
 }
 
 template <class Element, class C>
 __device__ __forceinline__ void consume(typename C::SharedStorage& smem,
                                         const AttentionForwardParams& p,
                                         const ptx::TensorMap& out_map) {
-  const int group = agreed_value(static_cast<int>(threadIdx.x) / kGroupThreads) - 1;
+  // By a shuffle the compiler learns that a warp's lanes agree, and keeps descriptors once per
+  // warp.
+  const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kGroupThreads, 0) - 1;
   const Consumer<C> own{smem, p, group};
   if (group == C::kGroups - 1) pass_turn<C>(group);
-  if constexpr (C::kGeneral) {
-    consume_general<Element, C>(own, out_map);
-  } else {
-    consume_plain<Element, C>(own, out_map);
+  unsigned n = 0;
+  for (unsigned round = 0;; ++round) {
+    const Stage<C::kQueries> place(round);
+    ptx::mbarrier_wait(&smem.barriers.q_full[place.index], place.parity);
+    const Work& work = smem.work[round % kWorkSlots];
+    if (work.tile.tile == kNoTile) break;
+    BasedRows<C> rows;
+    start_based_rows<C>(rows);
+    if constexpr (C::kGeneral) {
+      walk_in_sequence<Element, C>(own, rows, work, place.index, n);
+    } else if (work.walk.count > 0) {
+      walk_overlapped<Element, C>(own, rows, work, place.index, n);
+    } else if constexpr (C::kOwnOut) {
+      release(&smem.barriers.q_empty[place.index]);
+    }
+    n += work.walk.count;
+    finish_sums<C>(own, rows, work);
+    store_out<Element, C>(own, out_map, rows, work.tile);
   }
   if (group == 0) await_turn<C>(group);  // whose turn nobody took
   if constexpr (C::kOwnOut) ptx::bulk_wait_read<0>();

@@ -97,14 +97,6 @@ struct Stage {
       : index(static_cast<int>(n % kStages)), parity(n / kStages % 2) {}
 };
 
-// What a warp's lanes agree on. By the shuffle or vote the compiler learns that they do: it keeps
-// what is made of a value once per warp, descriptors of products above all, and the warp together
-// behind a branch.
-__device__ __forceinline__ int agreed_value(int value) { return __shfl_sync(kAllLanes, value, 0); }
-__device__ __forceinline__ bool agreed(bool condition) {
-  return __any_sync(kAllLanes, condition) != 0;
-}
-
 // One arrival for the whole warp: what its lanes and, behind a wgmma_wait, its products have read
 // may be overwritten. Without __syncwarp the general kernels also move descriptors to uniform
 // registers anew for every product: the compiler doesn't see that the warp is together.
@@ -158,9 +150,6 @@ struct HopperConfig {
   static constexpr int kBlockT = kTuning.block_t();
   static constexpr int kBlockS = kTuning.block_s;
   static constexpr int kM = 1;
-  // Tiles of keys that a group may have to pass over.
-  static constexpr int kMostHidden =
-      kBlockT <= kBlockS ? 0 : (kBlockT - kGroupRows + kBlockS - 1) / kBlockS;
   static constexpr int kScores = kBlockS / kMmaColumns;
   static constexpr int kSums = kD / kMmaColumns;
 

@@ -34,28 +34,10 @@ struct BasedRows : Rows<C> {
   RowValues<C> base, limit;
 };
 
-// What out and lse are made of, beside acc.
 template <class C>
-struct RowTotals {
-  RowValues<C> max, sum;
-};
-
-template <class C>
-__device__ __forceinline__ RowTotals<C> totals_of(const BasedRows<C>& rows) {
-  RowTotals<C> totals;
+__device__ __forceinline__ void start_based_rows(BasedRows<C>& rows) {
+  start_rows<C>(rows);
   for_each_row<C>([&](int m, int half) {
-    totals.max[m][half] = rows.max[m][half];
-    totals.sum[m][half] = rows.sum[m][half];
-  });
-  return totals;
-}
-
-// Of rows that have met no score; acc is left alone.
-template <class C>
-__device__ __forceinline__ void start_bases(BasedRows<C>& rows) {
-  for_each_row<C>([&](int m, int half) {
-    rows.max[m][half] = kNoScore;
-    rows.sum[m][half] = 0.0f;
     rows.base[m][half] = 0.0f;
     rows.limit[m][half] = kNoScore;
   });
