@@ -12,8 +12,10 @@
 // shared memory hold, since votes, shuffles and barriers come once per tile; but a sequence is
 // filled up to whole tiles, and of a tile on the diagonal half is wasted.
 //
-// Registers are the highest that ptxas of CUDA 13.0 uses, without a spill. Times are an H200's,
-// bf16 (benchmarks/LOG.md, 2026-11-27).
+// Registers that the code of CUDA 13.0 uses, without a spill, by head dim: plain 152, 169, 184,
+// 212, 226; general 197, 200, 218, 210, 232. Where a reason says another number it is an estimate,
+// and stays until the next record: reasons are part of what a record speaks for. Times are an
+// H200's, bf16 (benchmarks/LOG.md, 2026-11-27).
 #pragma once
 
 #include "common/types.h"
