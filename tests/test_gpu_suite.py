@@ -68,6 +68,7 @@ def _dry(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_dry_run_in_two_pieces_runs_every_stage(tmp_path: Path) -> None:
     """On machines that keep nothing but the archive, and have no git."""
     if simt.BACKENDS:

@@ -159,6 +159,7 @@ _MUTATED = [
     Call("out in q's place", 300, 520, 128, H=2),
     Call("in sequence", 300, 520, 64, H=2, softcap=4.0, dropout_p=0.2),
     Call("in sequence, out in q's place", 300, 300, 256, H=1, softcap=4.0),
+    Call("in sequence, tiles passed over", 300, 300, 192, H=1, upper=0, softcap=4.0),
     Call("walks that end before they wait", 600, 100, 128, H=3, upper=300),
     Call("the same, out in q's place", 600, 100, 128, H=3),
     Call("tiles without a key between others", 500, 60, 128, H=2, lower=-300, upper=-90),

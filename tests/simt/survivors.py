@@ -2,6 +2,18 @@
 hardware's reason for keeping it. Everything else that survives is removed from the kernel.
 """
 
-SURVIVORS: dict[tuple[str, str, int], str] = {}
+_PASSED_OVER = (
+    "An arrival counts for the phase that a barrier is in. That it is the phase of the tile that "
+    "is passed over follows from turns in the plain kernels, from the one q in the general ones: no "
+    "group is as many tiles ahead of another as there are places. The wait says so itself, and the "
+    "record of an H200 is of the kernel that has it; it may go with that kernel's next change."
+)
+SURVIVORS: dict[tuple[str, str, int], str] = {
+    ("kernels/attention_fwd_consumer_sm90.h", f"ptx::mbarrier_wait(&barriers.{wait}", 1): why
+    for wait, why in (
+        ("k_full[at.index], at.parity);", _PASSED_OVER),
+        ("v_full[at.index], at.parity);", _PASSED_OVER),
+    )
+}
 """(path below csrc, the source line without indentation, which of the file's lines that read so)
 -> why the hardware needs it. An entry that no call needs any more fails the tests."""
