@@ -4,7 +4,7 @@ hardware's reason for keeping it. Everything else that survives is removed from 
 
 _PASSED_OVER = (
     "An arrival counts for the phase that a barrier is in. That it is the phase of the tile that "
-    "is passed over follows from turns in the plain kernels, from the one q in the general ones: no "
+    "is passed over follows from turns in the plain kernels, from one q in the general ones: no "
     "group is as many tiles ahead of another as there are places. The wait says so itself, and the "
     "record of an H200 is of the kernel that has it; it may go with that kernel's next change."
 )
