@@ -83,7 +83,7 @@ def _parameter(source: Path, arch: str) -> object:
 @pytest.mark.parametrize(("source", "arch"), [_parameter(*target) for target in TARGETS])
 def test_compiles_without_spills_and_with_the_golden_resources(source: Path, arch: str) -> None:
     toolkit = _toolkit()
-    if arch not in toolkit.archs:
+    if arch.rstrip("a") not in toolkit.archs:
         pytest.skip(f"nvcc {toolkit.version} does not compile for sm_{arch}")
     result = compiled.compiled(toolkit, source, arch)
     problems = compiled.problems_of(result)

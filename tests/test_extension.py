@@ -292,6 +292,7 @@ print(fused_lm.layer_norm(torch.ones(2, 8)).shape)
     assert "torch.Size([2, 8])" in done.stdout
 
 
+@pytest.mark.slow
 def test_an_install_without_torch(tmp_path: Path) -> None:
     """pip resolves torch after it has built us: the first install of all has no headers."""
     source = _copy_of_the_source(tmp_path / "source")

@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 
 ARCHS = (80, 90, 100, 120)
-QUICK = (80, "*bf16*")
-"""What `make test` compiles, target and names: two minutes each are too long for all."""
+QUICK = (80, "*-bf16-?1*")
+"""What `make test` compiles, target and names: kernels of each operator, for sizes that begin with
+a 1. All of them take two minutes for each target.
+"""
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 GOLDEN = Path(__file__).parent / "golden"
 HELD = ("registers", "spill_stores", "spill_loads", "shared_bytes", "num_warps")
@@ -61,7 +63,7 @@ def test_compiles_with_the_golden_resources(arch: int, only: str, tmp_path: Path
     reports = compiled(arch, tmp_path, only)
     errors = [f"{r['name']}: {r['error'][-300:]}" for r in reports if r.get("error")]
     assert not errors, "\n".join(errors)
-    assert len({(r["name"], r["kernel"]) for r in reports}) >= 25
+    assert len({(r["name"], r["kernel"]) for r in reports}) >= 15
     for r in reports:
         assert r["shared_bytes"] <= SHARED_LIMIT[arch], r
     golden = json.loads(path.read_text())

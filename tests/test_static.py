@@ -304,6 +304,7 @@ WIDE_HEADS = {
 bound, with none of the features that a general kernel has; T is bf16."""
 
 
+@pytest.mark.slow
 def test_the_tensor_cores_bind_wide_heads() -> None:
     """From 96 columns on, rather than shared memory or issue slots; where not, it is known why."""
     try:
