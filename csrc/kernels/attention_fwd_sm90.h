@@ -10,10 +10,11 @@
 // Warpgroup 0 produces: one of its threads takes tiles and copies q and k, one copies v. Each of
 // the others consumes 64 queries of the tile, 16 whole rows per warp.
 //
-// Shared memory: q [block_t, D]; k and v [stages, block_s, D], each a ring; out [block_t, D] where
-// there is room, or in q's place. Tiles are slabs of 64 columns, drawn in matrix_descriptor.h. What
-// a head dim has less than the compiled one, and queries and keys behind the last, TMA fills with
-// zeros. Scores lie in the fragments of ptx/mma.h; packed they are the left operand of p v.
+// Shared memory: q [queries, block_t, D], k and v [stages, block_s, D], each a ring; out [block_t,
+// D] where there is room for a second q too, or in q's place. Tiles are slabs of 64 columns, drawn
+// in matrix_descriptor.h. What a head dim has less than the compiled one, and queries and keys
+// behind the last, TMA fills with zeros. Scores lie in the fragments of ptx/mma.h; packed they are
+// the left operand of p v.
 //
 // Plain kernels: a group issues s of a tile before p v of the one before it, so that its softmax
 // runs beside p v; and groups take turns in issuing, so that one's softmax runs beside the other's
@@ -23,9 +24,10 @@
 //   group A        issue   | softmax 1 . . . . . | pack p1 | issue   | softmax 2 . . . . .
 //   group B        . . . . . . . . .  | issue    | softmax 1 . . . . . | pack p1  | issue | ..
 //
-// Tiles in which a key may be hidden come first, in a loop of their own. The general kernels, with
-// mask, key mask, bias, softcap, dropout and any scale, do one thing after the other; their groups
-// overlap as it happens.
+// Tiles in which a key may be hidden come first, in a loop of their own. Where a tile of queries is
+// higher than one of keys, a group passes over those that none of its rows sees. The general
+// kernels, with mask, key mask, bias, softcap, dropout and any scale, do one thing after the other;
+// their groups overlap as it happens.
 //
 // clang-format off
 // Barrier          who arrives                            who waits, and what for

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fused_lm import dispatch, records
 from fused_lm.cuda import extension
@@ -33,26 +35,34 @@ def _pytorch_refuses(call: AttentionCall) -> str | None:
 def cuda_limit(call: Any) -> str | None:
     """Why the CUDA kernels can't run a call on any GPU, None if they can on some."""
     q, k = call.q, call.k
-    dtype = q.dtype
-    if dtype != torch.float64 and autocast_enabled(q.device):
-        dtype = torch.get_autocast_dtype(q.device.type)
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"the CUDA kernels of attention take float16 and bfloat16, got {dtype}"
+    dims = [q.shape[3]] + ([call.v.shape[3]] if isinstance(call, AttentionCall) else [])
+    limit = cuda_type_limit("attention", q, dims)
+    if limit is not None:
+        return limit
     if getattr(call, "lse", None) is not None and call.lse.dtype != torch.float32:
         return (
             f"the CUDA kernels take lse as attention returns it, in float32, got {call.lse.dtype}"
         )
     if call.bias is not None and call.bias.dtype == torch.float64:
         return "the CUDA kernels take a bias of float16, bfloat16 or float32, got torch.float64"
-    dims = [q.shape[3]] + ([call.v.shape[3]] if isinstance(call, AttentionCall) else [])
-    for dim in dims:
-        if dim % CUDA_HEAD_STEP or not 0 < dim <= CUDA_HEAD_DIM:
-            return (
-                f"the CUDA kernels of attention take head dims that are multiples of "
-                f"{CUDA_HEAD_STEP} up to {CUDA_HEAD_DIM}, got {dim}"
-            )
     if q.shape[1] > CUDA_HEADS or q.shape[2] + k.shape[2] > CUDA_LENGTH:
         return f"the CUDA kernels take up to {CUDA_HEADS} heads and 2^31 queries and keys"
+    return None
+
+
+def cuda_type_limit(op: str, q: Tensor, head_dims: Iterable[int]) -> str | None:
+    """The same of an operator's dtype, as autocast has it, and head dims."""
+    dtype = q.dtype
+    if dtype != torch.float64 and autocast_enabled(q.device):
+        dtype = torch.get_autocast_dtype(q.device.type)
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the CUDA kernels of {op} take float16 and bfloat16, got {dtype}"
+    for dim in head_dims:
+        if dim % CUDA_HEAD_STEP or not 0 < dim <= CUDA_HEAD_DIM:
+            return (
+                f"the CUDA kernels of {op} take head dims that are multiples of "
+                f"{CUDA_HEAD_STEP} up to {CUDA_HEAD_DIM}, got {dim}"
+            )
     return None
 
 

@@ -14,11 +14,10 @@ from torch.compiler import is_compiling
 from fused_lm import dispatch, records
 from fused_lm.cuda import extension
 from fused_lm.ops.attention_backends import (
-    CUDA_HEAD_DIM,
-    CUDA_HEAD_STEP,
     CUDA_HEADS,
     CUDA_LENGTH,
     TRITON_HEAD_DIM,
+    cuda_type_limit,
     no_tile,
 )
 from fused_lm.ops.attention_checks import checked_window
@@ -162,17 +161,9 @@ def _check_blocks(block_table: Tensor, cache_lens: Tensor, k_cache: Tensor) -> N
 def cuda_limit(call: AttentionDecodeCall) -> str | None:
     """Why the CUDA kernels can't run a call on any GPU, None if they can on some."""
     q, S = call.q, call.keys
-    dtype = q.dtype
-    if dtype != torch.float64 and autocast_enabled(q.device):
-        dtype = torch.get_autocast_dtype(q.device.type)
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"the CUDA kernels of attention_decode take float16 and bfloat16, got {dtype}"
-    for dim in (q.shape[3], call.v_cache.shape[3]):
-        if dim % CUDA_HEAD_STEP or not 0 < dim <= CUDA_HEAD_DIM:
-            return (
-                "the CUDA kernels of attention_decode take head dims that are multiples of "
-                f"{CUDA_HEAD_STEP} up to {CUDA_HEAD_DIM}, got {dim}"
-            )
+    limit = cuda_type_limit("attention_decode", q, (q.shape[3], call.v_cache.shape[3]))
+    if limit is not None:
+        return limit
     rows = q.shape[1] // call.k_cache.shape[1] * q.shape[2]
     if call.k_cache.shape[1] > CUDA_HEADS or rows + S > CUDA_LENGTH:
         return f"the CUDA kernels take up to {CUDA_HEADS} key heads and 2^31 queries and keys"

@@ -9,11 +9,12 @@ _PASSED_OVER = (
     "record of an H200 is of the kernel that has it; it may go with that kernel's next change."
 )
 SURVIVORS: dict[tuple[str, str, int], str] = {
-    ("kernels/attention_fwd_consumer_sm90.h", f"ptx::mbarrier_wait(&barriers.{wait}", 1): why
-    for wait, why in (
-        ("k_full[at.index], at.parity);", _PASSED_OVER),
-        ("v_full[at.index], at.parity);", _PASSED_OVER),
-    )
+    (
+        "kernels/attention_fwd_consumer_sm90.h",
+        f"ptx::mbarrier_wait(&barriers.{full}[at.index], at.parity);",
+        1,
+    ): _PASSED_OVER
+    for full in ("k_full", "v_full")
 }
 """(path below csrc, the source line without indentation, which of the file's lines that read so)
 -> why the hardware needs it. An entry that no call needs any more fails the tests."""
