@@ -2,7 +2,8 @@
 
 No GPU is needed: ptxas prints registers, shared memory, spills and what it thinks costs speed, the
 cubin holds the launch bounds, cuobjdump shows the instructions. A result stays in build/compiled/
-under a hash of what it follows from: the source, every header in csrc, the flags, nvcc's version.
+under a hash of what it follows from: the code of the source and of what it includes, the flags,
+nvcc's version.
 
 The size of dynamic shared memory is known where ``dynamic_smem`` (csrc/ptx/launch.h) leaves the
 comment ``// fused_lm_shared_bytes N`` in the PTX, or where a kernel uses none.
@@ -19,7 +20,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from build_tools import cubin, toolchain
+from build_tools import cubin, sources, toolchain
 from build_tools.cuda_build import DEVICE_FLAGS, RELEASE_ARCHS, ROOT, units_of
 from build_tools.toolchain import Toolkit
 
@@ -102,9 +103,14 @@ def compiled(
     """
     cuobjdump = cubin.find_cuobjdump(toolkit)
     flags = (*DEVICE_FLAGS, *_REPORTS, *flags)
-    parts = [source.read_bytes(), arch, *flags, toolkit.release, str(cuobjdump is not None)]
-    headers = sorted((ROOT / "csrc").rglob("*.h"))
-    for path in [*headers, Path(__file__), Path(cubin.__file__), Path(toolchain.__file__)]:
+    parts: list[bytes | str] = [
+        sources.code_hash(source),
+        arch,
+        *flags,
+        toolkit.release,
+        str(cuobjdump is not None),
+    ]
+    for path in (Path(__file__), Path(cubin.__file__), Path(toolchain.__file__)):
         parts.append(path.read_bytes())
     key = _hash_of(parts)
     folder = cache / f"{source.stem}.sm_{arch}"

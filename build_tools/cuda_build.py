@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from build_tools import sass, toolchain
+from build_tools import sass, sources, toolchain
 from build_tools.toolchain import Missing, Toolchain
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -202,16 +202,12 @@ def host_code_of(unit: str) -> str:
     csrc = ROOT / "csrc"
     operator = _operator_of(unit)
     sides = [path for path in csrc.glob("*.cpp") if _operator_of(path.stem) == operator]
-    waiting = [csrc / f"kernels/{unit}.cu", *sides]
-    seen: dict[Path, str] = {}
-    while waiting:
-        path = waiting.pop()
-        if path in seen or (path.parent.name == "ptx" and path.name != "launch.h"):
-            continue
-        code = re.sub(r"//[^\n]*", "", path.read_text())
-        seen[path] = " ".join(code.split())
-        named = (csrc / name for name in re.findall(r'#include "([^"]+)"', code))
-        waiting += [header for header in named if header.is_file()]
+    seen = sources.code_of(
+        [csrc / f"kernels/{unit}.cu", *sides],
+        lambda text: re.sub(r"//[^\n]*", "", text),
+        lambda path: path.parent.name == "ptx" and path.name != "launch.h",
+        csrc,
+    )
     digest = hashlib.sha256()
     for path in sorted(seen):
         digest.update(seen[path].encode())

@@ -175,7 +175,7 @@ def triton_kernel_id(op: str, minor: str) -> str:
     """:func:`kernel_id` of a Triton kernel as the Triton of that version, like "3.6", runs it."""
     digest = hashlib.sha256(minor.encode())
     for name in KERNEL_SOURCES[op, "triton"]:
-        digest.update(_code_of((_PACKAGE / name).read_text()).encode())
+        digest.update(code_of((_PACKAGE / name).read_text()).encode())
     return digest.hexdigest()[:16]
 
 
@@ -248,7 +248,8 @@ def _table() -> dict[tuple[str, ...], dict[int, Record]]:
     return table
 
 
-def _code_of(source: str) -> str:
+def code_of(source: str) -> str:
+    """Python without comments, docstrings and layout."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from build_tools import compiled, cubin, toolchain
+from build_tools import compiled, cubin, sources, toolchain
 from build_tools.cuda_build import RELEASE_ARCHS, hopper_alone
 from build_tools.toolchain import Missing, Toolkit
+from tests.golden import FOLDER, written_for
 
-GOLDEN = Path(__file__).parent / "golden"
 SHARED_LIMIT = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10, "120": 99 << 10}
 TARGETS = compiled.targets()
 SPILLS = """
@@ -67,21 +67,10 @@ def _has_another(kernel: str) -> bool:
     return "_teams_" in kernel or ("attention_bwd_dkdv" in kernel and not kernel.endswith(", 0>"))
 
 
-LATER = ("90", "100", "120")
-"""Targets that wait for `make test-all`: up to a minute each."""
-LONGEST = "attention_bwd_dkdv_sm80_bf16"
-"""So does this source."""
+SOURCES = sorted({source for source, _ in TARGETS})
 
 
-def _parameter(source: Path, arch: str) -> object:
-    # fp16 compiles the lines of bf16.
-    later = arch in LATER or "fp16" in source.stem or source.stem == LONGEST
-    marks = [pytest.mark.slow] if later else []
-    return pytest.param(source, arch, id=f"{source.stem}-sm_{arch}", marks=marks)
-
-
-@pytest.mark.parametrize(("source", "arch"), [_parameter(*target) for target in TARGETS])
-def test_compiles_without_spills_and_with_the_golden_resources(source: Path, arch: str) -> None:
+def _check(source: Path, arch: str) -> None:
     toolkit = _toolkit()
     if arch.rstrip("a") not in toolkit.archs:
         pytest.skip(f"nvcc {toolkit.version} does not compile for sm_{arch}")
@@ -94,7 +83,7 @@ def test_compiles_without_spills_and_with_the_golden_resources(source: Path, arc
         assert shared <= limit, kernel.name
     got = compiled.golden_of(result)
     assert len(got) == len(result.kernels), "two kernels have one name"
-    path = GOLDEN / f"cuda-{toolkit.release}.json"
+    path = FOLDER / f"cuda-{toolkit.release}.json"
     if not path.is_file():
         pytest.skip(f"no spills and no remarks; resources: no {path.name} yet, see make golden")
     prefix = f"sm_{arch} {source.stem} "
@@ -108,10 +97,31 @@ def test_compiles_without_spills_and_with_the_golden_resources(source: Path, arc
     assert not changed, "\n".join([*changed, "If this is meant: make golden"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "arch"), [pytest.param(s, a, id=f"{s.stem}-sm_{a}") for s, a in TARGETS]
+)
+def test_compiles_without_spills_and_with_the_golden_resources(source: Path, arch: str) -> None:
+    _check(source, arch)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_a_kernel_is_compiled_when_its_code_changes(source: Path) -> None:
+    """Of code that the golden file was written for it tells all; other code is compiled at once,
+    for one target.
+    """
+    wanted = written_for(f"cuda-{_toolkit().release}").get(source.stem)
+    if wanted == sources.code_hash(source):
+        return
+    _check(source, next(arch for path, arch in TARGETS if path == source))
+    if wanted is not None:
+        pytest.fail("the golden resources, but of other code: make golden compiles it for all GPUs")
+
+
 def test_the_golden_file_names_no_kernel_that_is_gone() -> None:
     """The test above sees only files that there are."""
     files = {f"sm_{arch} {source.stem}" for source, arch in TARGETS}
-    for path in GOLDEN.glob("cuda-*.json"):
+    for path in FOLDER.glob("cuda-*.json"):
         named = {" ".join(place.split(" ")[:2]) for place in json.loads(path.read_text())}
         assert named <= files, f"{path.name}: {sorted(named - files)}; make golden"
 
@@ -168,8 +178,9 @@ def test_a_result_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     first = _planted(tmp_path, MARKED)
     monkeypatch.setattr(compiled, "_compile", None)
     assert _planted(tmp_path, MARKED) == first
+    assert _planted(tmp_path, f"// Another comment.\n{MARKED}") == first
     with pytest.raises(TypeError):
-        _planted(tmp_path, MARKED + "\n")
+        _planted(tmp_path, MARKED.replace("fused_lm_shared_bytes", "bytes"))
     with pytest.raises(TypeError):
         _planted(tmp_path, MARKED, "-maxrregcount=32")
 

@@ -278,8 +278,8 @@ def test_shipped_records_are_those_of_the_raw_results() -> None:
 def test_kernel_id_sees_code_and_not_comments() -> None:
     base = "def f(x):\n    return x + 1\n"
     same = '"""Doc."""\n\n\ndef f(x):\n    """Doc."""\n    # why\n    return (x + 1)\n'
-    assert records._code_of(base) == records._code_of(same)
-    assert records._code_of(base) != records._code_of(base.replace("1", "2"))
+    assert records.code_of(base) == records.code_of(same)
+    assert records.code_of(base) != records.code_of(base.replace("1", "2"))
     for op, backend in records.KERNEL_SOURCES:
         assert len(records.kernel_id(op, backend)) == 16
 

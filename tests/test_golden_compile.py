@@ -6,6 +6,7 @@ Registers, spills and shared memory are held; no GPU is needed. A file per versi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -16,13 +17,16 @@ from typing import Any
 
 import pytest
 
+from fused_lm import records
+from tests.golden import FOLDER, written_for
+
 ARCHS = (80, 90, 100, 120)
 QUICK = (80, "*-bf16-?1*")
-"""What `make test` compiles, target and names: kernels of each operator, for sizes that begin with
-a 1. All of them take two minutes for each target.
+"""What `make test` compiles when the code has changed, target and names: kernels of each operator,
+for sizes that begin with a 1. All of them take two minutes for each target.
 """
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-GOLDEN = Path(__file__).parent / "golden"
+KERNELS = Path(records.__file__).parent / "triton_kernels"
 HELD = ("registers", "spill_stores", "spill_loads", "shared_bytes", "num_warps")
 
 
@@ -51,16 +55,21 @@ def golden_of(reports: list[dict[str, Any]]) -> dict[str, str]:
     return lines
 
 
-@pytest.mark.parametrize(
-    ("arch", "only"), [QUICK, *(pytest.param(a, "*", marks=pytest.mark.slow) for a in ARCHS)]
-)
-def test_compiles_with_the_golden_resources(arch: int, only: str, tmp_path: Path) -> None:
+def code_hashes() -> dict[str, str]:
+    """Of the code of every file with kernels, or that chooses and compiles them."""
+    return {
+        path.stem: hashlib.sha256(records.code_of(path.read_text()).encode()).hexdigest()[:16]
+        for path in sorted(KERNELS.glob("*.py"))
+    }
+
+
+def _check(arch: int, only: str, folder: Path) -> None:
     import triton
 
-    path = GOLDEN / f"triton-{triton.__version__}.json"
+    path = FOLDER / f"triton-{triton.__version__}.json"
     if not path.is_file():
         pytest.skip(f"no golden file for Triton {triton.__version__}: make golden")
-    reports = compiled(arch, tmp_path, only)
+    reports = compiled(arch, folder, only)
     errors = [f"{r['name']}: {r['error'][-300:]}" for r in reports if r.get("error")]
     assert not errors, "\n".join(errors)
     assert len({(r["name"], r["kernel"]) for r in reports}) >= 15
@@ -79,3 +88,22 @@ def test_compiles_with_the_golden_resources(arch: int, only: str, tmp_path: Path
         if got.get(place) != wanted.get(place)
     ]
     assert not changed, "\n".join([*changed, "If this is meant: make golden"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_compiles_with_the_golden_resources(arch: int, tmp_path: Path) -> None:
+    _check(arch, "*", tmp_path)
+
+
+def test_the_golden_file_is_of_this_code(tmp_path: Path) -> None:
+    """Of code that it was written for it tells all; of other code a part is compiled at once."""
+    import triton
+
+    wanted, found = written_for(f"triton-{triton.__version__}"), code_hashes()
+    if wanted == found:
+        return
+    _check(*QUICK, tmp_path)
+    changed = sorted(name for name in found if wanted.get(name) != found[name])
+    if wanted:
+        pytest.fail(f"{changed} changed; make golden compiles for all GPUs")

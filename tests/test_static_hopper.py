@@ -14,6 +14,7 @@ from build_tools.compiled import Kernel
 from tests.attention_hopper_calls import HEAD_DIMS
 from tests.simt import build, runtime
 
+pytestmark = pytest.mark.slow  # what is compiled holds until the code changes, see tests/golden
 WARPS = 4
 """Of a warpgroup, on each of which the loop's instructions run."""
 MOST_INSTRUCTIONS = {128: 480}

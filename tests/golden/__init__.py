@@ -1,0 +1,24 @@
+"""What compilers say about the kernels, and of which code they said it.
+
+Files per version of a compiler hold the resources; ``written_for.json`` names the code, so that
+`make test` need not compile what hasn't changed. ``make golden`` writes all of it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+CODE = FOLDER / "written_for.json"
+
+
+def written_for(name: str) -> dict[str, str]:
+    """Hashes of the code that ``<name>.json`` was written for, by source; empty if unknown."""
+    return json.loads(CODE.read_text()).get(name, {}) if CODE.is_file() else {}
+
+
+def remember(name: str, hashes: dict[str, str]) -> None:
+    """Notes what ``<name>.json`` is written for."""
+    known = json.loads(CODE.read_text()) if CODE.is_file() else {}
+    CODE.write_text(json.dumps({**known, name: hashes}, indent=1, sort_keys=True) + "\n")

@@ -12,9 +12,10 @@ import tempfile
 from pathlib import Path
 
 from build_tools import compiled as cuda
-from build_tools import toolchain
+from build_tools import sources, toolchain
 from build_tools.toolchain import Missing
-from tests.test_golden_compile import ARCHS, GOLDEN, compiled, golden_of
+from tests.golden import FOLDER, remember
+from tests.test_golden_compile import ARCHS, code_hashes, compiled, golden_of
 from tests.test_gpu_wrappers import GOLDEN as PLANTED
 from tests.test_gpu_wrappers import on_the_harness
 
@@ -31,7 +32,7 @@ def write_triton() -> int:
                 print("\n".join(errors), file=sys.stderr)
                 return 1
             lines.update(golden_of(reports))
-    return _write(GOLDEN / f"triton-{triton.__version__}.json", lines)
+    return _write(f"triton-{triton.__version__}", lines, code_hashes())
 
 
 def write_cuda() -> int:
@@ -51,7 +52,8 @@ def write_cuda() -> int:
         for problem in cuda.problems_of(result):
             print(problem, file=sys.stderr)
         lines.update(cuda.golden_of(result))
-    return _write(GOLDEN / f"cuda-{toolkit.release}.json", lines)
+    code = {source.stem: sources.code_hash(source) for source, _ in cuda.targets()}
+    return _write(f"cuda-{toolkit.release}", lines, code)
 
 
 def write_planted() -> int:
@@ -63,7 +65,9 @@ def write_planted() -> int:
     return 0
 
 
-def _write(path: Path, lines: dict[str, str]) -> int:
+def _write(name: str, lines: dict[str, str], code: dict[str, str]) -> int:
+    path = FOLDER / f"{name}.json"
+    remember(name, code)
     path.write_text(json.dumps(lines, indent=0, sort_keys=True) + "\n")
     print(f"{len(lines)} kernels in {path}")
     return 0
