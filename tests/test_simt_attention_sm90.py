@@ -66,7 +66,7 @@ def _check(harness: runtime.Harness, call: Call, seeds: tuple[int, ...]) -> None
         assert equal, f"schedules {seeds[0]} and {seed} differ"
 
 
-def _of_builds(calls: Sequence[Call], few: Sequence[Call]) -> list[Any]:
+def of_builds(calls: Sequence[Call], few: Sequence[Call]) -> list[Any]:
     """Every call on every build; beyond a few, the slower builds wait for `make test-all`."""
     return [
         pytest.param(
@@ -86,13 +86,13 @@ def build(request: pytest.FixtureRequest) -> Iterator[runtime.Harness]:
     found.configure()
 
 
-@pytest.mark.parametrize(("build", "call"), _of_builds(HOPPER_CALLS, FEW), indirect=["build"])
+@pytest.mark.parametrize(("build", "call"), of_builds(HOPPER_CALLS, FEW), indirect=["build"])
 def test_every_schedule_gives_the_right_bits(call: Call, build: runtime.Harness) -> None:
     """Three of the plain build, two of the slower ones."""
     _check(build, call, (0, 6, 11) if build.name == "plain" else (0, 11))
 
 
-@pytest.mark.parametrize(("build", "call"), _of_builds(SMALL_CALLS, ()), indirect=["build"])
+@pytest.mark.parametrize(("build", "call"), of_builds(SMALL_CALLS, ()), indirect=["build"])
 def test_every_feature(call: Call, build: runtime.Harness) -> None:
     _check(build, call, (7,))
 

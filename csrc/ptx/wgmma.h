@@ -50,9 +50,10 @@ template <class Element, int N>
 struct Wgmma;
 
 // Operands of d, 16 columns at a time: their numbers in the text, and their registers.
-#define FUSED_LM_TEXT_64                                                   \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FUSED_LM_TEXT_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define FUSED_LM_TEXT_64 \
+  FUSED_LM_TEXT_32       \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define FUSED_LM_TEXT_80 FUSED_LM_TEXT_64 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define FUSED_LM_TEXT_96 FUSED_LM_TEXT_80 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define FUSED_LM_TEXT_112 FUSED_LM_TEXT_96 ", %48, %49, %50, %51, %52, %53, %54, %55"
@@ -68,8 +69,9 @@ struct Wgmma;
   ", %127"
 #define FUSED_LM_D8(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define FUSED_LM_D16(n) FUSED_LM_D8(n), FUSED_LM_D8(n + 1)
-#define FUSED_LM_D64(n) \
-  FUSED_LM_D16(n), FUSED_LM_D16(n + 2), FUSED_LM_D16(n + 4), FUSED_LM_D16(n + 6)
+#define FUSED_LM_D32(n) FUSED_LM_D16(n), FUSED_LM_D16(n + 2)
+#define FUSED_LM_D64(n) FUSED_LM_D32(n), FUSED_LM_D32(n + 4)
+#define FUSED_LM_REGISTERS_32 FUSED_LM_D32(0)
 #define FUSED_LM_REGISTERS_64 FUSED_LM_D64(0)
 #define FUSED_LM_REGISTERS_80 FUSED_LM_REGISTERS_64, FUSED_LM_D16(8)
 #define FUSED_LM_REGISTERS_96 FUSED_LM_REGISTERS_80, FUSED_LM_D16(10)
@@ -114,6 +116,7 @@ struct Wgmma;
   FUSED_LM_WGMMA_OF(__nv_bfloat16, "bf16", N, __VA_ARGS__) \
   FUSED_LM_WGMMA_OF(__half, "f16", N, __VA_ARGS__)
 
+FUSED_LM_WGMMA(32, 16, 17, 18, 19, 20, 21, 22)
 FUSED_LM_WGMMA(64, 32, 33, 34, 35, 36, 37, 38)
 FUSED_LM_WGMMA(80, 40, 41, 42, 43, 44, 45, 46)
 FUSED_LM_WGMMA(96, 48, 49, 50, 51, 52, 53, 54)

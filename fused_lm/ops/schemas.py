@@ -122,8 +122,9 @@ _IN_CUDA = (
     *("layer_norm_fwd", "layer_norm_bwd", "rms_norm_fwd", "rms_norm_bwd"),
 )
 CUDA_SCHEMAS = {f"cuda_{name}": SCHEMAS[name].replace(", str backend)", ")") for name in _IN_CUDA}
+CUDA_SCHEMAS["cuda_attention_bwd_sm90"] = CUDA_SCHEMAS["cuda_attention_bwd"]
 """What the C++ extension implements: the operators above without ``backend``, behind the backend
-``cuda``.
+``cuda``; and the backward of attention a second time, for who doesn't need equal bits in each run.
 """
 
 _ALL = {**SCHEMAS, **CUDA_SCHEMAS}

@@ -32,7 +32,7 @@ uint32_t check_box(const TensorMap& map, uint32_t address, int rank, const char*
     fail("%s at %s: %d coordinates for a tensor map of %d dimensions", what,
          to_string(here).c_str(), rank, map.rank);
   }
-  const int alignment = map.swizzle != 0 ? 8 * map.swizzle : 128;
+  const int alignment = rank == 1 ? kChunk : map.swizzle != 0 ? 8 * map.swizzle : 128;
   if (address % alignment) {
     fail("%s at %s: shared address 0x%x is no multiple of %d", what, to_string(here).c_str(),
          address, alignment);
@@ -133,7 +133,35 @@ void begin_load(const BulkLoad& load) {
   memset(to, kInFlightByte, bytes);
 }
 
+// The bytes of a copy without a tensor map, as a map of one dimension and box.
+TensorMap line_map(const void* global, uint32_t bytes, const char* what, Location here) {
+  const auto address = reinterpret_cast<uintptr_t>(global);
+  if (address % kChunk || bytes % kChunk || bytes == 0) {
+    fail("%s at %s: %u bytes at 0x%zx of global memory: both must be multiples of %d", what,
+         to_string(here).c_str(), bytes, static_cast<size_t>(address), kChunk);
+  }
+  TensorMap map{};
+  map.base = static_cast<char*>(const_cast<void*>(global));
+  map.element = Element::kFloat32;
+  map.rank = 1;
+  std::fill(std::begin(map.sizes), std::end(map.sizes), 1);
+  std::fill(std::begin(map.box), std::end(map.box), 1);
+  map.sizes[0] = map.box[0] = static_cast<int>(bytes / sizeof(float));
+  map.strides[0] = sizeof(float);
+  return map;
+}
+
 }  // namespace
+
+void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, Location here) {
+  const int start = 0;
+  tma_load(shared, line_map(global, bytes, "bulk load", here), barrier, &start, 1, 0, here);
+}
+
+void bulk_add(void* global, const void* shared, uint32_t bytes, Location here) {
+  const int start = 0;
+  tma_store(line_map(global, bytes, "bulk add", here), shared, &start, 1, true, here);
+}
 
 void tma_load(void* shared, const TensorMap& map, uint64_t* barrier, const int* at, int rank,
               uint32_t blocks, Location here) {

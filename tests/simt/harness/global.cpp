@@ -33,6 +33,8 @@ uint16_t place_of(Origin origin) {
   return entry.place;
 }
 
+constexpr uint32_t kManyBlocks = ~0u;
+
 // One access of a thread, or of what works for it.
 struct Access {
   const Viewer& viewer;
@@ -62,6 +64,13 @@ void check_blocks(const Touched& t, uint32_t me, const Access& access) {
   if (access.write && t.reader != 0 && t.reader != me) {
     report("a block writes global memory that another block of the launch reads", access, nullptr);
   }
+  if (t.adder != 0 && t.adder != me) {
+    report("a block uses global memory that another block of the launch adds to", access, nullptr);
+  }
+}
+
+uint32_t one_or_many(uint32_t before, uint32_t me) {
+  return before == 0 || before == me ? me : kManyBlocks;
 }
 
 void check_threads(const Touched& t, const Access& access) {
@@ -86,9 +95,10 @@ void keep_read(Touched& t, const Access& access) {
   t.reads[0] = access.trace;
 }
 
-// Two bytes are the smallest thing that blocks or threads may own apart.
-void check(const Found& found, uintptr_t address, size_t bytes, const Access& access) {
-  constexpr uint32_t kManyBlocks = ~0u;
+// Calls body(cell, this block, whether nobody of this launch has come before). Two bytes are the
+// smallest thing that blocks or threads may own apart.
+template <class Body>
+void for_each_cell(const Found& found, uintptr_t address, size_t bytes, const Body& body) {
   auto& touched = found.allocation->touched;
   if (touched.empty()) touched.resize((found.allocation->bytes + 1) / 2);
   const uint3 at = block().index;
@@ -98,9 +108,15 @@ void check(const Found& found, uintptr_t address, size_t bytes, const Access& ac
   const size_t first = (address - found.start) / 2, last = (address - found.start + bytes - 1) / 2;
   for (size_t i = first; i <= last; ++i) {
     Touched& t = touched[i];
-    if (t.launch != launch) {
-      t = {launch, 0, 0, {}, {}};
-    } else {
+    const bool fresh = t.launch != launch;
+    if (fresh) t = {launch, 0, 0, 0, {}, {}};
+    body(t, me, fresh);
+  }
+}
+
+void check(const Found& found, uintptr_t address, size_t bytes, const Access& access) {
+  for_each_cell(found, address, bytes, [&](Touched& t, uint32_t me, bool fresh) {
+    if (!fresh) {
       check_blocks(t, me, access);
       if (t.reader != me) t.reads[0] = t.reads[1] = {};  // of a block before
       check_threads(t, access);
@@ -110,10 +126,21 @@ void check(const Found& found, uintptr_t address, size_t bytes, const Access& ac
       t.write = access.trace;
       t.reads[0] = t.reads[1] = {};
     } else {
-      t.reader = t.reader == 0 || t.reader == me ? me : kManyBlocks;
+      t.reader = one_or_many(t.reader, me);
       keep_read(t, access);
     }
-  }
+  });
+}
+
+void check_add(const Found& found, uintptr_t address, size_t bytes, Origin origin) {
+  for_each_cell(found, address, bytes, [&](Touched& t, uint32_t me, bool) {
+    for (const uint32_t other : {t.writer, t.reader}) {
+      if (other == 0 || other == me) continue;
+      fail("a block adds to global memory that another block of the launch uses, at %s",
+           to_string(origin).c_str());
+    }
+    t.adder = one_or_many(t.adder, me);
+  });
 }
 
 }  // namespace
@@ -128,7 +155,7 @@ void global_access(uintptr_t address, uint32_t bytes, Kind kind, Origin origin) 
   if (kind != Kind::kWrite) counters.global_read_bytes += bytes;
   if (kind != Kind::kRead) counters.global_write_bytes += bytes;
   count_access(origin, address, bytes, false);
-  if (kind == Kind::kAtomic) return;
+  if (kind == Kind::kAtomic) return check_add(found, address, bytes, origin);
   const int thread = self().agent;
   const Trace trace{race().now(thread), static_cast<uint16_t>(thread), place_of(origin)};
   const Viewer viewer = race().thread_view(thread);
@@ -141,10 +168,10 @@ void global_async_access(const Viewer& viewer, const Epoch& epoch, const void* p
   if (kind != Kind::kWrite) counters.global_read_bytes += bytes;
   if (kind != Kind::kRead) counters.global_write_bytes += bytes;
   if (!viewer.async) count_access(epoch.origin, address, bytes, false);
-  if (kind == Kind::kAtomic) return;
+  const Found found = find_allocation(address, bytes);
+  if (kind == Kind::kAtomic) return check_add(found, address, bytes, epoch.origin);
   const Trace trace{epoch.time, epoch.agent, place_of(epoch.origin)};
-  check(find_allocation(address, bytes), address, bytes,
-        {viewer, kind == Kind::kWrite, trace, epoch.origin});
+  check(found, address, bytes, {viewer, kind == Kind::kWrite, trace, epoch.origin});
 }
 
 }  // namespace simt

@@ -12,9 +12,10 @@ struct Trace {
   uint32_t time = 0;
   uint16_t agent = 0, place = 0;
 };
-// Which block of which launch last touched two bytes, block 0 is nobody; and who in it.
+// Which block of which launch last touched two bytes, block 0 is nobody; and who in it. Adds of
+// several blocks are no conflict, an add beside an ordinary access is one.
 struct Touched {
-  uint32_t launch, writer, reader;
+  uint32_t launch, writer, reader, adder;
   Trace write, reads[2];
 };
 struct Allocation {

@@ -1,6 +1,7 @@
 // The operators of csrc on CPU tensors, in a library of their own for each build of the harness.
 #include <torch/csrc/stable/library.h>
 
+#include "attention_bwd_sm90_ops.h"
 #include "attention_decode_ops.h"
 #include "attention_ops.h"
 #include "layernorm_ops.h"
@@ -8,6 +9,7 @@
 STABLE_TORCH_LIBRARY_IMPL(SIMT_LIBRARY, CPU, m) {
   m.impl("cuda_attention_fwd", TORCH_BOX(&fused_lm::attention_fwd));
   m.impl("cuda_attention_bwd", TORCH_BOX(&fused_lm::attention_bwd));
+  m.impl("cuda_attention_bwd_sm90", TORCH_BOX(&fused_lm::attention_bwd_sm90));
   m.impl("cuda_attention_weights_fwd", TORCH_BOX(&fused_lm::attention_weights_fwd));
   m.impl("cuda_attention_decode_fwd", TORCH_BOX(&fused_lm::attention_decode_fwd));
   m.impl("cuda_layer_norm_fwd", TORCH_BOX(&fused_lm::layer_norm_fwd));

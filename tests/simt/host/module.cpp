@@ -12,6 +12,7 @@
 #include "harness/operands.h"
 #include "kernels/attention_decode_tuning.h"
 #include "kernels/attention_tuning.h"
+#include "kernels/attention_bwd_tuning_sm90.h"
 #include "kernels/attention_tuning_sm90.h"
 #include "kernels/layernorm_tuning.h"
 #include "planted/planted.h"
@@ -136,6 +137,14 @@ py::dict attention_tuning_sm90(int head_dim, bool general) {
                   "stages"_a = tuning.stages, "reason"_a = tuning.reason);
 }
 
+// Of csrc/kernels/attention_bwd_sm90.h.
+py::dict attention_bwd_tuning_sm90(int head_dim, bool general) {
+  const fused_lm::HopperBackwardTuning tuning =
+      fused_lm::attention_backward_tuning_sm90(head_dim, general);
+  using namespace py::literals;
+  return py::dict("block_t"_a = tuning.block_t, "reason"_a = tuning.reason);
+}
+
 py::dict backward_tuning(const fused_lm::AttentionBackwardTuning& tuning) {
   using namespace py::literals;
   return py::dict("block_own"_a = tuning.block_own(), "block_other"_a = tuning.block_other,
@@ -197,6 +206,11 @@ PYBIND11_MODULE(SIMT_LIBRARY, m) {
   m.def("attention_tuning_sm90", &attention_tuning_sm90, py::arg("head_dim"), py::arg("general"));
   m.attr("HOPPER_HEAD_DIMS") =
       std::vector<int>(std::begin(fused_lm::kHopperHeadDims), std::end(fused_lm::kHopperHeadDims));
+  m.def("attention_bwd_tuning_sm90", &attention_bwd_tuning_sm90, py::arg("head_dim"),
+        py::arg("general"));
+  m.attr("HOPPER_BACKWARD_HEAD_DIMS") =
+      std::vector<int>(std::begin(fused_lm::kHopperBackwardHeadDims),
+                       std::end(fused_lm::kHopperBackwardHeadDims));
   m.def("attention_dkdv_tuning", &attention_dkdv_tuning, py::arg("head_dim"), py::arg("general"));
   m.def("attention_backward_teams_tuning", &attention_backward_teams_tuning, py::arg("head_dim"),
         py::arg("makes"), py::arg("warps"));

@@ -1,0 +1,95 @@
+// The three launches of Hopper's attention backward, and the maps of its tensors.
+#pragma once
+
+#include "kernels/attention_bwd_rows_sm90.h"
+#include "kernels/attention_bwd_sm90.h"
+
+namespace fused_lm {
+namespace attention_bwd {
+
+// A map of a [B, heads, length, columns] tensor whose boxes are slabs of Tile, `rows` high. A
+// dimension of one element has no stride of its own: any that is legal does.
+template <class Element, class Tile>
+Status map_heads(ptx::TensorMap& map, const uint16_t* base, const HeadStrides& strides, int B,
+                 int heads, int length, int columns, int rows) {
+  const auto bytes = [&](int size, int64_t stride) {
+    return size_of(kDTypeOf<Element>) * (size == 1 ? int64_t{columns} : stride);
+  };
+  return encode_tensor_map(
+      map, {base,
+            kDTypeOf<Element>,
+            4,
+            {columns, length, heads, B},
+            {0, bytes(length, strides.row), bytes(heads, strides.head), bytes(B, strides.batch)},
+            {Tile::kSlabColumns, rows, 1, 1},
+            Tile::kSwizzle});
+}
+
+template <class Element, class C>
+Status map_tensors(HopperBackwardParams& hopper) {
+  using Queries = typename C::Queries;
+  using Keys = typename C::Keys;
+  const AttentionBackwardParams& p = hopper.p;
+  const AttentionShape& shape = p.shape;
+  const int heads = shape.H / shape.group;
+  const Status statuses[] = {
+      map_heads<Element, Queries>(hopper.q, p.q, p.q_strides, shape.B, shape.H, shape.T, shape.D,
+                                  C::kBlockT),
+      map_heads<Element, Queries>(hopper.dout, p.dout, p.dout_strides, shape.B, shape.H, shape.T,
+                                  shape.Dv, C::kBlockT),
+      map_heads<Element, Keys>(hopper.k, p.k, p.k_strides, shape.B, heads, shape.S, shape.D,
+                               C::kBlockS),
+      map_heads<Element, Keys>(hopper.v, p.v, p.v_strides, shape.B, heads, shape.S, shape.Dv,
+                               C::kBlockS),
+      map_heads<Element, Keys>(hopper.dk, p.dk, p.dk_strides, shape.B, heads, shape.S, shape.D,
+                               kGroupKeys),
+      map_heads<Element, Keys>(hopper.dv, p.dv, p.dv_strides, shape.B, heads, shape.S, shape.Dv,
+                               kGroupKeys)};
+  for (const Status status : statuses) {
+    if (status != kOk) return status;
+  }
+  return kOk;
+}
+
+template <class Element, int kD, bool kGeneral>
+Status launch_hopper(const AttentionBackwardParams& p, const HopperBackwardRoom& room,
+                     Stream stream) {
+  using C = HopperConfig<kD, kGeneral>;
+  const AttentionShape& shape = p.shape;
+  HopperBackwardParams hopper{};
+  hopper.p = p;
+  hopper.room = room;
+  Status status = map_tensors<Element, C>(hopper);
+  if (status != kOk) return status;
+  const RowsParams rows{p, room};
+  const int64_t query_tiles = (int64_t{shape.T} + C::kBlockT - 1) / C::kBlockT;
+  const int64_t key_tiles = (int64_t{shape.S} + C::kBlockS - 1) / C::kBlockS;
+  const auto launch_tiles = [&](auto kernel, const auto& params, int64_t tiles, int heads,
+                                int threads, size_t smem_bytes) {
+    return launch_grid(kernel, params, tiles, heads, shape.B, threads, smem_bytes, stream);
+  };
+  status = launch_tiles(attention_bwd_prepare<Element, kD, kGeneral>, rows, query_tiles, shape.H,
+                        kRowsThreads, 0);
+  if (status != kOk) return status;
+  status = launch_tiles(attention_bwd_sm90<Element, kD, kGeneral>, hopper, key_tiles,
+                        shape.H / shape.group, C::kThreads, sizeof(typename C::SharedStorage));
+  if (status != kOk) return status;
+  return launch_tiles(attention_bwd_finish<Element, kD, kGeneral>, rows, query_tiles, shape.H,
+                      kRowsThreads, sizeof(DqRows<C>));
+}
+
+template <class Element>
+Status launch_hopper_backward(const AttentionBackwardParams& p, const HopperBackwardRoom& room,
+                              Stream stream) {
+  const bool general = !is_plain(p.score, p.dropout);
+  const int head_dim = hopper_backward_head_dim(p.shape.D > p.shape.Dv ? p.shape.D : p.shape.Dv);
+  if (head_dim == 64) {
+    return general ? launch_hopper<Element, 64, true>(p, room, stream)
+                   : launch_hopper<Element, 64, false>(p, room, stream);
+  }
+  return general ? launch_hopper<Element, 128, true>(p, room, stream)
+                 : launch_hopper<Element, 128, false>(p, room, stream);
+}
+
+}  // namespace attention_bwd
+}  // namespace fused_lm

@@ -1,0 +1,167 @@
+// Before and after Hopper's attention backward, a block per tile of queries.
+//
+// attention_bwd_prepare: of every row lse, +inf where it saw no key, in units of log2 for the plain
+// kernels unless one of the tile is huge; and delta = rowsum(dout * out) - dlse. Rows behind the
+// last get +inf and 0: P and ds are 0 there. It also makes the sums of dq zeros. Bytes per row: 4
+// Dv + 4 (+ 4) read, 8 + 4 kD written.
+//
+// attention_bwd_finish: dq = scale times its sums. They lie as the consumers hold them: for each
+// group and every 8 of its queries one fragment of ptx/mma.h per thread. So they are added 512
+// bytes per warp at a time, and turned here, through shared memory. Bytes per row: 4 kD read, 2 D
+// written.
+#pragma once
+
+#include "common/vec.h"
+#include "common/warp.h"
+#include "kernels/attention_bwd_tiles_sm90.h"
+#include "ptx/launch.h"
+
+namespace fused_lm {
+namespace attention_bwd {
+
+constexpr int kRowsThreads = 256;
+constexpr int kRowLanes = 8;  // for each row of out and dout
+// From here on lse in units of log2 would be off by more than 2^-14.
+constexpr float kHugeLse = 700.0f;
+
+// What both are told.
+struct RowsParams {
+  AttentionBackwardParams p;
+  HopperBackwardRoom room;
+};
+
+// Of all batches and heads.
+template <class C>
+__device__ __forceinline__ int64_t tile_index(const AttentionShape& shape, const BlockTile& block) {
+  const int tiles = (shape.T + C::kBlockT - 1) / C::kBlockT;
+  return (static_cast<int64_t>(block.batch) * shape.H + block.head) * tiles + block.tile;
+}
+
+// rowsum(dout * out) of query t, in all lanes of a row; 0 behind the last.
+template <class Element>
+__device__ __forceinline__ float row_delta(const AttentionBackwardParams& p, const BlockTile& block,
+                                           int t) {
+  constexpr DType kDType = kDTypeOf<Element>;
+  const uint16_t* gOut =
+      p.out + head_offset(p.out_strides, block.batch, block.head) + t * p.out_strides.row;
+  const uint16_t* gDout =
+      p.dout + head_offset(p.dout_strides, block.batch, block.head) + t * p.dout_strides.row;
+  float sum[1] = {};
+  const int lane = static_cast<int>(threadIdx.x) % kRowLanes;
+  for (int chunk = lane; t < p.shape.T && chunk * kChunkElements < p.shape.Dv; chunk += kRowLanes) {
+    RawVector<8> rOut, rDout;
+    load_raw<2, LoadPolicy::kStreaming>(
+        rOut, reinterpret_cast<const char*>(gOut + chunk * kChunkElements));
+    load_raw<2, LoadPolicy::kCached>(rDout,
+                                     reinterpret_cast<const char*>(gDout + chunk * kChunkElements));
+    float out[8], dout[8];
+    widen<kDType>(out, rOut);
+    widen<kDType>(dout, rDout);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) sum[0] = fmaf(out[e], dout[e], sum[0]);
+  }
+  lanes_sum(sum, kRowLanes);
+  return sum[0];
+}
+
+// lse of query t; +inf where it saw no key, and behind the last.
+__device__ __forceinline__ float row_lse(const AttentionBackwardParams& p, const BlockTile& block,
+                                         int t) {
+  if (t >= p.shape.T) return INFINITY;
+  const int64_t head = static_cast<int64_t>(block.batch) * p.shape.H + block.head;
+  const float lse = p.lse[head * p.shape.T + t];
+  return lse == kNoScore ? INFINITY : lse;
+}
+
+template <class Element, int kHeadDim, bool kGeneral>
+__global__ void __launch_bounds__(kRowsThreads)
+    attention_bwd_prepare(const RowsParams rows, int batch_first) {
+  using C = HopperConfig<kHeadDim, kGeneral>;
+  const AttentionBackwardParams& p = rows.p;
+  const BlockTile block = block_tile(false, batch_first);
+  const int64_t tile = tile_index<C>(p.shape, block);
+  auto* gSums = reinterpret_cast<uint4*>(rows.room.dq_sums + tile * (kGroups * C::kDqFloats));
+  for (int i = static_cast<int>(threadIdx.x); i < kGroups * C::kDqFloats / 4; i += kRowsThreads) {
+    constexpr uint4 kZeros = {0, 0, 0, 0};
+    gSums[i] = kZeros;
+  }
+  constexpr int kRowsAtOnce = kRowsThreads / kRowLanes, kRounds = C::kBlockT / kRowsAtOnce;
+  const int first = static_cast<int>(threadIdx.x) / kRowLanes;
+  float lse[kRounds], delta[kRounds];
+  bool huge = false;
+#pragma unroll
+  for (int i = 0; i < kRounds; ++i) {
+    const int t = block.tile * C::kBlockT + first + i * kRowsAtOnce;
+    delta[i] = row_delta<Element>(p, block, t);
+    lse[i] = row_lse(p, block, t);
+    huge |= fabsf(lse[i]) > kHugeLse && lse[i] != INFINITY;
+    if (t < p.shape.T && p.dlse != nullptr) {
+      const HeadStrides& strides = p.dlse_strides;
+      delta[i] -= p.dlse[head_offset(strides, block.batch, block.head) + t * strides.row];
+    }
+  }
+  const bool any_huge = __syncthreads_or(huge) != 0;
+  if (threadIdx.x % kRowLanes != 0) return;
+  float* gNumbers = rows.room.numbers + tile * (C::kLseFloats + C::kBlockT);
+  const float unit = kGeneral || any_huge ? 1.0f : kLog2E;
+#pragma unroll
+  for (int i = 0; i < kRounds; ++i) {
+    const int row = first + i * kRowsAtOnce;
+    gNumbers[row] = lse[i] * unit;
+    gNumbers[C::kLseFloats + row] = delta[i];
+  }
+  if (first < kHugeFloats) gNumbers[C::kBlockT + first] = any_huge ? 1.0f : 0.0f;
+}
+
+// Rows of dq in shared memory: 16 bytes more than they have, so that the fragments of a warp fall
+// into different banks.
+template <class C>
+struct DqRows {
+  static constexpr int kPitch = C::kD + kChunkElements;
+  alignas(16) uint16_t rows[C::kBlockT][kPitch];
+};
+
+template <class Element, int kHeadDim, bool kGeneral>
+__global__ void __launch_bounds__(kRowsThreads)
+    attention_bwd_finish(const RowsParams rows, int batch_first) {
+  using C = HopperConfig<kHeadDim, kGeneral>;
+  constexpr DType kDType = kDTypeOf<Element>;
+  auto& smem = dynamic_smem<DqRows<C>>();
+  const AttentionBackwardParams& p = rows.p;
+  const BlockTile block = block_tile(false, batch_first);
+  const int64_t tile = tile_index<C>(p.shape, block);
+  const int group = static_cast<int>(threadIdx.x) / kGroupThreads;
+  const int thread = static_cast<int>(threadIdx.x) % kGroupThreads;
+  const auto* gSums =
+      reinterpret_cast<const float4*>(rows.room.dq_sums + (tile * kGroups + group) * C::kDqFloats);
+  const FragmentLane at = fragment_lane(thread % kWarpSize);
+  const int column =
+      (C::kSplitsQueries ? 0 : group * kGroupKeys) + thread / kWarpSize * kMmaRows + at.row;
+  const int query = (C::kSplitsQueries ? group * C::kDqQueries : 0) + at.column;
+  const float scale = p.score.scale;
+#pragma unroll
+  for (int i = 0; i < C::kDq; ++i) {
+    const float4 sum = gSums[i * kGroupThreads + thread];
+    const uint32_t upper = narrow_pair<kDType>(sum.x * scale, sum.y * scale);
+    const uint32_t lower = narrow_pair<kDType>(sum.z * scale, sum.w * scale);
+    const int q = query + i * kMmaColumns;
+    smem.rows[q][column] = static_cast<uint16_t>(upper);
+    smem.rows[q + 1][column] = static_cast<uint16_t>(upper >> 16);
+    smem.rows[q][column + 8] = static_cast<uint16_t>(lower);
+    smem.rows[q + 1][column + 8] = static_cast<uint16_t>(lower >> 16);
+  }
+  __syncthreads();
+  constexpr int kChunks = C::kD / kChunkElements;
+  uint16_t* gHead = p.dq + head_offset(p.dq_strides, block.batch, block.head);
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x); i < C::kBlockT * kChunks; i += kRowsThreads) {
+    const int row = i / kChunks, first = i % kChunks * kChunkElements;
+    const int t = block.tile * C::kBlockT + row;
+    if (t >= p.shape.T || first >= p.shape.D) continue;
+    *reinterpret_cast<uint4*>(gHead + t * p.dq_strides.row + first) =
+        *reinterpret_cast<const uint4*>(&smem.rows[row][first]);
+  }
+}
+
+}  // namespace attention_bwd
+}  // namespace fused_lm

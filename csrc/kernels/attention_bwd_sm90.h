@@ -1,0 +1,218 @@
+// Backward of softmax attention for Hopper: dk, dv and dq in one pass, with copies by TMA, products
+// by wgmma, and warps that do only one of the two.
+//
+//   P = exp(score - lse)                     dv = dropout(P)^T dout
+//   dP = dropout(dout v^T)                   ds = P (dP - delta) (1 - tanh^2)
+//   dk = scale ds^T q                        dq = scale ds k
+//
+// Why one pass, where attention_bwd_dkdv_sm80.h has two: 5 products instead of 7. The sums of dq
+// are added to by the blocks of all keys, in fp32 and in any order, so the last bits of dq differ
+// from run to run. Who wants them to repeat takes the other kernels.
+//
+// Three launches: attention_bwd_prepare makes lse and delta of padded rows, and zeros; this one;
+// attention_bwd_finish scales and rounds dq (attention_bwd_rows_sm90.h).
+//
+// Grid: one block per (128 keys, key-value head, batch), which walks over the query tiles of all
+// heads of its group. Warpgroup 0 produces: one thread copies, and one for each group of consumers
+// adds dq. Each of the two others owns 64 keys, 16 whole ones per warp.
+//
+// Scores and dP are made transposed, [keys, queries]: in the registers that they come in, P^T and
+// ds^T are the left operands of dv and dk. ds also goes through shared memory, where both groups
+// write their keys of it, since dq is a sum over all keys: dq^T = k^T ds^T, [64 columns, queries].
+// A group makes half of the columns, or with 64 columns all of them of half of the queries.
+//
+// Plain kernels, per tile of queries and group; [ ]: what is under way meanwhile
+//
+//   issue s, dP | exponentials [dP] | ds, pack | issue dv | ds to shared memory [dv] |
+//   both groups have written | issue dq, dk | add dq [dk] | wait for dk
+//
+// The general kernels wait for dP too before they look at scores, since the cap's derivative meets
+// it where it is made.
+//
+// clang-format off
+// Barrier           who arrives                        who waits, and what for
+//   k_full v_full   producer; bytes                    consumers: k and v, which stay
+//   q_full          producer; bytes of q and lse       consumers: both
+//   dout_full       producer; bytes of dout and delta  consumers: both
+//   q_empty dout_empty  consumers: a lane per warp     producer: their places
+//   dq_full + g     group g: a lane per warp           thread that adds for g: its part of dq
+//   dq_empty + g    that thread                        group g: the place of its part
+//   kGradientsWritten  all consumers                   all consumers: ds is whole
+//   kKeysRead       all consumers                      all consumers: dk may take the place of k
+//   kGroupDone + g  group g                            its first thread: rows to be stored
+// clang-format on
+//
+// ds has two places: who passes kGradientsWritten of the next tile has waited for dq of this one.
+//
+// Bytes: k and v once, 256 (D + Dv); per tile and block 2 block_t (D + Dv) + 8 block_t + 16 read,
+// mostly from the L2, and 4 block_t kD added there; dk and dv once. FLOPs: 10 block_t 128 kD per
+// tile.
+//
+// Sources: Dao 2023 (arXiv:2307.08691) alg. 2; Shah et al. 2024 (arXiv:2407.08608) section 3.
+#pragma once
+
+#include "kernels/attention_bwd_consumer_sm90.h"
+#include "ptx/launch.h"
+#include "ptx/registers.h"
+
+namespace fused_lm {
+namespace attention_bwd {
+
+// Scores and dP of a tile become P, with dropout, and ds, packed. Both products are under way.
+template <class C>
+__device__ __forceinline__ void plain_tile(const Consumer<C>& own, Scores<C>& score, Scores<C>& dp,
+                                           unsigned stage, int head, int t_first) {
+  const ScoreParams& how = own.hopper.p.score;
+  ptx::wgmma_wait<1>();
+  ptx::registers_fence(score[0]);
+  if (own.walk.edge(t_first)) hide_ends<C>(score, own.tile(head, t_first), how);
+  plain_probabilities<C>(score, own.smem.lse[stage], how);
+  // Without it ptxas waits for dP before the exponentials.
+  pin<C>(&own.smem.pinned[threadIdx.x - kGroupThreads], score);
+  ptx::wgmma_wait<0>();
+  ptx::registers_fence(dp[0]);
+  score_gradients<C>(dp, score, own.smem.delta[stage], 1.0f);
+}
+
+template <class C>
+__device__ __forceinline__ void general_tile(const Consumer<C>& own, Scores<C>& score,
+                                             Scores<C>& dp, unsigned stage, int head, int t_first) {
+  const AttentionBackwardParams& p = own.hopper.p;
+  const ScoreTile<true> tile = own.tile(head, t_first);
+  const bool drops = p.dropout.rng != nullptr;
+  ptx::wgmma_wait<0>();
+  ptx::registers_fence(score[0]);
+  ptx::registers_fence(dp[0]);
+  uint32_t keep[C::kM];
+  if (drops) {
+    const DropoutKey key = dropout_key(p.dropout.rng, tile.batch, tile.head);
+    keep_mask<C::kM, C::kScores>(keep, tile, key, p.dropout.threshold);
+    drop(dp, keep);
+  }
+  subtract_delta<C>(dp, own.smem.delta[stage], drops ? p.dropout.scale : 1.0f);
+  finish_scores(score, tile, p.score, own.walk.edge(t_first),
+                [&](int m, int n, int e, float tanh) { dp[m][n][e] *= fmaf(-tanh, tanh, 1.0f); });
+  probabilities<C>(score, own.smem.lse[stage], p.score.scale);
+  for_each_value<C::kM, C::kScores>([&](int m, int n, int e) { dp[m][n][e] *= score[m][n][e]; });
+  if (drops) drop(score, keep);
+}
+
+// One tile of queries: adds to dk, dv and the sums of dq.
+template <class Element, class C>
+__device__ __forceinline__ void add_tile(const Consumer<C>& own, Sums<C>& dk, Sums<C>& dv,
+                                         unsigned n, int head, int t_first) {
+  auto& barriers = own.smem.barriers;
+  const unsigned stage = n % kStages, parity = n / kStages % 2;
+  Packed<C> probs, gradients;
+  {
+    Scores<C> score, dp;
+    ptx::mbarrier_wait(&barriers.q_full[stage], parity);
+    issue_transposed<Element, C>(score, own.own_keys(), own.queries(stage));
+    ptx::mbarrier_wait(&barriers.dout_full[stage], parity);
+    issue_transposed<Element, C>(dp, own.own_values(), own.douts(stage));
+    if constexpr (C::kGeneral) {
+      general_tile<C>(own, score, dp, stage, head, t_first);
+    } else {
+      plain_tile<C>(own, score, dp, stage, head, t_first);
+    }
+    // Packed earlier, P would be held twice.
+    pack<Element, C>(probs, score);
+    pack<Element, C>(gradients, dp);
+  }
+  issue_sums<Element, C>(dv, probs, own.turned_douts(stage));
+  store_gradients<C>(own.smem.ds[n % 2], gradients, own.group);
+  ptx::named_barrier_sync(kGradientsWritten, kGroups * kGroupThreads);
+  DqTile<C> dq;
+  issue_dq<Element, C>(dq, own.turned_keys(), own.gradients(n % 2));
+  issue_sums<Element, C>(dk, gradients, own.turned_queries(stage));
+  ptx::wgmma_wait<1>();
+  ptx::registers_fence(dv[0]);
+  ptx::registers_fence(dq);
+  release(&barriers.dout_empty[stage]);
+  add_dq<C>(own, dq, n, head, t_first);
+  ptx::wgmma_wait<0>();
+  ptx::registers_fence(dk[0]);
+  release(&barriers.q_empty[stage]);
+}
+
+template <class Element, class C>
+__device__ __forceinline__ void consume(typename C::SharedStorage& smem,
+                                        const HopperBackwardParams& hopper,
+                                        const QueryWalk<C>& walk, int key_head) {
+  // By a shuffle the compiler learns that a warp's lanes agree, and keeps descriptors once per
+  // warp.
+  const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kGroupThreads, 0) - 1;
+  const Consumer<C> own{smem, hopper, walk, group};
+  const AttentionBackwardParams& p = hopper.p;
+  Sums<C> dk, dv;
+  fill_zero(dk);
+  fill_zero(dv);
+  if (!walk.empty()) {
+    ptx::mbarrier_wait(&smem.barriers.k_full, 0);
+    ptx::mbarrier_wait(&smem.barriers.v_full, 0);
+    walk.for_each([&](unsigned n, int head, int t_first) {
+      add_tile<Element, C>(own, dk, dv, n, head, t_first);
+    });
+  }
+  ptx::named_barrier_sync(kKeysRead, kGroups * kGroupThreads);
+  const float kept = C::kGeneral && p.dropout.rng != nullptr ? p.dropout.scale : 1.0f;
+  stage_rows<Element, C>(smem.v, dv, kept, group);
+  stage_rows<Element, C>(smem.k, dk, p.score.scale, group);
+  ptx::fence_proxy_async();
+  ptx::named_barrier_sync(kGroupDone + group, kGroupThreads);
+  if (Consumer<C>::thread() != 0 || walk.s_first + group * kGroupKeys >= p.shape.S) return;
+  send_rows<C>(hopper.dv, smem.v, own, p.shape.Dv, key_head);
+  send_rows<C>(hopper.dk, smem.k, own, p.shape.D, key_head);
+  ptx::bulk_commit();
+  ptx::bulk_wait_read<0>();
+}
+
+template <class C>
+__device__ __forceinline__ void init_barriers(typename C::Barriers& barriers) {
+  constexpr int kWarps = kGroups * kGroupThreads / kWarpSize;
+  ptx::mbarrier_init(&barriers.k_full, 1);
+  ptx::mbarrier_init(&barriers.v_full, 1);
+  for (int i = 0; i < kStages; ++i) {
+    ptx::mbarrier_init(&barriers.q_full[i], 1);
+    ptx::mbarrier_init(&barriers.dout_full[i], 1);
+    ptx::mbarrier_init(&barriers.q_empty[i], kWarps);
+    ptx::mbarrier_init(&barriers.dout_empty[i], kWarps);
+  }
+  for (int group = 0; C::kBulkAdds && group < kGroups; ++group) {
+    ptx::mbarrier_init(&barriers.dq_full[group], kWarps / kGroups);
+    ptx::mbarrier_init(&barriers.dq_empty[group], 1);
+  }
+  ptx::fence_mbarrier_init();
+}
+
+template <class Element, int kHeadDim, bool kGeneral>
+__global__ void __launch_bounds__((HopperConfig<kHeadDim, kGeneral>::kThreads), 1)
+    attention_bwd_sm90(const __grid_constant__ HopperBackwardParams hopper, int batch_first) {
+  using C = HopperConfig<kHeadDim, kGeneral>;
+  auto& smem = dynamic_smem<typename C::SharedStorage>();
+  const BlockTile block = block_tile(false, batch_first);
+  const QueryWalk<C> walk(hopper.p, block);
+  if (threadIdx.x == 0) {
+    ptx::tma_prefetch(hopper.q);
+    ptx::tma_prefetch(hopper.k);
+    ptx::tma_prefetch(hopper.v);
+    ptx::tma_prefetch(hopper.dout);
+    init_barriers<C>(smem.barriers);
+  }
+  __syncthreads();
+  if (threadIdx.x < kGroupThreads) {
+    ptx::registers_decrease<24>();
+    const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+    if (threadIdx.x % kWarpSize != 0 || walk.empty()) return;
+    if (warp == 0) produce<C>(smem, hopper, walk, block.head);
+    if constexpr (C::kBulkAdds) {
+      if (warp == 1 || warp == 2) add_gradients<C>(smem, hopper, walk, warp - 1);
+    }
+  } else {
+    ptx::registers_increase<240>();
+    consume<Element, C>(smem, hopper, walk, block.head);
+  }
+}
+
+}  // namespace attention_bwd
+}  // namespace fused_lm

@@ -1,0 +1,131 @@
+// What the warps of Hopper's attention backward share: sizes, shared memory, barriers, and which
+// tiles of queries a block walks over.
+#pragma once
+
+#include "common/slab_tile.h"
+#include "kernels/attention_bwd_hopper.h"
+#include "kernels/attention_products.h"
+#include "ptx/mbarrier.h"
+#include "ptx/tensor_map.h"
+
+namespace fused_lm {
+namespace attention_bwd {
+
+constexpr int kGroupThreads = 128;  // a warpgroup
+constexpr int kGroupKeys = 64;      // that its products have
+constexpr int kGroups = 2;          // of consumers
+constexpr int kStages = 2;          // tiles of queries in shared memory
+
+template <int kHeadDim, bool kGeneralScores>
+struct HopperConfig {
+  static constexpr int kD = kHeadDim;
+  static constexpr bool kGeneral = kGeneralScores;
+  static constexpr HopperBackwardTuning kTuning = attention_backward_tuning_sm90(kD, kGeneral);
+  static constexpr int kBlockT = kTuning.block_t;
+  static constexpr int kBlockS = kHopperBackwardKeys;
+  static constexpr bool kBulkAdds = kTuning.adds == GradientAdds::kBulk;
+  static constexpr int kThreads = (1 + kGroups) * kGroupThreads;
+  static constexpr int kM = 1;
+  static constexpr int kScores = kBlockT / kMmaColumns;
+  static constexpr int kSums = kD / kMmaColumns;
+  static constexpr int kSteps = kBlockT / kProductDepth;  // of a sum over queries
+  // dq is made transposed, [64, queries] by each group: with 128 columns half of them, of all
+  // queries; with 64 all of them, of half of the queries.
+  static constexpr bool kSplitsQueries = kD == kGroupKeys;
+  static constexpr int kDqQueries = kSplitsQueries ? kBlockT / kGroups : kBlockT;
+  static constexpr int kDq = kDqQueries / kMmaColumns;
+  static constexpr int kDqFloats = kDqQueries * kGroupKeys;  // of a group
+  static constexpr int kLseFloats = kBlockT + kHugeFloats;
+  static_assert(kD == kGroupKeys || kD == kGroups * kGroupKeys);
+
+  using Keys = SlabTile<kBlockS, kD>;
+  using Queries = SlabTile<kBlockT, kD>;
+  using Gradients = SlabTile<kBlockT, kBlockS>;  // ds [queries, keys]: a slab per group
+  struct NoSums {};
+  struct DqSums {
+    alignas(16) float group[kGroups][kDqFloats];
+  };
+
+  struct Barriers {
+    uint64_t k_full, v_full;
+    uint64_t q_full[kStages], q_empty[kStages];
+    uint64_t dout_full[kStages], dout_empty[kStages];
+    uint64_t dq_full[kGroups], dq_empty[kGroups];
+  };
+  struct SharedStorage {
+    Keys k;  // at the end: dk, each group in its own rows
+    Keys v;  // at the end: dv
+    Queries q[kStages];
+    Queries dout[kStages];
+    Gradients ds[2];  // a barrier per tile tells that one is whole, and the one before it read
+    std::conditional_t<kBulkAdds, DqSums, NoSums> dq;
+    alignas(16) float lse[kStages][kLseFloats];
+    alignas(16) float delta[kStages][kBlockT];
+    float pinned[kGroups * kGroupThreads];
+    Barriers barriers;
+  };
+  static_assert(sizeof(SharedStorage) <= 227 * 1024);
+};
+
+// Named barriers; 0 is __syncthreads.
+enum Barrier : int {
+  kGradientsWritten = 1,  // all consumers: ds of a tile
+  kKeysRead = 2,          // all consumers: k and v, by the last products
+  kGroupDone = 3,         // + group: its rows of dk and dv
+};
+
+// What the main kernel is told.
+struct HopperBackwardParams {
+  ptx::TensorMap q, k, v, dout;  // boxes of a tile's rows and a slab's columns
+  ptx::TensorMap dk, dv;         // of a group's rows
+  AttentionBackwardParams p;
+  HopperBackwardRoom room;
+};
+
+// The tiles of queries that a block's keys are seen by, in every head of its group.
+template <class C>
+struct QueryWalk {
+  BandTiles band;
+  int s_first, first_head, end_head, batch;
+  int tiles;    // of queries of a head
+  bool ragged;  // keys end in this block
+
+  __device__ __forceinline__ QueryWalk(const AttentionBackwardParams& p, const BlockTile& block) {
+    const AttentionShape& shape = p.shape;
+    s_first = block.tile * C::kBlockS;
+    const int s_last = min(s_first + C::kBlockS, shape.S) - 1;
+    // From a key's side query t is visible where s - upper <= t <= s - lower.
+    band = band_tiles<C::kBlockT>(s_first, s_last, shape.T, -p.score.upper, -p.score.lower);
+    first_head = block.head * shape.group;
+    end_head = first_head + shape.group;
+    batch = block.batch;
+    tiles = (shape.T + C::kBlockT - 1) / C::kBlockT;
+    ragged = s_first + C::kBlockS > shape.S;
+  }
+  // A key behind the last has a score of 0, and e^(0 - lse) may be infinite: it is hidden.
+  __device__ __forceinline__ bool edge(int t_first) const { return ragged || band.edge(t_first); }
+
+  // Tiles of this head before the one that begins with query t_first, over all heads.
+  __device__ __forceinline__ int64_t index(const AttentionShape& shape, int head,
+                                           int t_first) const {
+    return (static_cast<int64_t>(batch) * shape.H + head) * tiles + t_first / C::kBlockT;
+  }
+  // Calls body(number, head, first query) for every tile, of which there is one at least. Two
+  // loops, one in the other, or one that might not run at all, cost spills: the sums come from two
+  // places then.
+  template <class Body>
+  __device__ __forceinline__ void for_each(const Body& body) const {
+    const unsigned count = band.count * (end_head - first_head);
+    int head = first_head, i = 0;
+    unsigned n = 0;
+#pragma unroll 1
+    do {
+      body(n, head, band.start<C::kBlockT>(i));
+      if (++i == band.count) i = 0, ++head;
+    } while (++n < count);
+  }
+  __device__ __forceinline__ bool empty() const { return band.count == 0; }
+};
+
+}  // namespace attention_bwd
+}  // namespace fused_lm

@@ -1,0 +1,55 @@
+// Tiles of Hopper's attention backward: pure functions of the head dim, a reason per row. None has
+// run on a GPU yet.
+//
+// A block owns 128 keys, 64 for each of two groups of consumers (warpgroups), which have 240
+// registers per thread. Per thread, with M queries per tile: scores M / 2 and dP M / 2, of which
+// one is free again when dq, as many, is made; dk and dv D / 2 each.
+//
+// Per multiprocessor and clock: 4096 FLOP of the tensor cores, 128 bytes of shared memory. Five
+// products of a tile take 5 * 2 * 128 M D / 4096 clocks: 2560 at M D = 8192. wgmma reads both
+// operands of scores, dP and dq there, 64 KB each, one of dv and dk, 32 KB each; ds is written, 16
+// KB; q and dout come in, 32 KB, lse and delta are read, 16 KB; and dq, as floats, is written and
+// read, 64 KB, if it is added from there. So shared memory binds: 3072 clocks, or 2560 if dq is
+// added from registers. Exponentials take 64 / D of a fourth of the products' time.
+#pragma once
+
+#include "common/types.h"
+
+namespace fused_lm {
+
+// How the sums of dq reach global memory.
+enum class GradientAdds : int {
+  kBulk,       // through shared memory, by cp.reduce.async.bulk: a thread of the producer waits
+  kRegisters,  // red.v4: what fence.proxy.async waits for afterwards is longer under way
+};
+
+struct HopperBackwardTuning {
+  int block_t;  // queries per tile; two tiles of q and dout are in shared memory
+  GradientAdds adds;
+  const char* reason;
+};
+
+constexpr int kHopperBackwardKeys = 128;  // of a block
+constexpr int kHugeFloats = 4;  // behind the lse of a tile, one of them used: whether any is huge
+
+// Head dims that kernels are compiled for; others run in the larger one, zeros beside them. Above
+// 128, dk and dv alone would have 192 registers or more: those run in the kernels for every GPU.
+constexpr int kHopperBackwardHeadDims[] = {64, 128};
+constexpr int kMaxHopperBackwardDim = 128;
+constexpr int hopper_backward_head_dim(int dim) { return dim <= 64 ? 64 : 128; }
+
+// general: with mask, key mask, bias, softcap, dropout or a scale that isn't positive.
+constexpr HopperBackwardTuning attention_backward_tuning_sm90(int head_dim, bool general) {
+  if (head_dim <= 64) {
+    if (general) {
+      return {64, GradientAdds::kRegisters, "81 KB; 64 queries are the 32 bits of a dropout word"};
+    }
+    return {128, GradientAdds::kBulk,
+            "195 KB; scores 64, dP 64, sums 64; from registers it spills"};
+  }
+  if (general) return {64, GradientAdds::kBulk, "194 KB; scores 32, dP 32, sums 128"};
+  return {64, GradientAdds::kBulk,
+          "194 KB; scores 32, dP 32, sums 128. 80 fit too, and waste more on the diagonal"};
+}
+
+}  // namespace fused_lm
