@@ -75,10 +75,20 @@ def operators(gpu: str, own: list[Record]) -> Iterator[tuple[str, ...]]:
         timed = [line["times"] for _, line in same if "times" in line]
         yield (
             *(op, backend, dtype, f"`{newest}`", same[-1][0].label),
-            "current" if newest in current else "stale",
+            _now(same[-1][1], current),
             *(f"{passed} of {len(same)}", str(len(timed))),
             *(_spread([times[mode]["ratio"] for times in timed]) for mode in ("infer", "train")),
         )
+
+
+def _now(line: Line, current: set[str]) -> str:
+    """Whether what ran is what this source tree holds; a backward may change alone."""
+    if line["kernel"] not in current:
+        return "stale"
+    trained = line.get("training_kernel")  # lines of before have none
+    changed = (line["op"], line["backend"]) in evidence.TRAINING_SOURCES
+    same = trained in current if trained else not changed
+    return "current" if same else "current, training stale"
 
 
 def _in_order(groups: Iterable[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
@@ -103,16 +113,17 @@ def current_ids(own: list[Record]) -> set[str]:
         for op, backend in evidence.KERNEL_SOURCES:
             if backend == "triton":
                 found.add(evidence.triton_kernel_id(op, minor))
-            elif (built := _built_id(record, op)) is not None:
-                found.add(built)
+            for mode in ("infer", "train") if backend == "cuda" else ():
+                if (built := _built_id(record, op, mode)) is not None:
+                    found.add(built)
     return found
 
 
-def _built_id(record: Record, op: str) -> str | None:
+def _built_id(record: Record, op: str, mode: str = "infer") -> str | None:
     """What the record's GPU ran of an operator in CUDA, if its sources are still the same."""
     build, target = record.build(), _target(record)
     hashes = []
-    for unit in evidence.KERNEL_SOURCES[op, "cuda"]:
+    for unit in evidence.sources_of(op, mode):
         host = build.get("host_code", {}).get(unit)
         if host is None or host != host_code_of(unit):
             return None
@@ -140,8 +151,8 @@ def sources(own: list[Record]) -> Iterator[tuple[str, ...]]:
 
 
 def _cuda_units() -> set[str]:
-    sources = evidence.KERNEL_SOURCES.items()
-    return {unit for (_, backend), units in sources if backend == "cuda" for unit in units}
+    ops = [op for op, backend in evidence.KERNEL_SOURCES if backend == "cuda"]
+    return {unit for op in ops for unit in evidence.sources_of(op, "train")}
 
 
 def proofs(own: list[Record]) -> Iterator[tuple[str, ...]]:

@@ -40,12 +40,18 @@ package, for ``cuda`` names of what ``csrc/kernels/*.cu`` were compiled to.
 """
 
 
+TRAINING_SOURCES: dict[tuple[str, str], tuple[str, ...]] = {}
+"""More of them that training alone runs, so that a backward can change without the record of the
+forward. The others count for both.
+"""
+
+
 @dataclass(frozen=True)
 class Record:
     """One measured fact.
 
     Attributes:
-        op, backend, kernel: What ran; ``kernel`` is :func:`kernel_id`.
+        op, backend, kernel: What ran; ``kernel`` is :func:`kernel_id` of the mode.
         gpu: ``torch.cuda.get_device_name``.
         mode: ``"infer"`` (forward) or ``"train"`` (forward and backward).
         dtype: Like ``"bfloat16"``.
@@ -147,20 +153,20 @@ def _record(
 ) -> Record | None:
     """That of the largest measured size up to ``size``."""
     gpu = torch.cuda.get_device_name(device_index)
-    kernel = kernel_id(op, backend, device_index)
+    kernel = kernel_id(op, backend, device_index, mode)
     sizes = _table().get((op, backend, kernel, gpu, mode, dtype, family), {})
     measured = [s for s in sizes if s <= size]
     return sizes[max(measured)] if measured else None
 
 
 @functools.cache
-def kernel_id(op: str, backend: str, device_index: int | None = None) -> str:
-    """Hash of the kernel's code: of a Triton kernel (comments, docstrings and layout don't count)
-    with Triton's minor version, of a CUDA kernel what that GPU runs, of all its targets without
-    one.
+def kernel_id(op: str, backend: str, device_index: int | None = None, mode: str = "infer") -> str:
+    """Hash of the code that a mode runs: of a Triton kernel (comments, docstrings and layout don't
+    count) with Triton's minor version, of a CUDA kernel what that GPU runs, of all its targets
+    without one.
     """
-    files = KERNEL_SOURCES[op, backend]
     if backend == "cuda":
+        files = sources_of(op, mode)
         from fused_lm.cuda import extension
 
         capability = (
@@ -169,6 +175,12 @@ def kernel_id(op: str, backend: str, device_index: int | None = None) -> str:
         text = " ".join(extension.kernel_hashes(files, capability))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
     return triton_kernel_id(op, _triton_minor())
+
+
+def sources_of(op: str, mode: str) -> tuple[str, ...]:
+    """The CUDA kernels that a mode runs."""
+    more = TRAINING_SOURCES.get((op, "cuda"), ()) if mode == "train" else ()
+    return (*KERNEL_SOURCES[op, "cuda"], *more)
 
 
 def triton_kernel_id(op: str, minor: str) -> str:

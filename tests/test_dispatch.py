@@ -127,7 +127,7 @@ def gpu_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     def add(backend: str = "triton", **changes: Any) -> None:
         record = {
             "op": "attention", "backend": backend,
-            "kernel": records.kernel_id("attention", backend, 0),
+            "kernel": records.kernel_id("attention", backend, 0, changes.get("mode", "infer")),
             "gpu": GPU, "mode": "infer", "dtype": "bfloat16", "family": "d64-band", "size": 1,
             "parity": True, "ratio": 1.5, **changes,
         }  # fmt: skip
@@ -256,6 +256,19 @@ def test_each_mode_has_its_fastest_kernel(gpu_records: Any, table: Any) -> None:
     assert chosen == "cuda" and "1.40 against 1.20" in reasons["triton"]
     gpu_records("triton", mode="train", ratio=1.5, **_CLASS)
     assert _on_a_gpu(training=True)[0] == "triton", "what was read is forgotten"
+
+
+def test_a_backward_changes_without_the_forwards_record(
+    gpu_records: Any, table: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for mode in ("infer", "train"):
+        gpu_records("cuda", mode=mode, **_CLASS)
+    assert _on_a_gpu()[0] == _on_a_gpu(training=True)[0] == "cuda"
+    monkeypatch.setitem(records.TRAINING_SOURCES, ("attention", "cuda"), ("another backward",))
+    records.kernel_id.cache_clear()
+    records.forget()
+    assert _on_a_gpu()[0] == "cuda"
+    assert _on_a_gpu(training=True)[0] != "cuda"
 
 
 def test_a_broken_user_file_is_left_out(gpu_records: Any) -> None:

@@ -175,11 +175,14 @@ def records_of(
             continue
         for mode in ("infer", "train"):
             ratio = result.get("times", {}).get(mode, {}).get("ratio", 0.0)
+            kernel = result["kernel"]
+            if mode == "train":  # one that ran before they were told apart has one for both
+                kernel = result.get("training_kernel", kernel)
             made.append(
                 records.Record(
                     result["op"],
                     result["backend"],
-                    result["kernel"],
+                    kernel,
                     result["gpu"],
                     mode,
                     result["dtype"],
@@ -193,7 +196,7 @@ def records_of(
 
 
 def _class_of(labels: dict[str, Any]) -> tuple[Any, ...]:
-    names = ("op", "backend", "kernel", "gpu", "dtype", "family", "size")
+    names = ("op", "backend", "kernel", "training_kernel", "gpu", "dtype", "family", "size")
     return tuple(labels.get(name) for name in names)
 
 

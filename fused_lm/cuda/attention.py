@@ -6,6 +6,7 @@ or bfloat16, and head dims that are no multiples of 8 up to 256.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fused_lm.cuda import extension
@@ -50,8 +51,15 @@ def attention_backward(
     dropout_p: float,
     needs_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv, dbias) with dtype and order of their tensors; dbias may be (0,)."""
-    return extension.op("attention_bwd")(
+    """Gradients (dq, dk, dv, dbias) with dtype and order of their tensors; dbias may be (0,).
+
+    Hopper's kernels add up dq in any order, so torch.use_deterministic_algorithms has the others
+    run.
+    """
+    name = "attention_bwd"
+    if not torch.are_deterministic_algorithms_enabled():
+        name = "attention_bwd_sm90"
+    return extension.op(name)(
         dout, dlse, q, k, v, out, lse, mask, key_mask, bias, rng,
         lower, upper, scale, softcap, dropout_p, needs_dbias,
     )  # fmt: skip

@@ -177,6 +177,10 @@ records.KERNEL_SOURCES["attention", "cuda"] = (
     "attention_dbias_sm80_bf16",
     "attention_dbias_sm80_fp16",
 )
+records.TRAINING_SOURCES["attention", "cuda"] = (
+    "attention_bwd_sm90_bf16",
+    "attention_bwd_sm90_fp16",
+)
 records.KERNEL_SOURCES["attention_weights", "cuda"] = (
     "attention_weights_sm80_bf16",
     "attention_weights_sm80_fp16",

@@ -105,6 +105,7 @@ def labels_of(job: Job, device: torch.device) -> dict[str, Any]:
     return {
         "op": case.op, "backend": backend, "dtype": dtype, "family": family, "size": size,
         "kernel": records.kernel_id(case.op, backend, index),
+        "training_kernel": records.kernel_id(case.op, backend, index, "train"),
         "gpu": torch.cuda.get_device_name(index),
     }  # fmt: skip
 
@@ -112,7 +113,12 @@ def labels_of(job: Job, device: torch.device) -> dict[str, Any]:
 def has_record(job: Job, device: torch.device) -> bool:
     """Whether a record, shipped or the user's own, speaks of this kernel, class and GPU."""
     labels = labels_of(job, device)
-    return any(all(getattr(r, k) == v for k, v in labels.items()) for r in records.known())
+    training = {**labels, "mode": "train", "kernel": labels.pop("training_kernel")}
+    del training["training_kernel"]
+    return all(
+        any(all(getattr(r, k) == v for k, v in wanted.items()) for r in records.known())
+        for wanted in (labels, training)
+    )
 
 
 def without_kernels(op: str, arguments: dict[str, Any]) -> str:
