@@ -107,6 +107,7 @@ _OTHER_BLOCK = (
     "a block (reads|writes) global memory that another block of the launch (reads|writes)"
 )
 ELSEWISE = {
+    "block_adds_to_what_another_stores": "a block uses global memory that another block .* adds to",
     "block_reads_its_neighbour": _OTHER_BLOCK,
     "block_writes_what_another_reads": _OTHER_BLOCK,
     "ballot_of_two_masks": "deadlock .*warp vote",

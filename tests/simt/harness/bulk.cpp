@@ -163,6 +163,11 @@ void bulk_add(void* global, const void* shared, uint32_t bytes, Location here) {
   tma_store(line_map(global, bytes, "bulk add", here), shared, &start, 1, true, here);
 }
 
+void add_floats(float* global, const float* values, int count, Location here) {
+  note_atomic(global, count * sizeof(float), here);
+  for (int i = 0; i < count; ++i) global[i] += values[i];
+}
+
 void tma_load(void* shared, const TensorMap& map, uint64_t* barrier, const int* at, int rank,
               uint32_t blocks, Location here) {
   const uint32_t address = shared_address(shared), barrier_address = shared_address(barrier);

@@ -153,6 +153,7 @@ void tma_store(const TensorMap& map, const void* shared, const int* at, int rank
 // Without a map: bytes that lie one behind the other; floats that are added.
 void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier, Location here);
 void bulk_add(void* global, const void* shared, uint32_t bytes, Location here);
+void add_floats(float* global, const float* values, int count, Location here);  // from registers
 void bulk_commit(Location here);
 void bulk_wait(int pending_groups, bool reads_only, Location here);
 void fence_proxy_async(Location here);

@@ -67,6 +67,10 @@ __global__ void line_that_is_not_aligned(const float* gIn, float* gOut) {
 }
 PLANT(line_that_is_not_aligned, kThreads, kLines);
 
+__device__ __forceinline__ void zero(float* gLine) {
+  for (int i = threadIdx.x; i < kLine; i += kThreads) gLine[i] = 0.0f;
+}
+
 __device__ __forceinline__ void fill(Lines& smem, const float* gIn, float factor) {
   for (int i = threadIdx.x; i < kLine; i += kThreads) smem.line[i] = factor * gIn[i];
 }
@@ -74,6 +78,7 @@ __device__ __forceinline__ void fill(Lines& smem, const float* gIn, float factor
 template <bool kBug>
 __global__ void line_added_without_a_fence(const float* gIn, float* gOut) {
   auto& smem = dynamic_smem<Lines>();
+  zero(gOut);
   fill(smem, gIn, 2.0f);
   if constexpr (!kBug) ptx::fence_proxy_async();
   __syncthreads();
@@ -88,6 +93,7 @@ PLANT(line_added_without_a_fence, kThreads, kLines, 1, kLine);
 template <bool kBug>
 __global__ void line_overwritten_while_added(const float* gIn, float* gOut) {
   auto& smem = dynamic_smem<Lines>();
+  zero(gOut);
   for (int i = 0; i < 2; ++i) {
     for (int j = threadIdx.x; j < kLine; j += kThreads) {
       smem.line[j] = gIn[j] + i;  // BUG(race): write to data whose read is not ordered
@@ -104,39 +110,23 @@ __global__ void line_overwritten_while_added(const float* gIn, float* gOut) {
 }
 PLANT(line_overwritten_while_added, kThreads, kLines, 1, kLine);
 
-// Adds of several blocks are no conflict.
+// Blocks may add to one word, and no block may use what another one adds to.
 template <bool kBug>
-__global__ void block_stores_what_others_add_to(const float* gIn, float* gOut) {
-  const float own[4] = {1.0f, 2.0f, 3.0f, 4.0f};
-  if (kBug && blockIdx.x == 0) {
-    // BUG(race): another block of the launch (adds|uses)
-    reinterpret_cast<int*>(gOut)[4 * threadIdx.x] = 0;
-  } else {
-    ptx::add_quad(gOut + 4 * threadIdx.x, own);  // BUG(race): another block of the launch
-  }
+__global__ void block_adds_to_what_another_stores(const float* gIn, float* gOut) {
+  const float values[4] = {1.0f, 2.0f, 3.0f, 4.0f};
+  float* gQuads = gOut + 4 * threadIdx.x;
+  const int own = 4 * kThreads * blockIdx.x;
+  for (int i = 0; i < 4; ++i) gQuads[own + i] = gIn[i];
+  const int at = kBug && blockIdx.x == 1 ? 0 : own;
+  ptx::add_quad(gQuads + at, values);  // BUG(race): adds to .* another block of the launch uses
 }
-PLANT(block_stores_what_others_add_to, kThreads, 0, 2, 4 * kThreads);
+PLANT(block_adds_to_what_another_stores, kThreads, 0, 2, 8 * kThreads);
 
-template <bool kBug>
-__global__ void block_reads_what_others_add_to(const float* gIn, float* gOut) {
-  auto& smem = dynamic_smem<Lines>();
-  fill(smem, gIn, 1.0f);
-  ptx::fence_proxy_async();
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  ptx::bulk_add(gOut, smem.line, kLineBytes);
-  ptx::bulk_commit();
-  ptx::bulk_wait<0>();
-  if constexpr (kBug) {
-    gOut[kLine + 4 * blockIdx.x] = gOut[0];  // BUG(race): another block of the launch
-  }
-}
-PLANT(block_reads_what_others_add_to, kThreads, kLines, 2, kLine + 8);
-
-// What its name says: bytes that a line has, and those of the adds of every block.
+// Which float lies where; a line that is added twice, and once.
 template <bool kTwice>
 __global__ void fragments_of_lines(const float* gIn, float* gOut) {
   auto& smem = dynamic_smem<Lines>();
+  zero(gOut);
   start(smem);
   if (threadIdx.x == 0) {
     ptx::mbarrier_arrive_expect_tx(&smem.full, kLineBytes);
@@ -158,7 +148,7 @@ __global__ void fragments_of_lines(const float* gIn, float* gOut) {
     ptx::bulk_wait<0>();
   }
 }
-PLANT(fragments_of_lines, kThreads, kLines, 2, kLine);
+PLANT(fragments_of_lines, kThreads, kLines, 1, kLine);
 
 }  // namespace
 }  // namespace planted
