@@ -5,7 +5,6 @@
 #include "attention_params.h"
 #include "common/device.h"
 #include "kernels/attention_bwd_hopper.h"
-#include "kernels/attention_score.h"
 #include "shared_memory.h"
 
 namespace fused_lm {
@@ -92,8 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_sm90(
   params.lse = static_cast<const float*>(lse.const_data_ptr());
   params.dropout = dropout_params(rng, dropout_p);
 
-  const HopperBackwardSizes sizes =
-      hopper_backward_sizes(shape, !is_plain(params.score, params.dropout));
+  const HopperBackwardSizes sizes = hopper_backward_sizes(shape);
   const Tensor numbers = empty_vector(given_q, sizes.numbers, ScalarType::Float);
   const Tensor dq_sums = empty_vector(given_q, sizes.dq_sums, ScalarType::Float);
   const HopperBackwardRoom room{static_cast<float*>(numbers.mutable_data_ptr()),

@@ -1,6 +1,8 @@
 // The backward of softmax attention for Hopper: what a launch needs beside what every GPU's does.
 #pragma once
 
+#include <initializer_list>
+
 #include "kernels/attention.h"
 #include "kernels/attention_bwd_tuning_sm90.h"
 
@@ -12,17 +14,23 @@ struct HopperBackwardRoom {
   float* dq_sums;  // [B, H, tiles, block_t head_dim]: in the order of attention_bwd_rows_sm90.h
 };
 
-// How many floats of each.
+// How many floats of each, for whichever kernels run.
 struct HopperBackwardSizes {
   int64_t numbers, dq_sums;
 };
 
-inline HopperBackwardSizes hopper_backward_sizes(const AttentionShape& shape, bool general) {
+inline HopperBackwardSizes hopper_backward_sizes(const AttentionShape& shape) {
   const int head_dim = hopper_backward_head_dim(shape.D > shape.Dv ? shape.D : shape.Dv);
-  const int block_t = attention_backward_tuning_sm90(head_dim, general).block_t;
-  const int64_t tiles = (int64_t{shape.T} + block_t - 1) / block_t;
-  const int64_t all = int64_t{shape.B} * shape.H * tiles;
-  return {all * (2 * block_t + kHugeFloats), all * block_t * head_dim};
+  HopperBackwardSizes most{0, 0};
+  for (const bool general : {false, true}) {
+    const int block_t = attention_backward_tuning_sm90(head_dim, general).block_t;
+    const int64_t tiles = (int64_t{shape.T} + block_t - 1) / block_t * shape.B * shape.H;
+    const int64_t numbers = tiles * (2 * block_t + kHugeFloats);
+    const int64_t dq_sums = tiles * block_t * head_dim;
+    most = {numbers > most.numbers ? numbers : most.numbers,
+            dq_sums > most.dq_sums ? dq_sums : most.dq_sums};
+  }
+  return most;
 }
 
 // The compiled head dim that holds D and Dv, and whether tensor maps can describe the tensors.
