@@ -1,0 +1,117 @@
+"""What the compiled Hopper backward could reach, by the instructions of its main loop."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from benchmarks import machine_code, static
+from benchmarks.gpus import GPUS, SHARED_BYTES
+from benchmarks.machine_code import Graph, Instruction
+from build_tools import compiled, toolchain
+from build_tools.compiled import Kernel
+from tests.attention_bwd_hopper_calls import HEAD_DIMS
+from tests.simt import build, runtime
+
+pytestmark = pytest.mark.slow  # what is compiled holds until the code changes, see tests/golden
+GROUPS, WARPS, GROUP_KEYS = 2, 4, 64
+MOST_INSTRUCTIONS = {(64, False): 648, (128, False): 456, (64, True): 568, (128, True): 588}
+"""Of one tile of queries, by head dim and whether scores are general."""
+SHARED_SHARE = {64: 0.76, 128: 0.79}
+"""Of the time that shared memory needs, the least part that the tensor cores need."""
+
+
+@functools.cache
+def _kernels() -> dict[tuple[int, bool], Kernel]:
+    try:
+        toolkit = toolchain.find_toolkit()
+    except toolchain.Missing as error:
+        pytest.skip(str(error))
+    source = compiled.KERNELS / "attention_bwd_sm90_bf16.cu"
+    found = {}
+    for kernel in compiled.compiled(toolkit, source, "90a").kernels:
+        if kernel.sass is None:
+            pytest.skip("no cuobjdump, neither nvcc's nor Triton's")
+        name, parameters = kernel.name.split("<")
+        if name.endswith("attention_bwd_sm90"):
+            _, head_dim, general = parameters[:-1].split(", ")
+            found[int(head_dim), general == "true"] = kernel
+    return found
+
+
+def _main_loop(kernel: Kernel) -> list[Instruction]:
+    """The shortest way through the loop over the tiles of queries: nothing is hidden or huge, no
+    feature is asked for.
+    """
+    graph = Graph(machine_code.parse(kernel.sass or ()), kernel.branch_targets)
+    ways = [graph.path(loop, lambda i: 10**6 if i.base == "HGMMA" else -1) for loop in graph.loops]
+    return min((way for way in ways if any(i.base == "HGMMA" for i in way)), key=len)
+
+
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_the_main_loop(head_dim: int, general: bool) -> None:
+    """As many products and exponentials as there must be, no descriptor that is moved to a uniform
+    register for each product, and in the plain kernels all exponentials beside dP.
+    """
+    code = _main_loop(_kernels()[head_dim, general])
+    block_t = _block_t(head_dim, general)
+    products = 2 * head_dim // 16 + 2 * block_t // 16 + 128 // 16
+    assert sum(i.base == "HGMMA" for i in code) == products
+    exponentials = [at for at, i in enumerate(code) if i.opcode.startswith("MUFU.EX2")]
+    assert len(exponentials) == block_t // 2
+    assert sum(i.base == "R2UR" for i in code) <= 1
+    assert len(code) <= MOST_INSTRUCTIONS[head_dim, general]
+    if not general:
+        waits = [at for at, i in enumerate(code) if i.opcode.startswith("WARPGROUP.DEPBAR")]
+        assert waits[0] < exponentials[0] and exponentials[-1] < waits[1]
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_what_binds(head_dim: int) -> None:
+    """The plain kernels: shared memory, by what attention_bwd_tuning_sm90.h says; nothing else is
+    near the tensor cores' time.
+    """
+    block_t = _block_t(head_dim, False)
+    code = _main_loop(_kernels()[head_dim, False])
+    cycles = static.cycles_of(code, GPUS["H200"], static.Traffic(code))
+    busy = {unit: GROUPS * WARPS * time for unit, time in cycles.items()}
+    busy["shared"] += _asynchronous_bytes(block_t, head_dim) / SHARED_BYTES
+    assert busy["tensor"] == pytest.approx(
+        10 * block_t * 128 * head_dim / GPUS["H200"].tensor_flops
+    )
+    assert max(busy, key=lambda unit: busy[unit]) == "shared"
+    assert busy["tensor"] / busy["shared"] >= SHARED_SHARE[head_dim], busy
+    others = [time for unit, time in busy.items() if unit not in ("shared", "tensor")]
+    assert max(others) <= 0.55 * busy["tensor"], busy
+
+
+def _asynchronous_bytes(block_t: int, head_dim: int) -> int:
+    """What wgmma reads of both operands of scores, dP and dq, and of one of dv and dk; what TMA
+    writes of q and dout, and reads of dq.
+    """
+    dq_queries = block_t if head_dim > GROUP_KEYS else block_t // GROUPS
+    operands = 2 * (GROUP_KEYS + block_t) * head_dim + 2 * block_t * head_dim
+    operands += 128 * (GROUP_KEYS + dq_queries)
+    return 2 * GROUPS * operands + 2 * 2 * block_t * head_dim + 4 * block_t * head_dim
+
+
+def _block_t(head_dim: int, general: bool) -> int:
+    if build.unavailable() is not None:
+        pytest.skip(str(build.unavailable()))
+    found: int = runtime.load("plain").module.attention_bwd_tuning_sm90(head_dim, general)[
+        "block_t"
+    ]
+    return found
+
+
+def test_registers_move_between_the_groups() -> None:
+    """ptxas ignores setmaxnreg with no more than a remark where it doesn't know the launch; and a
+    block gets no more than it was launched with.
+    """
+    for kernel in _kernels().values():
+        moves = [line for line in kernel.sass or () if "USETMAXREG" in line]
+        assert len(moves) == 2, moves
+        counts = [int(move.split(", ")[-1].split()[-1], 16) for move in moves if ", " in move]
+        assert sum(GROUPS * count for count in counts) + 24 <= 3 * kernel.registers
