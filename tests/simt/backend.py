@@ -14,8 +14,14 @@ from typing import Any
 import torch
 
 from fused_lm import dispatch
-from fused_lm.ops import attention_backends, attention_decode_checks, registration
+from fused_lm.ops import (
+    attention_backends,
+    attention_decode_checks,
+    attention_varlen_checks,
+    registration,
+)
 from fused_lm.ops.schemas import CUDA_SCHEMAS
+from fused_lm.reference.attention_varlen import backward_by
 from tests.simt import build, runtime
 
 PREFIX = "simt_"
@@ -41,11 +47,15 @@ def installed(backend: str, seed: int = 0) -> Iterator[runtime.Harness]:
                 refuses = _LIMITS.get(public, _norm_refuses)
                 impl = dispatch.Impl(backend, refuses, needs_record=True)
                 dispatch.TABLE[public] = (impl, *tables[public])
+        # No operator of the extension: as fused_lm/cuda/attention_varlen.py makes it of one.
+        registration.FUNCTIONS["attention_varlen_bwd"][backend] = partial(
+            backward_by, partial(harness.call, "attention_bwd")
+        )
         yield harness
     finally:
         dispatch.BACKENDS = names
         dispatch.TABLE.update(tables)
-        for op in ops:
+        for op in (*ops, "attention_varlen_bwd"):
             registration.FUNCTIONS[op].pop(backend, None)
         harness.configure()
 
@@ -54,6 +64,7 @@ _LIMITS = {
     "attention": attention_backends.cuda_limit,
     "attention_weights": attention_backends.cuda_limit,
     "attention_decode": attention_decode_checks.cuda_limit,
+    "attention_varlen": attention_varlen_checks.cuda_limit,
 }
 
 
