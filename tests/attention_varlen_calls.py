@@ -4,6 +4,7 @@ there for; their inputs; and the formula, one sequence at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -122,6 +123,24 @@ CALLS = [
 ]
 
 
+LONG = [
+    Call("long ones", (5000, 300, 9000, 1), (5000, 300, 9000, 1), 128, H=4, group=4, upper=0),
+    Call("hundreds", (97,) * 300, (97,) * 300, 64, H=4, upper=0, at_end=True),
+]
+"""For a GPU: more tiles than its multiprocessors take at once."""
+POISONED = [
+    Call(why, (70, 129, 33, 0, 64), (50, 140, 1, 9, 128), D, H=1, **options)
+    for why, D, options in (
+        ("NaN beside", 128, {}),
+        ("NaN beside, three groups", 64, {"upper": 0, "at_end": True}),
+        ("NaN beside, out in q's place", 192, {"lower": -40}),
+        ("NaN beside, in sequence", 256, {"softcap": 4.0}),
+        ("NaN beside, slabs of 32 columns", 96, {"softcap": 4.0, "upper": 7}),
+    )
+]
+"""Sequences of which some are to hold anything."""
+
+
 def bounds_of(lengths: tuple[int, ...], dtype: torch.dtype = I32) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
 
@@ -198,3 +217,22 @@ def formula(
         statistics.append(lse)
     empty = q.new_empty(0, q.shape[1], v.shape[2], dtype=torch.float64)
     return torch.cat([empty, *outputs]), torch.cat([empty[..., 0].T, *statistics], 1)
+
+
+def span_of(lengths: tuple[int, ...], i: int) -> tuple[int, int]:
+    """Where sequence i begins and ends."""
+    return sum(lengths[:i]), sum(lengths[: i + 1])
+
+
+def check_neighbours(run: Callable[..., Sequence[Tensor]], call: Call) -> None:
+    """Whatever the other sequences hold, a sequence keeps its bits."""
+    q, k, v, *rest = data_of(call)
+    clean = run(q, k, v, *rest)
+    left = torch.ones(sum(call.T), dtype=torch.bool)
+    for i, poison in ((1, float("inf")), (2, float("nan")), (4, float("nan"))):
+        rows, keys = slice(*span_of(call.T, i)), slice(*span_of(call.S, i))
+        q[rows], k[keys], v[keys], left[rows] = poison, poison, poison, False
+    out, lse = run(q, k, v, *rest)
+    assert left.any() and torch.equal(out[left], clean[0][left])
+    assert torch.equal(lse[:, left], clean[1][:, left])
+    assert not out[~left].isfinite().all()

@@ -47,7 +47,8 @@ def installed(backend: str, seed: int = 0) -> Iterator[runtime.Harness]:
                 refuses = _LIMITS.get(public, _norm_refuses)
                 impl = dispatch.Impl(backend, refuses, needs_record=True)
                 dispatch.TABLE[public] = (impl, *tables[public])
-        # No operator of the extension: as fused_lm/cuda/attention_varlen.py makes it of one.
+        # One has kernels for Hopper alone, and a backward that fused_lm/cuda makes of attention's.
+        registration.FUNCTIONS["attention_varlen_fwd"][backend] = partial(_on_hopper, harness)
         registration.FUNCTIONS["attention_varlen_bwd"][backend] = partial(
             backward_by, partial(harness.call, "attention_bwd")
         )
@@ -58,6 +59,11 @@ def installed(backend: str, seed: int = 0) -> Iterator[runtime.Harness]:
         for op in (*ops, "attention_varlen_bwd"):
             registration.FUNCTIONS[op].pop(backend, None)
         harness.configure()
+
+
+def _on_hopper(harness: runtime.Harness, *arguments: Any) -> Any:
+    with harness.choosing(hopper=True):
+        return harness.call("attention_varlen_fwd", *arguments)
 
 
 _LIMITS = {
