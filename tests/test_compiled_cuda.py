@@ -71,11 +71,13 @@ LATER = ("90", "100", "120")
 """Targets that wait for `make test-all`: up to a minute each."""
 LONGEST = "attention_bwd_dkdv_sm80_bf16"
 """So does this source."""
+REPEATED = "attention_varlen_fwd_sm90_bf16"
+"""And this one, most of whose lines attention_fwd_sm90_bf16 has compiled."""
 
 
 def _parameter(source: Path, arch: str) -> object:
     # fp16 compiles the lines of bf16.
-    later = arch in LATER or "fp16" in source.stem or source.stem == LONGEST
+    later = arch in LATER or "fp16" in source.stem or source.stem in (LONGEST, REPEATED)
     marks = [pytest.mark.slow] if later else []
     return pytest.param(source, arch, id=f"{source.stem}-sm_{arch}", marks=marks)
 

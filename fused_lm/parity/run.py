@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -108,7 +109,7 @@ def within_limits(case: Case, backend: str, dtype: str) -> bool:
     if backend != "cuda" or not case.op.startswith("attention"):
         return True
     problem = case.build(DTYPES[dtype], torch.device("meta"))
-    limits = {
+    limits: dict[str, Callable[[Any], str | None]] = {
         "attention_decode": attention_decode_checks.cuda_limit,
         "attention_varlen": attention_varlen_checks.cuda_limit,
     }

@@ -87,20 +87,19 @@ class VarlenCase:
 
     def _torch_takes(self, q: Tensor) -> bool:
         """Whether torch has one kernel for it, the fastest that a user of torch has."""
-        found = _of_torch_parameters()
+        attend = _varlen_attn()
+        found = set() if attend is None else set(inspect.signature(attend).parameters)
         needed = {"window_size", "enable_gqa"} if self.Hkv != self.H else {"window_size"}
         half = q.dtype in (torch.float16, torch.bfloat16)
         return q.is_cuda and half and "softcap" not in self.features and needed <= found
 
     def _of_torch(self, q: Tensor, k: Tensor, v: Tensor, bounds: list[Tensor]) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
         window = (self.T // 4 if "window" in self.features else -1, 0)
         if not {"causal", "window"} & set(self.features):
             window = (-1, -1)
         most = [max(each) for each in self.lengths]
-        gqa = {"enable_gqa": True} if self.Hkv != self.H else {}
-        out: Tensor = varlen_attn(q, k, v, *bounds, *most, window_size=window, **gqa)
+        options: dict[str, Any] = {"enable_gqa": True} if self.Hkv != self.H else {}
+        out: Tensor = _varlen_attn()(q, k, v, *bounds, *most, window_size=window, **options)
         return out
 
     def _formula(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,8 +112,8 @@ class VarlenCase:
         for one in zip(*pieces, strict=True):
             rows, keys, values = (t.transpose(0, 1)[None] for t in one)
             T, S = rows.shape[2], keys.shape[2]
-            band = (None if bound is None else bound + S - T for bound in (lower, upper))
-            visible = band_of(T, S, *band, q.device)
+            begin, end = (None if b is None else b + S - T for b in (lower, upper))
+            visible = band_of(T, S, begin, end, q.device)
             if visible is not None:
                 visible = visible.expand(1, self.H, T, S)
             out, lse, _ = formulas.attention(rows, keys, values, visible=visible, softcap=softcap)
@@ -128,13 +127,13 @@ def _bounds(lengths: list[int], device: torch.device) -> Tensor:
     return torch.tensor(ends, dtype=torch.int32, device=device)
 
 
-def _of_torch_parameters() -> set[str]:
-    """Of torch's own operator on packed sequences; none in a torch without it."""
+def _varlen_attn() -> Any:
+    """Torch's own operator on packed sequences; None in a torch without it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return set()
-    return set(inspect.signature(varlen_attn).parameters)
+        return None
+    return varlen_attn
 
 
 SMALL_VARLEN = (
