@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fused_lm
 from fused_lm.explain import call_of
@@ -126,25 +127,29 @@ def _gradients(
 
 @needs_harness
 def test_one_kernel_compiles_fullgraph() -> None:
-    """Forward and, by the opaque operator behind it, backward."""
+    """Forward and, by the opaque operator behind it, backward; once for all lengths."""
     name = HOPPER[0]
-    q, k, v, *rest = data_of(Call("two", (37, 5), (40, 9), upper=0, at_end=True))
 
-    def step(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        out, lse = varlen((q, k, v, *rest), return_lse=True)
+    def step(*data: Any) -> Any:
+        out, lse = varlen(data, return_lse=True)
         return 2 * out, lse
 
     torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    results = []
+    counter, compilations = CompileCounterWithBackend("aot_eager"), set()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
     with simt.installed(name), fused_lm.use_backend(name):
-        for function in (step, compiled):
-            leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-            out, lse = function(*leaves)
-            loss = out.float().square().sum() + lse[lse.isfinite()].sum()
-            results.append((out, lse, *torch.autograd.grad(loss, leaves)))
-    for eager, other in zip(*results, strict=True):
-        assert torch.equal(eager, other)
+        for lengths in (((37, 5), (40, 9)), ((3, 30, 11), (7, 20, 12))):
+            q, k, v, *rest = data_of(Call("", *lengths, upper=0, at_end=True))
+            results = []
+            for function in (step, compiled):
+                leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+                out, lse = function(*leaves, *rest)
+                loss = out.float().square().sum() + lse[lse.isfinite()].sum()
+                results.append((out, lse, *torch.autograd.grad(loss, leaves)))
+            for eager, other in zip(*results, strict=True):
+                assert torch.equal(eager, other)
+            compilations.add(counter.frame_count)
+    assert len(compilations) == 1, "other lengths ran what the first one had compiled"
 
 
 def test_auto_is_pytorch_on_a_cpu() -> None:

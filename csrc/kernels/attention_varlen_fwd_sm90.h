@@ -22,10 +22,13 @@
 //   v_raw          producer of v; bytes of the tile       its warp: a tile in which a sequence ends
 //   v_full         .. of other tiles; or its first lane   consumers: the tile
 // clang-format on
-// and the others as there. Bounds that don't rise from 0 to the rows of q or k give results without
+// and the others as there.
+//
+// Bounds that don't rise from 0 to the rows of q or k give results without
 // a meaning, and no access outside of the tensors: every one is clamped, and rows are counted.
 //
-// Bytes: as there, of each sequence; and per tile 32 bounds per round of the search, and 4.
+// Bytes: as there, of each sequence, but whole boxes where one ends; and per virtual tile up to 32
+// bounds per round of the search, and 4.
 #pragma once
 
 #include "kernels/attention_fwd_sm90.h"

@@ -64,6 +64,7 @@ class VarlenCase:
             options["window"] = (self.T // 4, 0)
         if "softcap" in self.features:
             options["softcap"] = SOFTCAP
+        of_torch = self._options_of_torch(q)
         returns_lse = fused_lm.dispatch.current_backend() != "pytorch"
 
         def ours(q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
@@ -71,8 +72,8 @@ class VarlenCase:
             return found if isinstance(found, tuple) else (found,)
 
         def theirs(q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
-            if fused_lm.dispatch.current_backend() == "pytorch" and self._torch_takes(q):
-                return (self._of_torch(q, k, v, bounds),)
+            if fused_lm.dispatch.current_backend() == "pytorch" and of_torch is not None:
+                return (_varlen_attn()(q, k, v, *bounds, *map(max, lengths), **of_torch),)
             out = fused_lm.attention_varlen(q, k, v, *bounds, **options)
             return out if isinstance(out, tuple) else (out,)
 
@@ -85,22 +86,22 @@ class VarlenCase:
         arguments = {"q": q, "k": k, "v": v, **places, **options}
         return Problem(ours, formula, (q, k, v), outputs, ("q", "k", "v"), theirs, arguments)
 
-    def _torch_takes(self, q: Tensor) -> bool:
-        """Whether torch has one kernel for it, the fastest that a user of torch has."""
+    def _options_of_torch(self, q: Tensor) -> dict[str, Any] | None:
+        """How torch's own kernel is told the case, the fastest that its users have; None where it
+        has none: the oldest know no window and no groups, and none has a softcap.
+        """
         attend = _varlen_attn()
-        found = set() if attend is None else set(inspect.signature(attend).parameters)
-        needed = {"window_size", "enable_gqa"} if self.Hkv != self.H else {"window_size"}
         half = q.dtype in (torch.float16, torch.bfloat16)
-        return q.is_cuda and half and "softcap" not in self.features and needed <= found
-
-    def _of_torch(self, q: Tensor, k: Tensor, v: Tensor, bounds: list[Tensor]) -> Tensor:
-        window = (self.T // 4 if "window" in self.features else -1, 0)
-        if not {"causal", "window"} & set(self.features):
-            window = (-1, -1)
-        most = [max(each) for each in self.lengths]
-        options: dict[str, Any] = {"enable_gqa": True} if self.Hkv != self.H else {}
-        out: Tensor = _varlen_attn()(q, k, v, *bounds, *most, window_size=window, **options)
-        return out
+        if attend is None or not q.is_cuda or not half or "softcap" in self.features:
+            return None
+        known, options = inspect.signature(attend).parameters, dict[str, Any]()
+        if self.Hkv != self.H:
+            options["enable_gqa"] = True
+        if "window" in self.features:
+            options["window_size"] = (self.T // 4, 0)
+        elif "causal" in self.features:
+            options |= {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+        return options if options.keys() <= known.keys() else None
 
     def _formula(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         lower = -(self.T // 4) if "window" in self.features else None
