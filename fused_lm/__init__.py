@@ -9,7 +9,7 @@ from fused_lm.integrations.fuse import FuseReport, fuse, fused, unfuse
 from fused_lm.integrations.sdpa import activate_sdpa, deactivate_sdpa, sdpa_activated
 from fused_lm.ops.attention import attention, attention_weights
 from fused_lm.ops.attention_decode import attention_decode
-from fused_lm.ops.attention_layouts import attention_varlen
+from fused_lm.ops.attention_varlen import attention_varlen
 from fused_lm.ops.cross_entropy import cross_entropy
 from fused_lm.ops.ffn import ffn
 from fused_lm.ops.layernorm import layer_norm, rms_norm

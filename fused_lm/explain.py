@@ -12,6 +12,8 @@ from fused_lm.ops.attention import attention, attention_weights
 from fused_lm.ops.attention_checks import checked_call, checked_weights_call
 from fused_lm.ops.attention_decode import attention_decode
 from fused_lm.ops.attention_decode_checks import checked_call as checked_decode_call
+from fused_lm.ops.attention_varlen import attention_varlen
+from fused_lm.ops.attention_varlen_checks import checked_call as checked_varlen_call
 from fused_lm.ops.cross_entropy import cross_entropy
 from fused_lm.ops.cross_entropy_checks import checked_call as checked_cross_entropy
 from fused_lm.ops.cross_entropy_checks import checked_linear_call
@@ -34,6 +36,7 @@ _OPERATORS = {
     "attention": _Operator(attention, checked_call),
     "attention_weights": _Operator(attention_weights, checked_weights_call),
     "attention_decode": _Operator(attention_decode, checked_decode_call),
+    "attention_varlen": _Operator(attention_varlen, checked_varlen_call),
     "layer_norm": _Operator(layer_norm, checked_norm_call),
     "rms_norm": _Operator(rms_norm, checked_norm_call),
     "cross_entropy": _Operator(cross_entropy, checked_cross_entropy),

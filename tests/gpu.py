@@ -31,6 +31,13 @@ def shared_bytes() -> int:
     return int(torch.cuda.get_device_properties(0).shared_memory_per_block_optin)
 
 
+def is_hopper() -> bool:
+    """Whether the GPU here runs what is built for sm_90a."""
+    if not HAS_GPU or PROBLEM is not None:
+        return False
+    return extension.target_for(torch.cuda.get_device_capability()) == "sm_90"
+
+
 def call(op: str, *arguments: Any) -> Any:
     """``cuda_<op>`` on copies of the tensors, with their strides and alignment; waits, so that a
     kernel's mistake is raised here. Results come back as CPU tensors with the strides they had.

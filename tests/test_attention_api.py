@@ -216,27 +216,3 @@ def test_sdpa_errors() -> None:
         fused_lm.scaled_dot_product_attention(x, x, x, torch.ones(12, 12) > 0, is_causal=True)
     with pytest.raises(ValueError, match="enable_gqa is False"):
         fused_lm.scaled_dot_product_attention(x.repeat(1, 2, 1, 1), x, x)
-
-
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-def test_varlen_is_attention_per_sequence(backend: str, device: torch.device) -> None:
-    lengths_q, lengths_k = [3, 0, 7, 1], [5, 2, 7, 4]
-    q, k, v = (torch.randn(shape, device=device) for shape in ((11, 4, 8), (18, 2, 8), (18, 2, 6)))
-    bounds = [
-        torch.tensor([0, *lengths], device=device).cumsum(0) for lengths in (lengths_q, lengths_k)
-    ]
-    with fused_lm.use_backend(backend):
-        out, lse = fused_lm.attention_varlen(
-            q, k, v, *bounds, causal="bottom_right", return_lse=True
-        )
-    assert out.shape == (11, 4, 6) and lse.shape == (4, 11)
-    for i in range(4):
-        rows, keys = slice(bounds[0][i], bounds[0][i + 1]), slice(bounds[1][i], bounds[1][i + 1])
-        T, S = lengths_q[i], lengths_k[i]
-        visible = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T).expand(1, 4, T, S)
-        one = [t.transpose(0, 1)[None] for t in (q[rows], k[keys], v[keys])]
-        expected = oracle.attention(*one, visible=visible)
-        torch.testing.assert_close(out[rows], expected[0][0].transpose(0, 1))
-        torch.testing.assert_close(lse[:, rows], expected[1][0])
-    with pytest.raises(ValueError, match="must rise from 0 to 11"):
-        fused_lm.attention_varlen(q, k, v, bounds[1], bounds[0])

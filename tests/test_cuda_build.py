@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from build_tools import commands, cuda_build, toolchain
 from build_tools.toolchain import Missing
 from fused_lm.ops import schemas
-from fused_lm.reference import attention, attention_decode, layernorm
+from fused_lm.reference import attention, attention_decode, attention_varlen, layernorm
 
 NVCC = """#!/bin/sh
 case "$1" in
@@ -161,7 +161,14 @@ def _decode_arguments() -> tuple[object, ...]:
     return (q, k, v, torch.tensor([5, 8]), torch.tensor([[1, 0], [4, 2]]), -3, 0, 0.25, 5.0)
 
 
+def _varlen_arguments() -> tuple[object, ...]:
+    q, k, v = torch.randn(8, 4, 16), torch.randn(9, 2, 16), torch.randn(9, 2, 8)
+    return (q, k, v, torch.tensor([0, 5, 8]), torch.tensor([0, 2, 9]), -3, 0, True, 0.25, 5.0)
+
+
 def _attention_arguments(op: str) -> tuple[object, ...]:
+    if op == "attention_varlen_fwd":
+        return _varlen_arguments()
     if op == "attention_decode_fwd":
         return _decode_arguments()
     q, k, v = torch.randn(2, 4, 6, 16), torch.randn(2, 2, 5, 16), torch.randn(2, 2, 5, 8)
@@ -196,7 +203,11 @@ def test_inner_ops(name: str) -> None:
     """
     op = name.removeprefix("cuda_")
     inner = getattr(torch.ops.fused_lm, name).default
-    references = {"attention_decode": attention_decode, "attention": attention}
+    references = {
+        "attention_decode": attention_decode,
+        "attention_varlen": attention_varlen,
+        "attention": attention,
+    }
     found = (module for start, module in references.items() if op.startswith(start))
     reference = next(found, layernorm)
     function = getattr(reference, op.replace("_fwd", "_forward").replace("_bwd", "_backward"))

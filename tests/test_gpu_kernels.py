@@ -17,10 +17,12 @@ from torch import Tensor
 
 from fused_lm.reference import attention as reference
 from fused_lm.reference import attention_decode as decode_reference
+from fused_lm.reference import attention_varlen as varlen_reference
 from fused_lm.tolerance import check_close
 from tests import attention_bwd_calls as backward_calls
 from tests import attention_calls, gpu
 from tests import attention_decode_calls as decode_calls
+from tests import attention_varlen_calls as varlen_calls
 from tests import test_simt_attention_extremes as extremes
 from tests import test_simt_attention_weights as weights
 from tests import test_simt_layernorm as norms
@@ -100,6 +102,23 @@ def test_attention_decode(call: decode_calls.Call) -> None:
     same, exact = decode_reference.attention_decode_forward(*data), decode_calls.formula(*data)
     for i, name in enumerate(("out", "lse")):
         check_close(results[i], same[i], exact[i], name)
+
+
+@pytest.mark.skipif(not gpu.is_hopper(), reason="the kernels are for Hopper")
+@pytest.mark.parametrize("call", [*varlen_calls.CALLS, *varlen_calls.LONG], ids=_ids)
+def test_attention_varlen(call: varlen_calls.Call) -> None:
+    data = varlen_calls.data_of(call)
+    results = _repeated(lambda: gpu.call("attention_varlen_fwd", *data))
+    same = varlen_reference.attention_varlen_forward(*data)
+    exact = varlen_calls.formula(*data)
+    for i, name in enumerate(("out", "lse")):
+        check_close(results[i], same[i], exact[i], name)
+
+
+@pytest.mark.skipif(not gpu.is_hopper(), reason="the kernels are for Hopper")
+@pytest.mark.parametrize("call", varlen_calls.POISONED, ids=_ids)
+def test_packed_neighbours_stay_outside(call: varlen_calls.Call) -> None:
+    varlen_calls.check_neighbours(lambda *data: gpu.call("attention_varlen_fwd", *data), call)
 
 
 @pytest.mark.parametrize("call", extremes.CALLS, ids=_ids)

@@ -34,6 +34,10 @@ OPERATORS = {
         60,
         ["tests/test_attention_decode.py", "tests/test_simt_attention_decode.py"],
     ),
+    "attention, packed": (
+        75,
+        ["tests/test_attention_varlen.py", "tests/test_simt_attention_varlen.py"],
+    ),
     "attention, Hopper": (120, ["tests/test_simt_attention_sm90.py"]),
 }
 """How many tests run at least, and of which files."""

@@ -1,4 +1,6 @@
-"""What the compiled Hopper forward could reach, by the instructions of its main loop."""
+"""What the compiled Hopper forwards, dense and packed, could reach, by the instructions of their
+main loop.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +19,20 @@ from tests.simt import build, runtime
 pytestmark = pytest.mark.slow  # what is compiled holds until the code changes, see tests/golden
 WARPS = 4
 """Of a warpgroup, on each of which the loop's instructions run."""
+WARPGROUP = 128
 MOST_INSTRUCTIONS = {128: 480}
 """Of one tile of keys: what FlashAttention-3's loop has (simt.md 9), as a limit."""
+UNITS = ["attention_fwd_sm90_bf16", "attention_varlen_fwd_sm90_bf16"]
 
 
 @functools.cache
-def _kernels() -> dict[tuple[int, bool], Kernel]:
-    """Those for bf16, by head dim and whether their scores are general."""
+def _kernels(unit: str) -> dict[tuple[int, bool], Kernel]:
+    """By head dim and whether their scores are general."""
     try:
         toolkit = toolchain.find_toolkit()
     except toolchain.Missing as error:
         pytest.skip(str(error))
-    source = compiled.KERNELS / "attention_fwd_sm90_bf16.cu"
+    source = compiled.KERNELS / f"{unit}.cu"
     found = {}
     for kernel in compiled.compiled(toolkit, source, "90a").kernels:
         if kernel.sass is None:
@@ -45,8 +49,9 @@ def _main_loop(kernel: Kernel) -> list[Instruction]:
     return min((way for way in ways if any(i.base == "HGMMA" for i in way)), key=len)
 
 
+@pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_the_main_loop(head_dim: int) -> None:
+def test_the_main_loop(head_dim: int, unit: str) -> None:
     """As many products and exponentials as there must be; the tensor cores bind, or at 64 columns
     the exponentials, which take as long; all of these run beside p v, before it is waited for.
     """
@@ -54,7 +59,7 @@ def test_the_main_loop(head_dim: int) -> None:
         pytest.skip(str(build.unavailable()))
     tuning = runtime.load("plain").module.attention_tuning_sm90(head_dim, False)
     groups, keys = tuning["block_t"] // 64, tuning["block_s"]
-    code = _main_loop(_kernels()[head_dim, False])
+    code = _main_loop(_kernels(unit)[head_dim, False])
     assert sum(i.base == "HGMMA" for i in code) == head_dim // 16 + keys // 16
     exponentials = [at for at, i in enumerate(code) if i.opcode.startswith("MUFU.EX2")]
     assert len(exponentials) == keys // 2
@@ -76,10 +81,18 @@ def _operand_bytes(groups: int, keys: int, head_dim: int) -> int:
     return 2 * (scores + groups * keys * head_dim + 2 * keys * head_dim)
 
 
+@pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("general", [False, True])
-def test_registers_move_between_the_groups(general: bool) -> None:
-    """ptxas ignores setmaxnreg with no more than a remark where it doesn't know the launch."""
-    for (_, is_general), kernel in _kernels().items():
+def test_registers_move_between_the_groups(general: bool, unit: str) -> None:
+    """ptxas ignores setmaxnreg with no more than a remark where it doesn't know the launch; and a
+    block gets no more than it was launched with.
+    """
+    for (_, is_general), kernel in _kernels(unit).items():
         if is_general == general:
             moves = [line for line in kernel.sass or () if "USETMAXREG" in line]
             assert len(moves) == 2, moves
+            consumers, producer = sorted(
+                (int(m.split(", ")[-1].split()[-1], 16) for m in moves), reverse=True
+            )
+            groups = (kernel.max_threads or 0) // WARPGROUP - 1
+            assert groups * consumers + producer <= (groups + 1) * kernel.registers

@@ -141,10 +141,12 @@ def _operators(device: torch.device) -> list[dict[str, Any]]:
     wide, head, logits = one.expand(3072, 768), one.expand(50257, 768), one.expand(1024, 50257)
     target = torch.zeros((), dtype=torch.int64, device=device).expand(1024)
     lens = target[:1]
+    rows, bounds = one.expand(8192, 8, 64), target[:9].int()
     calls: list[tuple[str, tuple[torch.Tensor, ...], dict[str, Any]]] = [
         ("attention", (q, q, q), {"causal": True}),
         ("attention_weights", (q, q, lse), {"causal": True}),
         ("attention_decode", (q[:, :, :1].detach(), q.detach(), q.detach(), lens), {}),
+        ("attention_varlen", (rows, rows, rows, bounds, bounds), {"causal": True}),
         ("layer_norm", (x,), {"residual": x}),
         ("rms_norm", (x,), {"residual": x}),
         ("rotary", (q, one.detach().expand(1024, 32), one.detach().expand(1024, 32)), {}),

@@ -19,6 +19,11 @@ _SCORE = (
     " SymInt? lower, SymInt? upper, float scale, float softcap"
 )
 
+_PACKED = (
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt? lower, SymInt? upper,"
+    " bool aligned_at_end, float scale, float softcap"
+)
+
 _LINEAR_BWD = (
     "Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor pre, str activation, bool transposed,"
     " bool needs_dx, bool needs_dbias, bool needs_dweight"
@@ -57,6 +62,13 @@ SCHEMAS = {
         "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_lens, Tensor? block_table,"
         " SymInt? lower, SymInt? upper, float scale, float softcap, str backend)"
         " -> (Tensor out, Tensor lse)"
+    ),
+    "attention_varlen_fwd": (
+        f"(Tensor q, Tensor k, Tensor v, {_PACKED}, str backend) -> (Tensor out, Tensor lse)"
+    ),
+    "attention_varlen_bwd": (
+        "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+        f" {_PACKED}, str backend) -> (Tensor dq, Tensor dk, Tensor dv)"
     ),
     "layer_norm_fwd": (
         "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? rng, float eps,"
@@ -119,6 +131,7 @@ SCHEMAS = {
 
 _IN_CUDA = (
     *("attention_fwd", "attention_bwd", "attention_weights_fwd", "attention_decode_fwd"),
+    "attention_varlen_fwd",
     *("layer_norm_fwd", "layer_norm_bwd", "rms_norm_fwd", "rms_norm_bwd"),
 )
 CUDA_SCHEMAS = {f"cuda_{name}": SCHEMAS[name].replace(", str backend)", ")") for name in _IN_CUDA}

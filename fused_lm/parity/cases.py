@@ -22,6 +22,7 @@ from fused_lm.parity.decode_cases import SMALL_DECODE, DecodeCase, verify_decode
 from fused_lm.parity.judge import Function
 from fused_lm.parity.linear_cases import SMALL_LINEAR, LinearCase, verify_linear_cases
 from fused_lm.parity.rotary_cases import SMALL_ROTARY, RotaryCase, verify_rotary_cases
+from fused_lm.parity.varlen_cases import SMALL_VARLEN, VarlenCase, verify_varlen_cases
 from fused_lm.reference.attention import visible as band_of
 from fused_lm.reference.philox import scaled_keep
 
@@ -236,7 +237,14 @@ class WeightsCase:
 
 
 Case = (
-    AttentionCase | NormCase | WeightsCase | DecodeCase | RotaryCase | LinearCase | CrossEntropyCase
+    AttentionCase
+    | NormCase
+    | WeightsCase
+    | DecodeCase
+    | VarlenCase
+    | RotaryCase
+    | LinearCase
+    | CrossEntropyCase
 )
 
 SMALL: tuple[Case, ...] = (
@@ -256,6 +264,7 @@ SMALL: tuple[Case, ...] = (
     NormCase("rms_norm"),
     NormCase("rms_norm", ("dropout", "add"), C=100),
     *SMALL_DECODE,
+    *SMALL_VARLEN,
     *SMALL_ROTARY,
     *SMALL_LINEAR,
     *SMALL_CROSS_ENTROPY,
@@ -296,5 +305,6 @@ def verify_cases() -> list[Case]:
     shared_keys = AttentionCase(("bias", "dropout"), B=16, H=16, Hkv=4)
     cases += [shared_keys.sized(1024, D) for D in (128, 192)]
     cases += verify_decode_cases()
+    cases += verify_varlen_cases()
     cases += [NormCase(op, features, N, C) for N, C in rare for op, features in NORM_KINDS]
     return cases

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ import fused_lm
 from fused_lm import dispatch
 from fused_lm.cuda import extension
 from fused_lm.explain import call_of
-from fused_lm.ops import attention_backends, attention_decode_checks
+from fused_lm.ops import attention_backends, attention_decode_checks, attention_varlen_checks
 from fused_lm.ops.checks import interpreting, triton_refusal
 from fused_lm.parity.cases import Case
 from fused_lm.parity.judge import judge
@@ -108,8 +109,11 @@ def within_limits(case: Case, backend: str, dtype: str) -> bool:
     if backend != "cuda" or not case.op.startswith("attention"):
         return True
     problem = case.build(DTYPES[dtype], torch.device("meta"))
-    decodes = case.op == "attention_decode"
-    limit = (attention_decode_checks if decodes else attention_backends).cuda_limit
+    limits: dict[str, Callable[[Any], str | None]] = {
+        "attention_decode": attention_decode_checks.cuda_limit,
+        "attention_varlen": attention_varlen_checks.cuda_limit,
+    }
+    limit = limits.get(case.op, attention_backends.cuda_limit)
     return limit(call_of(case.op, **problem.arguments)) is None
 
 

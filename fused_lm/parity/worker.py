@@ -24,6 +24,7 @@ from fused_lm.parity.cases import (
     Case,
     DecodeCase,
     RotaryCase,
+    VarlenCase,
     WeightsCase,
     verify_cases,
 )
@@ -133,7 +134,7 @@ def without_kernels(op: str, arguments: dict[str, Any]) -> str:
 
 def _slice(case: Case) -> Case:
     """What parity can afford of a case: batch and heads are copies of one another."""
-    sliced = AttentionCase | WeightsCase | DecodeCase | RotaryCase
+    sliced = AttentionCase | WeightsCase | DecodeCase | VarlenCase | RotaryCase
     if not isinstance(case, sliced) or case.B * case.H <= 4:
         return case
     few = 1 if case.T > LONG else 2

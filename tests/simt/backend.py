@@ -14,8 +14,14 @@ from typing import Any
 import torch
 
 from fused_lm import dispatch
-from fused_lm.ops import attention_backends, attention_decode_checks, registration
+from fused_lm.ops import (
+    attention_backends,
+    attention_decode_checks,
+    attention_varlen_checks,
+    registration,
+)
 from fused_lm.ops.schemas import CUDA_SCHEMAS
+from fused_lm.reference.attention_varlen import backward_by
 from tests.simt import build, runtime
 
 PREFIX = "simt_"
@@ -41,21 +47,34 @@ def installed(backend: str, seed: int = 0) -> Iterator[runtime.Harness]:
                 refuses = _LIMITS.get(public, _norm_refuses)
                 impl = dispatch.Impl(backend, refuses, needs_record=True)
                 dispatch.TABLE[public] = (impl, *tables[public])
+        # One has kernels for Hopper alone, and a backward that fused_lm/cuda makes of attention's.
+        registration.FUNCTIONS["attention_varlen_fwd"][backend] = partial(_on_hopper, harness)
+        registration.FUNCTIONS["attention_varlen_bwd"][backend] = partial(
+            backward_by, partial(harness.call, "attention_bwd")
+        )
         yield harness
     finally:
         dispatch.BACKENDS = names
         dispatch.TABLE.update(tables)
-        for op in ops:
+        for op in (*ops, "attention_varlen_bwd"):
             registration.FUNCTIONS[op].pop(backend, None)
         harness.configure()
 
 
 _OF_HOPPER = {"cuda_attention_bwd_sm90"}
 """No operator of its own: the backend ``cuda`` takes it on such a GPU."""
+
+
+def _on_hopper(harness: runtime.Harness, *arguments: Any) -> Any:
+    with harness.choosing(hopper=True):
+        return harness.call("attention_varlen_fwd", *arguments)
+
+
 _LIMITS = {
     "attention": attention_backends.cuda_limit,
     "attention_weights": attention_backends.cuda_limit,
     "attention_decode": attention_decode_checks.cuda_limit,
+    "attention_varlen": attention_varlen_checks.cuda_limit,
 }
 
 
