@@ -10,7 +10,8 @@
 // operands of scores, dP and dq there, 64 KB each, one of dv and dk, 32 KB each; ds is written, 16
 // KB; q and dout come in, 32 KB, lse and delta are read, 16 KB; and dq, as floats, is written and
 // read, 64 KB, if it is added from there. So shared memory binds: 3072 clocks, or 2560 if dq is
-// added from registers. Exponentials take 64 / D of a fourth of the products' time.
+// added from registers; what threads do besides is 144 more. Exponentials take 512, or 1024 at 64
+// columns.
 #pragma once
 
 #include "common/types.h"
