@@ -201,7 +201,7 @@ def test_inner_ops(name: str) -> None:
     """Schema, fake and aliasing of what the extension implements, by the reference on a CPU; and
     the fake on a GPU's tensors.
     """
-    op = name.removeprefix("cuda_")
+    op = name.removeprefix("cuda_").removesuffix("_sm90")
     inner = getattr(torch.ops.fused_lm, name).default
     references = {
         "attention_decode": attention_decode,
