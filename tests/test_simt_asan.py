@@ -39,6 +39,7 @@ OPERATORS = {
         ["tests/test_attention_varlen.py", "tests/test_simt_attention_varlen.py"],
     ),
     "attention, Hopper": (120, ["tests/test_simt_attention_sm90.py"]),
+    "attention, Hopper's backward": (60, ["tests/test_simt_attention_bwd_sm90.py"]),
 }
 """How many tests run at least, and of which files."""
 
