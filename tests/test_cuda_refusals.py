@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import torch
 import fused_lm
 from fused_lm import records
 from fused_lm.commands import doctor
+from fused_lm.cuda import attention as cuda_attention
 from fused_lm.cuda import extension
 from fused_lm.ops import schemas
 
@@ -219,3 +221,16 @@ def test_doctor_shows_the_extension(
     monkeypatch.setattr(doctor, "_driver", lambda: None)
     found = [fault["what"] for fault in doctor._faults()]
     assert "the CUDA extension was built for another version of this source" in found
+
+
+def test_equal_bits_have_the_other_backward_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hopper's adds up dq in any order."""
+    called: list[str] = []
+    monkeypatch.setattr(extension, "op", lambda name: lambda *arguments: called.append(name))
+    names = inspect.signature(cuda_attention.attention_backward).parameters
+    for asked in (False, True):
+        monkeypatch.setattr(
+            torch, "are_deterministic_algorithms_enabled", lambda asked=asked: asked
+        )
+        cuda_attention.attention_backward(*names)  # type: ignore[arg-type]
+    assert called == ["attention_bwd_sm90", "attention_bwd"]

@@ -10,9 +10,9 @@
 #include "common/device.h"
 #include "common/matrix_descriptor.h"
 #include "harness/operands.h"
+#include "kernels/attention_bwd_tuning_sm90.h"
 #include "kernels/attention_decode_tuning.h"
 #include "kernels/attention_tuning.h"
-#include "kernels/attention_bwd_tuning_sm90.h"
 #include "kernels/attention_tuning_sm90.h"
 #include "kernels/layernorm_tuning.h"
 #include "planted/planted.h"
@@ -208,9 +208,8 @@ PYBIND11_MODULE(SIMT_LIBRARY, m) {
       std::vector<int>(std::begin(fused_lm::kHopperHeadDims), std::end(fused_lm::kHopperHeadDims));
   m.def("attention_bwd_tuning_sm90", &attention_bwd_tuning_sm90, py::arg("head_dim"),
         py::arg("general"));
-  m.attr("HOPPER_BACKWARD_HEAD_DIMS") =
-      std::vector<int>(std::begin(fused_lm::kHopperBackwardHeadDims),
-                       std::end(fused_lm::kHopperBackwardHeadDims));
+  m.attr("HOPPER_BACKWARD_HEAD_DIMS") = std::vector<int>(
+      std::begin(fused_lm::kHopperBackwardHeadDims), std::end(fused_lm::kHopperBackwardHeadDims));
   m.def("attention_dkdv_tuning", &attention_dkdv_tuning, py::arg("head_dim"), py::arg("general"));
   m.def("attention_backward_teams_tuning", &attention_backward_teams_tuning, py::arg("head_dim"),
         py::arg("makes"), py::arg("warps"));
