@@ -1,4 +1,4 @@
-// Before everything else in the race build's kernels: the C library's copies go where their
+// Before everything else in kernels, for the race build: the C library's copies go where their
 // accesses are seen (hooks.cpp). g++ must take them for no builtins: it expands those after it has
 // put its calls before loads and stores.
 #pragma once
