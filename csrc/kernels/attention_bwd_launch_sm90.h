@@ -8,7 +8,8 @@ namespace fused_lm {
 namespace attention_bwd {
 
 // A map of a [B, heads, length, columns] tensor whose boxes are slabs of Tile, `rows` high. A
-// dimension of one element has no stride of its own: any that is legal does.
+// dimension of one element has no stride of its own: any that is legal does. As in
+// attention_fwd_launch_sm90.h, which isn't included: a record of the one would hang on the other.
 template <class Element, class Tile>
 Status map_heads(ptx::TensorMap& map, const uint16_t* base, const HeadStrides& strides, int B,
                  int heads, int length, int columns, int rows) {

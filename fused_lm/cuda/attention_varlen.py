@@ -1,12 +1,14 @@
 """Attention inside each of several packed sequences by ``csrc/attention_varlen.cpp``: one kernel
-for all of them, which reads the bounds on the GPU. The backward is that of
-``csrc/attention_bwd.cpp``, one sequence after the other.
+for all of them, which reads the bounds on the GPU. The backward is that of :mod:`.attention`, one
+sequence after the other.
 
 Arguments are those of ``fused_lm.reference.attention_varlen``; the public function refuses what is
 no float16 or bfloat16, head dims that are no multiples of 8 up to 256, and GPUs but Hopper.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 from torch import Tensor
 
@@ -33,24 +35,5 @@ def attention_varlen_forward(
     )
 
 
-def attention_varlen_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    lower: int | None,
-    upper: int | None,
-    aligned_at_end: bool,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv) with sizes and dtype of their tensors; waits for the bounds."""
-    return backward_by(
-        attention_backward, dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k,
-        lower, upper, aligned_at_end, scale, softcap,
-    )  # fmt: skip
+attention_varlen_backward = partial(backward_by, attention_backward)
+"""Gradients (dq, dk, dv) with sizes and dtype of their tensors; waits for the bounds."""

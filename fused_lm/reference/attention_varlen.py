@@ -14,54 +14,13 @@ read the bounds on the host.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_lm.reference.attention import attention_backward, attention_forward
-
-
-def attention_varlen_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    lower: int | None,
-    upper: int | None,
-    aligned_at_end: bool,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    """q [N, H, D], k [M, Hkv, D], v [M, Hkv, Dv] -> out [N, H, Dv], lse [H, N]."""
-    return forward_by(
-        attention_forward, q, k, v, cu_seqlens_q, cu_seqlens_k,
-        lower, upper, aligned_at_end, scale, softcap,
-    )  # fmt: skip
-
-
-def attention_varlen_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    lower: int | None,
-    upper: int | None,
-    aligned_at_end: bool,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv) with sizes and dtype of their tensors."""
-    return backward_by(
-        attention_backward, dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k,
-        lower, upper, aligned_at_end, scale, softcap,
-    )  # fmt: skip
 
 
 class Sequence(NamedTuple):
@@ -117,7 +76,9 @@ def forward_by(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`attention_varlen_forward` by a forward of attention."""
+    """out [N, H, Dv] and lse [H, N] of q [N, H, D], k [M, Hkv, D], v [M, Hkv, Dv], by a forward of
+    attention.
+    """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     outputs = [q.new_empty(0, q.shape[1], v.shape[2])]
     statistics = [q.new_empty(q.shape[1], 0, dtype=wide)]
@@ -151,8 +112,8 @@ def backward_by(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`attention_varlen_backward` by a backward of attention, each sequence's gradients
-    copied to their place.
+    """dq, dk and dv with sizes and dtype of their tensors, by a backward of attention, each
+    sequence's copied to their place.
     """
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     band = (lower, upper, aligned_at_end)
@@ -178,3 +139,9 @@ def backward_by(
 def as_heads(rows: Tensor) -> Tensor:
     """[T, H, D] as attention takes it, [1, H, T, D]: a view."""
     return rows.transpose(0, 1)[None]
+
+
+attention_varlen_forward = partial(forward_by, attention_forward)
+"""q [N, H, D], k [M, Hkv, D], v [M, Hkv, Dv] -> out [N, H, Dv], lse [H, N]."""
+attention_varlen_backward = partial(backward_by, attention_backward)
+"""Gradients (dq, dk, dv) with sizes and dtype of their tensors."""
