@@ -72,7 +72,7 @@ def _proofs(device: str) -> list[Stage]:
     """The harness' calls, plain and under each sanitizer; on a CPU a few, on the harness."""
     kernels = _pytest("-m", "gpu", *_in_parallel(), "tests/test_gpu_kernels.py")
     if device == "cpu":
-        kernels = _pytest("tests/test_simt_attention_extremes.py", "-k", "simt_plain and key")
+        kernels = _pytest("tests/test_simt_attention_extremes.py", "-k", "simt_race and key")
     plain = Stage(
         *("kernels", lambda _: kernels, 300.0, 20.0, r"passed|failed|error"),
         refusal=lambda: None if device == "cpu" else extension.refusal_on("cuda", 0),

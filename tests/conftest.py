@@ -23,6 +23,17 @@ from tests.simt.report import (  # noqa: E402, F401
     pytest_testnodedown,
 )
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs on every build of the harness: only on one of them in ``make test``."""
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        values = callspec.params.values() if callspec else ()
+        if any(isinstance(v, str) and v in ("plain", "simt_plain") for v in values):
+            item.add_marker(pytest.mark.slow)
+
+
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
 

@@ -63,7 +63,7 @@ def test_bad_calls(args: Any, options: Any, error: type[Exception], text: str) -
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_opcheck(backend: str, device: torch.device) -> None:
-    q, k, v = (t.requires_grad_() for t in _qkv(device, H=4))
+    q, k, v = (t[:1].requires_grad_() for t in _qkv(device, H=4))
     bias = torch.randn(1, 4, 12, 12, device=device, requires_grad=True)
     rng = torch.tensor([1, 2, 0, 0], device=device)
     tail = (None, None, bias, rng, None, 0, 0.3, 2.0, 0.1)

@@ -22,9 +22,7 @@ from tests.simt import backend as simt
 
 F64 = torch.float64
 BACKENDS = ("reference", "pytorch", "triton", *gpu.CUDA)
-HOPPER = [name for name in simt.BACKENDS if name != "simt_race"]
-"""Builds of the harness on which the public function runs the CUDA kernel."""
-needs_harness = pytest.mark.skipif(not HOPPER, reason=str(simt.PROBLEM))
+needs_harness = pytest.mark.skipif(not simt.ONE, reason=str(simt.PROBLEM))
 CALLS = [
     Call("ragged", (37, 5, 1), (40, 5, 9), H=4, group=2),
     Call("empty ones", (0, 33, 4, 0), (7, 40, 0, 0), 128, integers=I64, upper=0),
@@ -91,7 +89,7 @@ def test_equals_the_formula(backend: str, call: Call, device: torch.device) -> N
 
 
 @needs_harness
-@pytest.mark.parametrize("name", HOPPER)
+@pytest.mark.parametrize("name", simt.ONE)
 @pytest.mark.parametrize(
     "call", [c for c in CALLS if c.dtype in (F16, BF16) and c.T], ids=lambda call: call.why
 )
@@ -128,7 +126,7 @@ def _gradients(
 @needs_harness
 def test_one_kernel_compiles_fullgraph() -> None:
     """Forward and, by the opaque operator behind it, backward; once for all lengths."""
-    name = HOPPER[0]
+    (name,) = simt.ONE
 
     def step(*data: Any) -> Any:
         out, lse = varlen(data, return_lse=True)

@@ -272,6 +272,7 @@ def test_hashes_are_those_of_instructions(shared: Path, installed: Installed) ->
     assert found == installed.report["kernels"]["layernorm_fwd"]
 
 
+@pytest.mark.slow
 def test_an_install_without_nvcc(tmp_path: Path) -> None:
     source = _copy_of_the_source(tmp_path / "source")
     python = _environment_with(tmp_path / "environment", sees="torch")

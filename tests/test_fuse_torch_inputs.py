@@ -25,7 +25,7 @@ NAMES = (
 )  # fmt: skip
 EMBED_DIM, HEADS = 64, 2
 """Of the rebuilt list: head dim 32, which every kernel takes."""
-FORCED = (*INTERPRETER, *(name for name in simt.BACKENDS if name == "simt_plain"))
+FORCED = (*INTERPRETER, *simt.ONE)
 SUITE = "torch's own inputs"
 WITH_RELU = 24
 SAMPLE = 32

@@ -72,7 +72,7 @@ def _dry(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_dry_run_in_two_pieces_runs_every_stage(tmp_path: Path) -> None:
     """On machines that keep nothing but the archive, and have no git."""
     if simt.BACKENDS:
-        runtime.load("plain")  # built outside of the stage's time
+        runtime.load(runtime.ONE)  # built outside of the stage's time
     shipped = records.SHIPPED.read_bytes()
     first = _dry(tmp_path / "a", "--only", "environment", "roofs")
     assert first.returncode == 0, first.stdout + first.stderr

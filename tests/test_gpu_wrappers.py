@@ -50,7 +50,7 @@ def summary(values: Sequence[float]) -> list[float] | str:
 
 def on_the_harness() -> dict[str, list[float] | str]:
     """Without the kernels that give zeros, which show nothing."""
-    harness = runtime.load("plain")
+    harness = runtime.load(runtime.ONE)
     harness.configure()
     module = harness.module
     found = {

@@ -202,7 +202,7 @@ def run_and_kill(out: Path, steps: int, after_s: float | None, from_start: bool 
 
 
 @pytest.mark.parametrize(
-    ("kills", "steps"), [(2, 200), pytest.param(20, 2000, marks=pytest.mark.slow)]
+    ("kills", "steps"), [(1, 120), pytest.param(20, 2000, marks=pytest.mark.slow)]
 )
 def test_killed_at_random_moments(tmp_path: Path, kills: int, steps: int) -> None:
     moments = random.Random(kills)

@@ -17,7 +17,7 @@ from tests.simt import backend as simt
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-HARNESS = tuple(name for name in CUDA if name == "simt_plain")
+HARNESS = tuple(name for name in CUDA if name in simt.ONE)
 BACKENDS = ("auto", "pytorch", "reference", "triton", *HARNESS, *(() if HARNESS else CUDA))
 SUITE = "MultiheadAttention against stock"
 PARTS = 4

@@ -17,7 +17,9 @@ BF16 = torch.bfloat16
 C, F = 24, 40
 
 
-def parameters(device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def parameters(
+    device: torch.device, dtype: torch.dtype = torch.float32, C: int = C, F: int = F
+) -> list[Tensor]:
     """stream, norm weight and bias, up and down."""
     shapes = ((3, 5, C), (C,), (C,), (F, C), (C, F))
     return [(torch.randn(s, device=device) / 2).to(dtype).requires_grad_() for s in shapes]
@@ -103,7 +105,7 @@ def test_the_stream_may_not_change_in_between(backend: str, device: torch.device
 
 @pytest.mark.parametrize("function", [norm_ffn, norm_linear])
 def test_second_derivatives_follow_the_norm(function: Callable[..., Tensor]) -> None:
-    tensors = parameters(torch.device("cpu"), torch.float64)
+    tensors = parameters(torch.device("cpu"), torch.float64, C=6, F=7)
     with fused_lm.use_backend("reference"):
         assert torch.autograd.gradgradcheck(
             lambda *t: function(True, False, *t)[:1, :2], tensors, atol=1e-4

@@ -36,6 +36,7 @@ from tests.attention_calls import (
     MEDIUM,
     RNG,
     TEAM_WARPS,
+    parameters,
 )
 from tests.simt import backend as simt
 from tests.simt import mutants, runtime
@@ -58,7 +59,7 @@ def _run(harness: runtime.Harness, data: Data) -> Sequence[Tensor]:
     return results
 
 
-@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.why)
+@pytest.mark.parametrize("call", parameters(CALLS, KERNELS))
 def test_every_schedule_gives_the_right_bits(call: Call, harness: runtime.Harness) -> None:
     data = Data.of(call)
     results = {}
@@ -256,7 +257,7 @@ def test_every_instantiation_runs() -> None:
         if place.split(" ")[1].startswith(("attention_bwd", "attention_dbias"))
         and "_sm90_" not in place.split(" ")[1]
     }
-    harness = runtime.load(simt.BACKENDS[0].removeprefix(simt.PREFIX))
+    harness = runtime.load(runtime.ONE)
     assert harness.module.MAX_JOINT_HEAD_DIM == JOINT_HEAD_DIM
     harness.configure()
     for call in KERNELS:

@@ -5,7 +5,7 @@ and every synchronisation dropped in turn.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,16 @@ from fused_lm.tolerance import check_close
 from tests import test_simt_attention_extremes as extremes
 from tests.attention_bwd_calls import Call, Data
 from tests.attention_bwd_hopper_calls import HEAD_DIMS, HOPPER_CALLS, INSTANTIATIONS, SMALL_CALLS
-from tests.attention_calls import BF16, DTYPES
+from tests.attention_calls import BF16, DTYPES, parameters
 from tests.simt import backend as simt
 from tests.simt import mutants, runtime
-from tests.test_simt_attention_sm90 import of_builds
 
 pytestmark = pytest.mark.skipif(not simt.BACKENDS, reason=str(simt.PROBLEM))
 needs_race = pytest.mark.skipif("simt_race" not in simt.BACKENDS, reason="needs the race build")
 MUTANT_SCHEDULES = 6
 HOPPER = {"hopper": True}
 FEW = [call for call in INSTANTIATIONS if call.dtype == BF16]
-"""For the race build each time."""
+"""In two schedules."""
 BLOCK_S, GROUPS, GROUP_KEYS = 128, 2, 64
 ROW_LANES = 8
 """That read a row's lse and dlse in attention_bwd_prepare."""
@@ -70,22 +69,22 @@ def _check(harness: runtime.Harness, call: Call, seeds: tuple[int, ...]) -> None
         assert equal, f"schedules {seeds[0]} and {seed} differ"
 
 
-@pytest.fixture
-def build(request: pytest.FixtureRequest) -> Iterator[runtime.Harness]:
-    found = runtime.load(request.param)
-    yield found
-    found.configure()
+@pytest.mark.parametrize("call", FEW, ids=lambda call: call.why)
+def test_every_schedule_gives_the_right_numbers(call: Call, harness: runtime.Harness) -> None:
+    _check(harness, call, (0, 11))
 
 
-@pytest.mark.parametrize(("build", "call"), of_builds(HOPPER_CALLS, FEW), indirect=["build"])
-def test_every_schedule_gives_the_right_numbers(call: Call, build: runtime.Harness) -> None:
-    _check(build, call, (0, 11))
+@pytest.mark.parametrize(
+    "call", parameters((c for c in HOPPER_CALLS if c not in FEW), INSTANTIATIONS)
+)
+def test_one_schedule_gives_the_right_numbers(call: Call, harness: runtime.Harness) -> None:
+    _check(harness, call, (11,))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("build", "call"), of_builds(SMALL_CALLS, ()), indirect=["build"])
-def test_every_feature(call: Call, build: runtime.Harness) -> None:
-    _check(build, call, (7,))
+@pytest.mark.parametrize("call", SMALL_CALLS, ids=lambda call: call.why)
+def test_every_feature(call: Call, harness: runtime.Harness) -> None:
+    _check(harness, call, (7,))
 
 
 @pytest.mark.parametrize(
@@ -183,7 +182,7 @@ def test_every_instantiation_runs() -> None:
         if place.split(" ")[1].startswith("attention_bwd_sm90")
     }
     assert len(compiled) == 3 * len(DTYPES) * 2 * len(HEAD_DIMS)
-    harness = runtime.load(simt.BACKENDS[0].removeprefix(simt.PREFIX))
+    harness = runtime.load(runtime.ONE)
     assert tuple(harness.module.HOPPER_BACKWARD_HEAD_DIMS) == HEAD_DIMS
     harness.configure()
     for call in INSTANTIATIONS:

@@ -239,7 +239,7 @@ def test_every_instantiation_runs() -> None:
     golden = sorted((Path(__file__).parent / "golden").glob("cuda-*.json"))[-1]
     places = [place.split(" ", 2) for place in json.loads(golden.read_text())]
     assert {name for _, unit, name in places if unit.startswith("attention_decode")} == compiled
-    harness = runtime.load(simt.BACKENDS[0].removeprefix(simt.PREFIX))
+    harness = runtime.load(runtime.ONE)
     harness.configure()
     for call in KERNELS:
         _run(harness, data_of(call))

@@ -5,7 +5,7 @@ every synchronisation dropped in turn. ``test_attention.py`` and its like run on
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from fused_lm.reference import attention as reference
 from fused_lm.tolerance import check_close
 from tests import test_simt_attention_extremes as extremes
 from tests.attention_bwd_calls import Call as BackwardCall
-from tests.attention_calls import BF16, DTYPES, Call, data_of, in_fp64
+from tests.attention_calls import BF16, DTYPES, Call, data_of, in_fp64, parameters
 from tests.attention_hopper_calls import HEAD_DIMS, HOPPER_CALLS, INSTANTIATIONS, SMALL_CALLS
 from tests.simt import backend as simt
 from tests.simt import mutants, runtime
@@ -30,7 +30,7 @@ MUTANT_SCHEDULES = 6
 GROUP_ROWS = 64
 HOPPER = {"hopper": True}
 FEW = [c for c in HOPPER_CALLS if (c in INSTANTIATIONS and c.dtype == BF16) or c.T == c.S == 300]
-"""For the race build each time: every kernel for bf16, and causal ones."""
+"""In two schedules: every kernel for bf16, and causal ones."""
 BLOCKS = 2
 """Multiprocessors of the harness, which the grid has blocks for."""
 
@@ -66,35 +66,21 @@ def _check(harness: runtime.Harness, call: Call, seeds: tuple[int, ...]) -> None
         assert equal, f"schedules {seeds[0]} and {seed} differ"
 
 
-def of_builds(calls: Sequence[Call], few: Sequence[Call]) -> list[Any]:
-    """Every call on every build; beyond a few, the slower builds wait for `make test-all`."""
-    return [
-        pytest.param(
-            *(name.removeprefix(simt.PREFIX), call),
-            id=f"{call.why}-{name}",
-            marks=[pytest.mark.slow] if name != "simt_plain" and call not in few else [],
-        )
-        for call in calls
-        for name in simt.BACKENDS
-    ]
+@pytest.mark.parametrize("call", FEW, ids=lambda call: call.why)
+def test_every_schedule_gives_the_right_bits(call: Call, harness: runtime.Harness) -> None:
+    _check(harness, call, (0, 6, 11) if harness.name == "plain" else (0, 11))
 
 
-@pytest.fixture
-def build(request: pytest.FixtureRequest) -> Iterator[runtime.Harness]:
-    found = runtime.load(request.param)
-    yield found
-    found.configure()
+@pytest.mark.parametrize(
+    "call", parameters((c for c in HOPPER_CALLS if c not in FEW), INSTANTIATIONS)
+)
+def test_one_schedule_gives_the_right_numbers(call: Call, harness: runtime.Harness) -> None:
+    _check(harness, call, (11,))
 
 
-@pytest.mark.parametrize(("build", "call"), of_builds(HOPPER_CALLS, FEW), indirect=["build"])
-def test_every_schedule_gives_the_right_bits(call: Call, build: runtime.Harness) -> None:
-    """Three of the plain build, two of the slower ones."""
-    _check(build, call, (0, 6, 11) if build.name == "plain" else (0, 11))
-
-
-@pytest.mark.parametrize(("build", "call"), of_builds(SMALL_CALLS, ()), indirect=["build"])
-def test_every_feature(call: Call, build: runtime.Harness) -> None:
-    _check(build, call, (7,))
+@pytest.mark.parametrize("call", SMALL_CALLS, ids=lambda call: call.why)
+def test_every_feature(call: Call, harness: runtime.Harness) -> None:
+    _check(harness, call, (7,))
 
 
 @pytest.mark.parametrize("call", extremes.CALLS, ids=lambda call: call.why)
@@ -237,7 +223,7 @@ def test_every_instantiation_runs() -> None:
         if place.split(" ")[1].startswith("attention_fwd_sm90")
     }
     assert len(compiled) == len(DTYPES) * 2 * len(HEAD_DIMS)
-    harness = runtime.load(simt.BACKENDS[0].removeprefix(simt.PREFIX))
+    harness = runtime.load(runtime.ONE)
     assert tuple(harness.module.HOPPER_HEAD_DIMS) == HEAD_DIMS
     harness.configure()
     for call in INSTANTIATIONS:

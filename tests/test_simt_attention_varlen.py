@@ -5,7 +5,6 @@ sequence, bytes moved, and every synchronisation dropped in turn.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ from torch import Tensor
 from build_tools.cubin import short_name
 from fused_lm.reference import attention_varlen as reference
 from fused_lm.tolerance import check_close
+from tests.attention_calls import parameters
 from tests.attention_varlen_calls import (
     BF16,
     CALLS,
-    F16,
     HEAD_DIMS,
     KERNELS,
     POISONED,
@@ -49,7 +48,7 @@ _RACED = (
     "empty ones on both sides",
 )
 FEW = [call for call in CALLS if call.why in _RACED]
-"""For the race build each time."""
+"""In two schedules on every build."""
 
 
 def _run(harness: runtime.Harness, data: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
@@ -58,46 +57,13 @@ def _run(harness: runtime.Harness, data: tuple[Any, ...]) -> tuple[Tensor, Tenso
     return out, lse
 
 
-def _of_builds(calls: Sequence[Call], few: Sequence[Call]) -> list[Any]:
-    """Every call on every build; beyond a few, the slower builds wait for `make test-all`, and
-    kernels for fp16, whose lines are those for bf16.
-    """
-
-    def waits(name: str, call: Call) -> bool:
-        again = call in KERNELS and call.dtype == F16
-        return again or (name != "simt_plain" and call not in few)
-
-    return [
-        pytest.param(
-            *(name.removeprefix(simt.PREFIX), call),
-            id=f"{call.why}-{name}",
-            marks=[pytest.mark.slow] if waits(name, call) else [],
-        )
-        for call in calls
-        for name in simt.BACKENDS
-    ]
-
-
-def _names(slow: str) -> list[Any]:
-    """The builds, of which one waits for `make test-all`."""
-    names = [name.removeprefix(simt.PREFIX) for name in simt.BACKENDS]
-    return [pytest.param(n, marks=[pytest.mark.slow] if n == slow else []) for n in names]
-
-
-@pytest.fixture
-def build(request: pytest.FixtureRequest) -> Iterator[runtime.Harness]:
-    found = runtime.load(request.param)
-    yield found
-    found.configure()
-
-
-@pytest.mark.parametrize(("build", "call"), _of_builds(CALLS, FEW), indirect=["build"])
-def test_every_schedule_gives_the_right_bits(call: Call, build: runtime.Harness) -> None:
+@pytest.mark.parametrize("call", parameters(CALLS, KERNELS))
+def test_every_schedule_gives_the_right_bits(call: Call, harness: runtime.Harness) -> None:
     data = data_of(call)
     results = []
-    for seed in (0, 11):
-        build.configure(runtime.Schedule.of_seed(seed))
-        results.append(_run(build, data))
+    for seed in (0, 11) if call in FEW or harness.name == "plain" else (11,):
+        harness.configure(runtime.Schedule.of_seed(seed))
+        results.append(_run(harness, data))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     same, exact = reference.attention_varlen_forward(*data), formula(*data)
@@ -106,33 +72,31 @@ def test_every_schedule_gives_the_right_bits(call: Call, build: runtime.Harness)
         assert results[0][i].is_contiguous()
 
 
-@pytest.mark.parametrize(("build", "call"), _of_builds(POISONED, POISONED[:1]), indirect=["build"])
-def test_neighbours_stay_outside(call: Call, build: runtime.Harness) -> None:
-    check_neighbours(lambda *data: _run(build, data), call)
+@pytest.mark.parametrize("call", POISONED, ids=lambda call: call.why)
+def test_neighbours_stay_outside(call: Call, harness: runtime.Harness) -> None:
+    check_neighbours(lambda *data: _run(harness, data), call)
 
 
-@pytest.mark.parametrize("build", _names("race"), indirect=True)
-def test_a_sequence_has_the_bits_that_it_has_alone(build: runtime.Harness) -> None:
+def test_a_sequence_has_the_bits_that_it_has_alone(harness: runtime.Harness) -> None:
     """Those of the dense forward too, whose walks these are."""
     call = Call("three", (140, 70, 200), (200, 70, 140), 128, upper=0, at_end=True)
     q, k, v, *rest = data_of(call)
-    out, lse = _run(build, (q, k, v, *rest))
+    out, lse = _run(harness, (q, k, v, *rest))
     for i in range(3):
         rows, keys = slice(*span_of(call.T, i)), slice(*span_of(call.S, i))
         bounds = [bounds_of(lengths[i : i + 1]) for lengths in (call.T, call.S)]
-        alone = _run(build, (q[rows], k[keys], v[keys], *bounds, *rest[2:]))
+        alone = _run(harness, (q[rows], k[keys], v[keys], *bounds, *rest[2:]))
         assert torch.equal(out[rows], alone[0]) and torch.equal(lse[:, rows], alone[1])
         dense = [reference.as_heads(t) for t in (q[rows], k[keys], v[keys])]
         diagonal = call.S[i] - call.T[i]
-        with build.choosing(hopper=True):
-            of_dense = build.call(
+        with harness.choosing(hopper=True):
+            of_dense = harness.call(
                 "attention_fwd", *dense, *[None] * 5, diagonal, call.D**-0.5, 0.0, 0.0
             )
         assert torch.equal(out[rows].transpose(0, 1), of_dense[0][0])
         assert torch.equal(lse[:, rows], of_dense[1][0])
 
 
-@pytest.mark.parametrize("build", _names("race"), indirect=True)
 @pytest.mark.parametrize(
     ("bounds_q", "bounds_k"),
     [
@@ -144,12 +108,12 @@ def test_a_sequence_has_the_bits_that_it_has_alone(build: runtime.Harness) -> No
     ids=str,
 )
 def test_any_bounds_are_safe(
-    bounds_q: list[int], bounds_k: list[int], build: runtime.Harness
+    bounds_q: list[int], bounds_k: list[int], harness: runtime.Harness
 ) -> None:
     """Nothing is read or written outside of the tensors; rows that are a sequence's are right."""
     q, k, v = (torch.randn(rows, 2, 128).to(BF16) for rows in (300, 200, 200))
     bounds = [torch.tensor(b) for b in (bounds_q, bounds_k)]
-    out, lse = _run(build, (q, k, v, *bounds, None, None, False, 0.1, 0.0))
+    out, lse = _run(harness, (q, k, v, *bounds, None, None, False, 0.1, 0.0))
     inside = [b.clamp(0, rows) for b, rows in zip(bounds, (300, 200), strict=True)]
     for i in range(len(bounds_q) - 1):
         rows, keys = (slice(*b[i : i + 2].tolist()) for b in inside)
@@ -318,7 +282,7 @@ def test_every_instantiation_runs() -> None:
         if place.split(" ")[1].startswith("attention_varlen_fwd_sm90")
     }
     assert len(compiled) == 2 * 2 * len(HEAD_DIMS)
-    harness = runtime.load(simt.BACKENDS[0].removeprefix(simt.PREFIX))
+    harness = runtime.load(runtime.ONE)
     assert tuple(harness.module.HOPPER_HEAD_DIMS) == HEAD_DIMS
     harness.configure()
     for call in KERNELS:

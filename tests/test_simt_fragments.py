@@ -37,7 +37,7 @@ def _layouts() -> dict[str, Fragment]:
 
 @functools.cache
 def _shown(kernel: str, other: bool) -> list[float]:
-    harness = runtime.load("plain")
+    harness = runtime.load(runtime.ONE)
     harness.configure()
     return harness.module.run_planted(f"fragments_{kernel}", other)
 
@@ -126,7 +126,7 @@ def test_wgmma_operands_in_shared_memory(major: str, swizzle: int) -> None:
     table = f"operand_{major}_{swizzle}"
     places = {element: offset for element, (offset, _) in _layout(table).items()}
     ((leading, stride),) = _layout(f"fields_{table}").values()
-    address = runtime.load("plain").module.operand_address
+    address = runtime.load(runtime.ONE).module.operand_address
     wrong = [
         (mn, k)
         for mn, k in places

@@ -45,9 +45,9 @@ def test_schema_says_what_may_be_written() -> None:
 
 
 def test_poisons_what_lies_between_rows() -> None:
-    plain = runtime.load("plain")
+    harness = runtime.load(runtime.ONE)
     rows = torch.arange(24.0).reshape(3, 8)[:, 1:5]
-    with plain.device_memory():
+    with harness.device_memory():
         copy = runtime._copied(rows)
     assert torch.equal(copy.tensor, rows) and copy.tensor.stride() == rows.stride()
     assert copy.tensor.data_ptr() % 16 == rows.data_ptr() % 16
@@ -67,15 +67,15 @@ def test_copies_every_layout(size: tuple[int, int], stride: tuple[int, int]) -> 
 
 
 def test_device_memory_nests_and_belongs_to_its_thread() -> None:
-    plain = runtime.load("plain")
+    harness = runtime.load(runtime.ONE)
     made = {}
 
     def make(name: str) -> None:
         memory = torch.empty(8)
-        made[name] = plain.module.is_device_memory(memory.data_ptr())
+        made[name] = harness.module.is_device_memory(memory.data_ptr())
 
-    with plain.device_memory():
-        with plain.device_memory():
+    with harness.device_memory():
+        with harness.device_memory():
             make("inside")
         make("after the inner")
         other = threading.Thread(target=make, args=("other thread",))

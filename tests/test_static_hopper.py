@@ -57,7 +57,7 @@ def test_the_main_loop(head_dim: int, unit: str) -> None:
     """
     if build.unavailable() is not None:
         pytest.skip(str(build.unavailable()))
-    tuning = runtime.load("plain").module.attention_tuning_sm90(head_dim, False)
+    tuning = runtime.load(runtime.ONE).module.attention_tuning_sm90(head_dim, False)
     groups, keys = tuning["block_t"] // 64, tuning["block_s"]
     code = _main_loop(_kernels(unit)[head_dim, False])
     assert sum(i.base == "HGMMA" for i in code) == head_dim // 16 + keys // 16

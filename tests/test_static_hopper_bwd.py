@@ -100,7 +100,7 @@ def _asynchronous_bytes(block_t: int, head_dim: int) -> int:
 def _block_t(head_dim: int, general: bool) -> int:
     if build.unavailable() is not None:
         pytest.skip(str(build.unavailable()))
-    found: int = runtime.load("plain").module.attention_bwd_tuning_sm90(head_dim, general)[
+    found: int = runtime.load(runtime.ONE).module.attention_bwd_tuning_sm90(head_dim, general)[
         "block_t"
     ]
     return found

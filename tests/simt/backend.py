@@ -29,6 +29,8 @@ PROBLEM = build.unavailable()
 _NAMES = ("asan",) if runtime.sanitized() else ("plain", "race")
 BACKENDS = tuple(PREFIX + name for name in _NAMES) if PROBLEM is None else ()
 """For the parameters of a test: the builds that can run in this process."""
+ONE = tuple(name for name in BACKENDS if name == PREFIX + runtime.ONE)
+"""The same, for tests that are run on one of them."""
 
 
 @contextmanager

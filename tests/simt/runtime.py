@@ -143,6 +143,12 @@ def sanitized() -> bool:
     return "libasan" in os.environ.get("LD_PRELOAD", "")
 
 
+ONE = "asan" if sanitized() else "race"
+"""The build for what one of them shows. ``make test`` has this one alone: it sees what the plain
+one sees, which takes minutes to compile as well.
+"""
+
+
 def _import(name: str, path: Path) -> Any:
     from fused_lm.ops.schemas import CUDA_SCHEMAS
 
