@@ -102,6 +102,7 @@ def _tiles(call: Call) -> list[tuple[int, list[int]]]:
     ]
 
 
+@pytest.mark.slow
 @needs_race
 def test_no_mutant_survives() -> None:
     """Every synchronisation of the kernels, dropped in turn from every call that passes it. One
@@ -142,7 +143,7 @@ def _counts(call: Call) -> dict[str, int]:
 
 
 @needs_race
-@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.why)
+@pytest.mark.parametrize("call", parameters(CALLS, KERNELS))
 def test_moves_exactly_its_floor(call: Call) -> None:
     """q once, the keys that a query tile sees, no bank conflict, whole sectors."""
     harness = runtime.load("race")

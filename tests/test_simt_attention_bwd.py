@@ -235,6 +235,7 @@ by it.
 """
 
 
+@pytest.mark.slow
 @needs_race
 def test_no_mutant_survives() -> None:
     """Every synchronisation of the kernels, dropped in turn from every call that passes it."""

@@ -188,7 +188,7 @@ PLAIN = [call for call in HOPPER_CALLS if not call.general]
 
 
 @needs_race
-@pytest.mark.parametrize("call", PLAIN, ids=lambda call: call.why)
+@pytest.mark.parametrize("call", parameters(PLAIN, INSTANTIATIONS))
 def test_moves_exactly_its_floor(call: Call) -> None:
     """q once, the keys that a query tile sees, out and lse once; the products of whole tiles, which
     read k, v and q where wgmma reads them; no bank conflict.

@@ -218,6 +218,7 @@ def _reference_in_own_dtypes(data: Data) -> list[Tensor]:
     return [*outputs, *backward(*data.backward(*outputs[1:]))]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("simt_race" not in simt.BACKENDS, reason="needs the race build")
 def test_no_mutant_survives() -> None:
     """Every synchronisation of the kernels, dropped in turn from every call that passes it."""
