@@ -9,7 +9,7 @@ from typing import Any
 from tests.attention_bwd_calls import CALLS, FEATURES, KERNELS, Call, Dout
 from tests.attention_calls import BF16, DTYPES, F16, F32, Layout
 
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 96, 128)
 """Of csrc/kernels/attention_bwd_tuning_sm90.h."""
 KINDS: dict[str, dict[str, Any]] = {"plain": {"upper": 230}, "general": FEATURES}
 INSTANTIATIONS = [
@@ -23,6 +23,7 @@ HOPPER_CALLS = [
     *INSTANTIATIONS,
     Call("causal", 400, 400, 128, H=2, upper=0, needs_dbias=False),
     Call("causal of 64 columns", 400, 400, 64, H=2, upper=0, dout=Dout.PACKED),
+    Call("causal of 96 columns", 400, 400, 96, H=2, group=2, upper=0),
     Call("queries that see no key", 300, 200, 128, H=1, upper=-150),
     Call("keys that no query sees", 100, 500, 64, H=1, upper=0),
     Call("the same with a softcap", 100, 500, 64, H=1, upper=0, softcap=4.0),
@@ -37,6 +38,7 @@ HOPPER_CALLS = [
     Call("narrower v", 140, 200, 128, 72),
     Call("wider v", 140, 200, 40, 128, F16),
     Call("columns that end in a slab", 140, 200, 88, 96, upper=60),
+    Call("the same of 128 columns", 140, 200, 88, 120, upper=60),
     Call("packed heads", 140, 200, 64, B=2, layout=Layout.PACKED, upper=60),
     Call("scores of 1e5", 140, 200, 128, H=1, size=300.0),
     Call("scores of -1e5: keys behind the last", 70, 70, 64, H=1, size=300.0, scale=2.0),

@@ -88,7 +88,8 @@ struct Consumer {
   }
   // k^T, all keys of the group's columns.
   __device__ __forceinline__ uint64_t turned_keys() const {
-    return advanced(smem.k.mn_major(), C::kSplitsQueries ? 0 : group * C::Keys::kSlabBytes);
+    constexpr int kSlabColumns = C::Keys::kSlabColumns;
+    return advanced(smem.k.mn_major(), C::dq_column(group) / kSlabColumns * C::Keys::kSlabBytes);
   }
   __device__ __forceinline__ uint64_t queries(unsigned stage) const {
     return advanced(smem.q[0].k_major(0), stage * C::Queries::kBytes);
@@ -103,8 +104,7 @@ struct Consumer {
     return advanced(smem.dout[0].mn_major(), stage * C::Queries::kBytes);
   }
   __device__ __forceinline__ uint64_t gradients(unsigned buffer) const {
-    return advanced(smem.ds[0].k_major(C::kSplitsQueries ? group * C::kDqQueries : 0),
-                    buffer * C::Gradients::kBytes);
+    return advanced(smem.ds[0].k_major(C::dq_query(group)), buffer * C::Gradients::kBytes);
   }
   // A thread's number within its group, and its warp's, read anew: what is kept of them costs
   // spills.
@@ -199,9 +199,10 @@ __device__ __forceinline__ void add_dq(const Consumer<C>& own, const DqTile<C>& 
     ptx::fence_proxy_async();
     release(&barriers.dq_full[own.group]);
   } else {
+    if (!C::has_dq(own.group, thread)) return;
     float* gSums = dq_sums<C>(own.hopper, own.walk, head, t_first, own.group) + thread * kFragment;
 #pragma unroll
-    for (int i = 0; i < C::kDq; ++i) ptx::add_quad(gSums + i * kGroupThreads * kFragment, dq[i]);
+    for (int i = 0; i < C::kDq; ++i) ptx::add_quad(gSums + i * C::kFragmentStride, dq[i]);
   }
 }
 

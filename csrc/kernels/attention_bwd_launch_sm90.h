@@ -88,6 +88,10 @@ Status launch_hopper_backward(const AttentionBackwardParams& p, const HopperBack
     return general ? launch_hopper<Element, 64, true>(p, room, stream)
                    : launch_hopper<Element, 64, false>(p, room, stream);
   }
+  if (head_dim == 96) {
+    return general ? launch_hopper<Element, 96, true>(p, room, stream)
+                   : launch_hopper<Element, 96, false>(p, room, stream);
+  }
   return general ? launch_hopper<Element, 128, true>(p, room, stream)
                  : launch_hopper<Element, 128, false>(p, room, stream);
 }

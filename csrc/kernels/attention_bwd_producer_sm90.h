@@ -54,7 +54,7 @@ __device__ __forceinline__ float* dq_sums(const HopperBackwardParams& hopper,
                                           const QueryWalk<C>& walk, int head, int t_first,
                                           int group) {
   const int64_t tile = walk.index(hopper.p.shape, head, t_first);
-  return hopper.room.dq_sums + (tile * kGroups + group) * C::kDqFloats;
+  return hopper.room.dq_sums + tile * C::kTileFloats + group * C::kGroupStride;
 }
 
 // One thread adds what its group has written.
