@@ -13,7 +13,7 @@
 
 #include "common/vec.h"
 #include "common/warp.h"
-#include "kernels/attention_bwd_tiles_sm90.h"
+#include "kernels/attention_bwd_wide_tiles_sm90.h"
 #include "ptx/launch.h"
 
 namespace fused_lm {
@@ -29,6 +29,11 @@ struct RowsParams {
   AttentionBackwardParams p;
   HopperBackwardRoom room;
 };
+
+template <int kHeadDim, bool kGeneral>
+using BackwardConfig =
+    std::conditional_t<(kHeadDim > kWideBackwardDim), WideConfig<kHeadDim, kGeneral>,
+                       HopperConfig<kHeadDim, kGeneral>>;
 
 // Of all batches and heads.
 template <class C>
@@ -76,12 +81,12 @@ __device__ __forceinline__ float row_lse(const AttentionBackwardParams& p, const
 template <class Element, int kHeadDim, bool kGeneral>
 __global__ void __launch_bounds__(kRowsThreads)
     attention_bwd_prepare(const RowsParams rows, int batch_first) {
-  using C = HopperConfig<kHeadDim, kGeneral>;
+  using C = BackwardConfig<kHeadDim, kGeneral>;
   const AttentionBackwardParams& p = rows.p;
   const BlockTile block = block_tile(false, batch_first);
   const int64_t tile = tile_index<C>(p.shape, block);
-  auto* gSums = reinterpret_cast<uint4*>(rows.room.dq_sums + tile * (kGroups * C::kDqFloats));
-  for (int i = static_cast<int>(threadIdx.x); i < kGroups * C::kDqFloats / 4; i += kRowsThreads) {
+  auto* gSums = reinterpret_cast<uint4*>(rows.room.dq_sums + tile * C::kTileFloats);
+  for (int i = static_cast<int>(threadIdx.x); i < C::kTileFloats / 4; i += kRowsThreads) {
     constexpr uint4 kZeros = {0, 0, 0, 0};
     gSums[i] = kZeros;
   }
@@ -121,10 +126,29 @@ struct DqRows {
   alignas(16) uint16_t rows[C::kBlockT][kPitch];
 };
 
+// Fragment i of a thread of a group, two rows of it, to where it belongs.
+template <class C>
+__device__ __forceinline__ void put_fragment(DqRows<C>& smem, uint32_t upper, uint32_t lower,
+                                             int group, int thread, int i) {
+  const FragmentLane at = fragment_lane(thread % kWarpSize);
+  const int row = thread / kWarpSize * kMmaRows + at.row, column = i * kMmaColumns + at.column;
+  if constexpr (C::kDqTransposed) {
+    const int query = C::dq_query(group) + column, dim = C::dq_column(group) + row;
+    smem.rows[query][dim] = static_cast<uint16_t>(upper);
+    smem.rows[query + 1][dim] = static_cast<uint16_t>(upper >> 16);
+    smem.rows[query][dim + 8] = static_cast<uint16_t>(lower);
+    smem.rows[query + 1][dim + 8] = static_cast<uint16_t>(lower >> 16);
+  } else {
+    const int query = C::dq_query(group) + row, dim = C::dq_column(group) + column;
+    *reinterpret_cast<uint32_t*>(&smem.rows[query][dim]) = upper;
+    *reinterpret_cast<uint32_t*>(&smem.rows[query + 8][dim]) = lower;
+  }
+}
+
 template <class Element, int kHeadDim, bool kGeneral>
 __global__ void __launch_bounds__(kRowsThreads)
     attention_bwd_finish(const RowsParams rows, int batch_first) {
-  using C = HopperConfig<kHeadDim, kGeneral>;
+  using C = BackwardConfig<kHeadDim, kGeneral>;
   constexpr DType kDType = kDTypeOf<Element>;
   auto& smem = dynamic_smem<DqRows<C>>();
   const AttentionBackwardParams& p = rows.p;
@@ -132,34 +156,27 @@ __global__ void __launch_bounds__(kRowsThreads)
   const int64_t tile = tile_index<C>(p.shape, block);
   const int group = static_cast<int>(threadIdx.x) / kGroupThreads;
   const int thread = static_cast<int>(threadIdx.x) % kGroupThreads;
-  const auto* gSums =
-      reinterpret_cast<const float4*>(rows.room.dq_sums + (tile * kGroups + group) * C::kDqFloats);
-  const FragmentLane at = fragment_lane(thread % kWarpSize);
-  const int column =
-      (C::kSplitsQueries ? 0 : group * kGroupKeys) + thread / kWarpSize * kMmaRows + at.row;
-  const int query = (C::kSplitsQueries ? group * C::kDqQueries : 0) + at.column;
+  const float* gSums = rows.room.dq_sums + tile * C::kTileFloats + group * C::kGroupStride;
   const float scale = p.score.scale;
 #pragma unroll
-  for (int i = 0; i < C::kDq; ++i) {
-    const float4 sum = gSums[i * kGroupThreads + thread];
-    const uint32_t upper = narrow_pair<kDType>(sum.x * scale, sum.y * scale);
-    const uint32_t lower = narrow_pair<kDType>(sum.z * scale, sum.w * scale);
-    const int q = query + i * kMmaColumns;
-    smem.rows[q][column] = static_cast<uint16_t>(upper);
-    smem.rows[q + 1][column] = static_cast<uint16_t>(upper >> 16);
-    smem.rows[q][column + 8] = static_cast<uint16_t>(lower);
-    smem.rows[q + 1][column + 8] = static_cast<uint16_t>(lower >> 16);
+  for (int i = 0; C::has_dq(group, thread) && i < C::kDq; ++i) {
+    const float4 sum =
+        *reinterpret_cast<const float4*>(gSums + i * C::kFragmentStride + thread * kFragment);
+    put_fragment(smem, narrow_pair<kDType>(sum.x * scale, sum.y * scale),
+                 narrow_pair<kDType>(sum.z * scale, sum.w * scale), group, thread, i);
   }
   __syncthreads();
-  constexpr int kChunks = C::kD / kChunkElements;
+  // Eight lanes read at once, and rows are read whole: over the end of one they'd meet in banks.
+  constexpr int kChunks = (C::kD + 63) / 64 * 8;
   uint16_t* gHead = p.dq + head_offset(p.dq_strides, block.batch, block.head);
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < C::kBlockT * kChunks; i += kRowsThreads) {
     const int row = i / kChunks, first = i % kChunks * kChunkElements;
     const int t = block.tile * C::kBlockT + row;
+    if (first >= C::kD) continue;
+    const uint4 chunk = *reinterpret_cast<const uint4*>(&smem.rows[row][first]);
     if (t >= p.shape.T || first >= p.shape.D) continue;
-    *reinterpret_cast<uint4*>(gHead + t * p.dq_strides.row + first) =
-        *reinterpret_cast<const uint4*>(&smem.rows[row][first]);
+    *reinterpret_cast<uint4*>(gHead + t * p.dq_strides.row + first) = chunk;
   }
 }
 

@@ -22,21 +22,43 @@ struct HopperConfig {
   static constexpr bool kGeneral = kGeneralScores;
   static constexpr HopperBackwardTuning kTuning = attention_backward_tuning_sm90(kD, kGeneral);
   static constexpr int kBlockT = kTuning.block_t;
-  static constexpr int kBlockS = kHopperBackwardKeys;
+  static constexpr int kBlockS = hopper_backward_keys(kD);
+  static constexpr int kQueryStages = kStages, kDoutStages = kStages;
+  static constexpr bool kQueriesFirst = false;  // to be released, and to come
   static constexpr bool kBulkAdds = kTuning.adds == GradientAdds::kBulk;
   static constexpr int kThreads = (1 + kGroups) * kGroupThreads;
   static constexpr int kM = 1;
   static constexpr int kScores = kBlockT / kMmaColumns;
   static constexpr int kSums = kD / kMmaColumns;
   static constexpr int kSteps = kBlockT / kProductDepth;  // of a sum over queries
-  // dq is made transposed, [64, queries] by each group: with 128 columns half of them, of all
-  // queries; with 64 all of them, of half of the queries.
+  // dq is made transposed, [64, queries] by each group: with 64 columns all of them, of half of the
+  // queries; with more a group's 64 of them, of all queries. Of 96 the second group has 32, in two
+  // of its warps: its other rows are made of what lies behind k, and go nowhere.
   static constexpr bool kSplitsQueries = kD == kGroupKeys;
   static constexpr int kDqQueries = kSplitsQueries ? kBlockT / kGroups : kBlockT;
   static constexpr int kDq = kDqQueries / kMmaColumns;
-  static constexpr int kDqFloats = kDqQueries * kGroupKeys;  // of a group
+  static constexpr int kDqFloats = kDqQueries * kGroupKeys;  // that a group makes
+  // Sums of a tile: from a group's to the next one's, and from a fragment of a thread to its next.
+  // With 96 columns the groups take turns, 128 threads and 64, so that there are no gaps.
+  static constexpr int kTileFloats = kBlockT * kD;
+  static constexpr bool kTurns = kD % kGroupKeys != 0;
+  static constexpr int kGroupStride = kTurns ? kGroupThreads * kFragment : kDqFloats;
+  static constexpr bool kDqTransposed = true;
+  static constexpr int kFragmentStride = (kTurns ? 2 * kD : kGroupThreads) * kFragment;
+  static_assert(!kTurns || !kBulkAdds);
   static constexpr int kLseFloats = kBlockT + kHugeFloats;
-  static_assert(kD == kGroupKeys || kD == kGroups * kGroupKeys);
+  static_assert(kD >= kGroupKeys && kD <= kGroups * kGroupKeys && kD % 32 == 0);
+
+  // Of a group's part of dq: its first query and column, and whether a thread has any of it.
+  static __device__ __forceinline__ constexpr int dq_query(int group) {
+    return kSplitsQueries ? group * kDqQueries : 0;
+  }
+  static __device__ __forceinline__ constexpr int dq_column(int group) {
+    return kSplitsQueries ? 0 : group * kGroupKeys;
+  }
+  static __device__ __forceinline__ constexpr bool has_dq(int group, int thread) {
+    return !kTurns || group * kGroupThreads + thread < 2 * kD;
+  }
 
   using Keys = SlabTile<kBlockS, kD>;
   using Queries = SlabTile<kBlockT, kD>;
