@@ -6,6 +6,7 @@
 #include "attention_ops.h"
 #include "attention_varlen_ops.h"
 #include "layernorm_ops.h"
+#include "linear_act_ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(SIMT_LIBRARY, CPU, m) {
   m.impl("cuda_attention_fwd", TORCH_BOX(&fused_lm::attention_fwd));
@@ -18,4 +19,5 @@ STABLE_TORCH_LIBRARY_IMPL(SIMT_LIBRARY, CPU, m) {
   m.impl("cuda_layer_norm_bwd", TORCH_BOX(&fused_lm::layer_norm_bwd));
   m.impl("cuda_rms_norm_fwd", TORCH_BOX(&fused_lm::rms_norm_fwd));
   m.impl("cuda_rms_norm_bwd", TORCH_BOX(&fused_lm::rms_norm_bwd));
+  m.impl("cuda_linear_act_fwd", TORCH_BOX(&fused_lm::linear_act_fwd));
 }
