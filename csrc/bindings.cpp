@@ -20,4 +20,6 @@ STABLE_TORCH_LIBRARY_IMPL(fused_lm, CUDA, m) {
   m.impl("cuda_rms_norm_fwd", TORCH_BOX(&fused_lm::rms_norm_fwd));
   m.impl("cuda_rms_norm_bwd", TORCH_BOX(&fused_lm::rms_norm_bwd));
   m.impl("cuda_linear_act_fwd", TORCH_BOX(&fused_lm::linear_act_fwd));
+  m.impl("cuda_linear_act_bwd", TORCH_BOX(&fused_lm::linear_act_bwd));
+  m.impl("cuda_linear_act_bwd_add", TORCH_BOX(&fused_lm::linear_act_bwd_add));
 }

@@ -19,4 +19,18 @@ std::tuple<Tensor, Tensor> linear_act_fwd(const Tensor& x, const Tensor& weight,
                                           const std::string& activation, bool transposed,
                                           bool keep_pre);
 
+// Gradients (dx, dweight, dbias), empty where not needed.
+std::tuple<Tensor, Tensor, Tensor> linear_act_bwd(const Tensor& dy, const Tensor& x,
+                                                  const Tensor& weight,
+                                                  const std::optional<Tensor>& bias,
+                                                  const Tensor& pre, const std::string& activation,
+                                                  bool transposed, bool needs_dx, bool needs_dbias,
+                                                  bool needs_dweight);
+
+// The same; dweight is added into weight_grad and then empty.
+std::tuple<Tensor, Tensor, Tensor> linear_act_bwd_add(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+    const Tensor& pre, const std::string& activation, bool transposed, bool needs_dx,
+    bool needs_dbias, bool needs_dweight, const Tensor& weight_grad);
+
 }  // namespace fused_lm

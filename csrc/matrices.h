@@ -13,8 +13,8 @@ namespace fused_lm {
 // expanded one it is 0, which a tensor map doesn't know.
 inline bool has_aligned_lines(const Tensor& t, int64_t dim) {
   const int64_t other = 1 - dim, adjacent = t.size(dim) == 1 ? 1 : t.stride(dim);
-  const bool apart = t.size(other) == 1 ||
-                     (t.stride(other) % kGemmStep == 0 && t.stride(other) >= t.size(dim));
+  const bool apart =
+      t.size(other) == 1 || (t.stride(other) % kGemmStep == 0 && t.stride(other) >= t.size(dim));
   return adjacent == 1 && apart && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
 }
 

@@ -15,6 +15,13 @@ struct GemmOperand {
   bool turned;
 };
 
+// Where sums are added to instead of stored: of any dtype, rounded once.
+struct GemmTotal {
+  void* data;      // [M, N], aligned to two elements; null: there is none
+  int64_t stride;  // elements between rows, even
+  DType dtype;
+};
+
 // Whole numbers of 8 elements wherever elements are adjacent: N, and K or the rows of an operand.
 struct GemmParams {
   int M, N, K;           // all at least 1
@@ -23,8 +30,9 @@ struct GemmParams {
   const uint16_t* bias;  // [N], 4-byte aligned, or null
   Activation activation;
   uint16_t* pre;  // [M, N] contiguous, 16-byte aligned, or null
-  uint16_t* out;  // the same
-  int sms;        // of the GPU: blocks that run at once
+  uint16_t* out;  // the same; not used with a total
+  GemmTotal total;
+  int sms;  // of the GPU: blocks that run at once
 };
 
 constexpr int kGemmStep = 8;  // elements of 16 bytes, which TMA counts in

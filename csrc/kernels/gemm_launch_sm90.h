@@ -36,10 +36,11 @@ Status launch_gemm(const GemmParams& p, Stream stream) {
   args.activation = p.activation;
   args.keeps_pre = p.pre != nullptr;
   args.bias = p.bias;
+  args.total = p.total;
   Status statuses[] = {
       map_operand(args.a, p.a, kDType, p.M, p.K, kGemmBlockM),
       map_operand(args.b, p.b, kDType, p.N, p.K, C::kBlockN),
-      map_matrix(args.out, p.out, kDType, p.N, p.M, p.N, C::kRows),
+      p.out != nullptr ? map_matrix(args.out, p.out, kDType, p.N, p.M, p.N, C::kRows) : kOk,
       args.keeps_pre ? map_matrix(args.pre, p.pre, kDType, p.N, p.M, p.N, C::kRows) : kOk,
   };
   for (const Status status : statuses) {
@@ -66,19 +67,31 @@ Status launch_layer(const GemmParams& p, GemmWork work, GemmSchedule schedule, S
              : launch_gemm<Element, kHidden, kLayout, ActivationEpilogue>(p, stream);
 }
 
+// The gradient of a weight, or its sums added to a total.
+template <class Element>
+Status launch_gradient(const GemmParams& p, GemmWork work, GemmSchedule schedule, Stream stream) {
+  constexpr Layout kLayout = Layout::kBothTurned;
+  if (work == GemmWork::kGradient) {
+    return launch_gemm<Element, GemmSchedule::kPingPong192, kLayout, GradientEpilogue>(p, stream);
+  }
+  return schedule == GemmSchedule::kPingPong128
+             ? launch_gemm<Element, GemmSchedule::kPingPong128, kLayout, LinearEpilogue>(p, stream)
+             : launch_gemm<Element, GemmSchedule::kCooperative256, kLayout, LinearEpilogue>(p,
+                                                                                            stream);
+}
+
 template <class Element>
 Status launch_any(const GemmParams& p, Stream stream) {
   const bool activates = p.activation != Activation::kNone || p.pre != nullptr;
-  const GemmWork work = activates ? GemmWork::kActivation : GemmWork::kLinear;
+  const GemmWork work = p.total.data != nullptr ? GemmWork::kGradient
+                        : activates             ? GemmWork::kActivation
+                                                : GemmWork::kLinear;
   const GemmSchedule schedule = gemm_tuning_sm90(p.M, p.N, p.K, work, p.sms).schedule;
   if (p.a.turned) {
     if (!p.b.turned || activates) return "only a weight's gradient has both operands turned";
-    return schedule == GemmSchedule::kPingPong128
-               ? launch_gemm<Element, GemmSchedule::kPingPong128, Layout::kBothTurned,
-                             LinearEpilogue>(p, stream)
-               : launch_gemm<Element, GemmSchedule::kCooperative256, Layout::kBothTurned,
-                             LinearEpilogue>(p, stream);
+    return launch_gradient<Element>(p, work, schedule, stream);
   }
+  if (work == GemmWork::kGradient) return "only a weight's gradient is added to a total";
   return p.b.turned ? launch_layer<Element, Layout::kRightTurned>(p, work, schedule, stream)
                     : launch_layer<Element, Layout::kNoneTurned>(p, work, schedule, stream);
 }

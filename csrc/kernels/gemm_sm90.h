@@ -41,6 +41,7 @@
 #pragma once
 
 #include "kernels/gemm_activation_sm90.h"
+#include "kernels/gemm_gradient_sm90.h"
 #include "kernels/gemm_linear_sm90.h"
 #include "kernels/gemm_producer_sm90.h"
 #include "ptx/launch.h"

@@ -92,6 +92,7 @@ struct Arguments {
   Activation activation;
   bool keeps_pre;
   const uint16_t* bias;
+  GemmTotal total;
 };
 
 struct TileAt {

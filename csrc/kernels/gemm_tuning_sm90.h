@@ -24,6 +24,7 @@ enum class GemmSchedule : int { kCooperative256, kPingPong192, kPingPong128 };
 enum class GemmWork : int {
   kLinear,      // adds a bias: so little that both consumers may do it at once
   kActivation,  // a bias and an activation, one or two outputs
+  kGradient,    // adds the sums to what is in global memory: its way there and back
 };
 
 struct GemmTuning {
@@ -50,6 +51,7 @@ constexpr GemmTuning kGemmTunings[] = {
 };
 
 constexpr bool gemm_compiled(GemmSchedule schedule, GemmWork work) {
+  if (work == GemmWork::kGradient) return schedule == GemmSchedule::kPingPong192;
   return schedule == GemmSchedule::kPingPong128 ||
          (schedule == GemmSchedule::kCooperative256) == (work == GemmWork::kLinear);
 }

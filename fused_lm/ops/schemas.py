@@ -133,7 +133,7 @@ _IN_CUDA = (
     *("attention_fwd", "attention_bwd", "attention_weights_fwd", "attention_decode_fwd"),
     "attention_varlen_fwd",
     *("layer_norm_fwd", "layer_norm_bwd", "rms_norm_fwd", "rms_norm_bwd"),
-    "linear_act_fwd",
+    *("linear_act_fwd", "linear_act_bwd", "linear_act_bwd_add"),
 )
 CUDA_SCHEMAS = {f"cuda_{name}": SCHEMAS[name].replace(", str backend)", ")") for name in _IN_CUDA}
 CUDA_SCHEMAS["cuda_attention_bwd_sm90"] = CUDA_SCHEMAS["cuda_attention_bwd"]
