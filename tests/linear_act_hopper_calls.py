@@ -1,5 +1,5 @@
 """Linear layers that reach every branch of Hopper's products, each with what it is there for: a
-table for the harness' tests. The harness has two multiprocessors, which the schedules are chosen by.
+table for the harness' tests. The harness has two multiprocessors, by which schedules are chosen.
 """
 
 from __future__ import annotations

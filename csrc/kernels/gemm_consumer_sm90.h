@@ -52,9 +52,9 @@ struct Consumer {
     return C::kTurnedB ? b.mn_major() : b.k_major(0);
   }
 
-  // Every warp says for itself that it no longer reads a stage.
+  // Every warp says for itself, behind a wgmma_wait of all its lanes, that it no longer reads a
+  // stage.
   __device__ __forceinline__ void release(int stage) const {
-    __syncwarp();
     if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(&smem.barriers.empty[stage]);
   }
 
