@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_lm import dispatch, records
+from fused_lm.cuda import extension
 from fused_lm.ops.checks import (
     FLOATS,
     autocast_enabled,
@@ -20,6 +22,9 @@ from fused_lm.ops.checks import (
 from fused_lm.reference.activations import ACTIVATIONS, GATES
 
 FEW_ROWS = 128
+CUDA_STEP = 8
+CUDA_SIZE = 2**31 - 1
+"""Of widths, and the most rows or columns, of csrc/kernels/gemm.h."""
 
 
 class LinearActCall(NamedTuple):
@@ -169,6 +174,51 @@ def _pytorch_refuses(call: Any) -> str | None:
     return None
 
 
+def cuda_limit(call: LinearActCall) -> str | None:
+    """Why the CUDA kernels can't run a call on any GPU, None if they can on some."""
+    dtype = call.x.dtype
+    if dtype != torch.float64 and autocast_enabled(call.x.device):
+        dtype = torch.get_autocast_dtype(call.x.device.type)
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the CUDA kernels of linear_act take float16 and bfloat16, got {dtype}"
+    if call.activation in GATES:
+        return f"the CUDA kernels of linear_act have no gated activation, got {call.activation}"
+    for width in call.weight.shape:
+        if width % CUDA_STEP or width == 0:
+            return (
+                f"the CUDA kernels of linear_act take widths that are multiples of {CUDA_STEP}, "
+                f"got {shapes_of(weight=call.weight)}"
+            )
+    if max(*call.weight.shape, math.prod(call.x.shape[:-1])) > CUDA_SIZE:
+        return "the CUDA kernels of linear_act take fewer than 2^31 rows and columns"
+    return None
+
+
+def _cuda_refuses(call: LinearActCall) -> str | None:
+    return cuda_limit(call) or extension.refusal(call.x) or _hopper_refusal(call.x)
+
+
+def _hopper_refusal(x: Tensor) -> str | None:
+    index = x.device.index
+    if _has_kernel(torch.cuda.current_device() if index is None else index):
+        return None
+    return "the CUDA kernels of linear_act are built for Hopper (sm_90a) alone"
+
+
+@functools.cache
+def _target_of(index: int) -> str | None:
+    return extension.target_for(torch.cuda.get_device_capability(index))
+
+
+def _has_kernel(index: int) -> bool:
+    """Whether a GPU runs what is built for sm_90a."""
+    return _target_of(index) == "sm_90"
+
+
+# torch.compile takes the answer as a constant.
+_has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _triton_refuses(call: Any) -> str | None:
     if call.x.dtype == torch.float64:
         return "the Triton kernels compute in fp32; float64 runs through the reference"
@@ -221,3 +271,9 @@ for _op, _files in (
     )
     records.SHAPE_CLASSES[_op] = _shape_class
     records.KERNEL_SOURCES[_op, "triton"] = _files
+dispatch.TABLE["linear_act"] = (
+    dispatch.Impl("cuda", _cuda_refuses, needs_record=True),
+    *dispatch.TABLE["linear_act"],
+)
+records.KERNEL_SOURCES["linear_act", "cuda"] = ("gemm_sm90_bf16", "gemm_sm90_fp16")
+records.TRAINING_SOURCES["linear_act", "cuda"] = ("activation_bwd_sm90",)

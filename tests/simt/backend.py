@@ -18,6 +18,7 @@ from fused_lm.ops import (
     attention_backends,
     attention_decode_checks,
     attention_varlen_checks,
+    linear_checks,
     registration,
 )
 from fused_lm.ops.schemas import CUDA_SCHEMAS
@@ -47,8 +48,9 @@ def installed(backend: str, seed: int = 0) -> Iterator[runtime.Harness]:
                 refuses = _LIMITS.get(public, _norm_refuses)
                 impl = dispatch.Impl(backend, refuses, needs_record=True)
                 dispatch.TABLE[public] = (impl, *tables[public])
-        # One has kernels for Hopper alone, and a backward that fused_lm/cuda makes of attention's.
-        registration.FUNCTIONS["attention_varlen_fwd"][backend] = partial(_on_hopper, harness)
+        for op in _HOPPER_ALONE:
+            registration.FUNCTIONS[op][backend] = partial(_on_hopper, harness, op)
+        # Of one the backward is what fused_lm/cuda makes of attention's.
         registration.FUNCTIONS["attention_varlen_bwd"][backend] = partial(
             backward_by, partial(harness.call, "attention_bwd")
         )
@@ -65,9 +67,13 @@ _OF_HOPPER = {"cuda_attention_bwd_sm90"}
 """No operator of its own: the backend ``cuda`` takes it on such a GPU."""
 
 
-def _on_hopper(harness: runtime.Harness, *arguments: Any) -> Any:
+_HOPPER_ALONE = ("attention_varlen_fwd", "linear_act_fwd", "linear_act_bwd", "linear_act_bwd_add")
+"""Operators without a kernel for other GPUs."""
+
+
+def _on_hopper(harness: runtime.Harness, op: str, *arguments: Any) -> Any:
     with harness.choosing(hopper=True):
-        return harness.call("attention_varlen_fwd", *arguments)
+        return harness.call(op, *arguments)
 
 
 _LIMITS = {
@@ -75,6 +81,7 @@ _LIMITS = {
     "attention_weights": attention_backends.cuda_limit,
     "attention_decode": attention_decode_checks.cuda_limit,
     "attention_varlen": attention_varlen_checks.cuda_limit,
+    "linear_act": linear_checks.cuda_limit,
 }
 
 
