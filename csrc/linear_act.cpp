@@ -2,67 +2,10 @@
 // fused_lm/triton_kernels/linear_act.py is for the Triton kernels.
 #include "linear_act_ops.h"
 
-#include "common/device.h"
-#include "kernels/activation_bwd.h"
-#include "kernels/gemm.h"
-#include "matrices.h"
-#include "shared_memory.h"
+#include "linear_products.h"
 
 namespace fused_lm {
 namespace {
-
-Activation activation_of(const std::string& name) {
-  struct Named {
-    const char* name;
-    Activation activation;
-  };
-  constexpr Named kNamed[] = {
-      {"none", Activation::kNone}, {"relu", Activation::kRelu},
-      {"silu", Activation::kSilu}, {"relu_squared", Activation::kReluSquared},
-      {"gelu", Activation::kGelu}, {"gelu_tanh", Activation::kGeluTanh},
-  };
-  for (const Named& known : kNamed) {
-    if (name == known.name) return known.activation;
-  }
-  STD_TORCH_CHECK(false, "the CUDA kernels have no activation ", name);
-}
-
-// The weight [F, C], whichever way it is kept.
-Tensor weight_rows(const Tensor& weight, bool transposed) {
-  STD_TORCH_CHECK(weight.dim() == 2, "weight must have two dims");
-  return transposed ? turned(weight) : weight;
-}
-
-void check_sizes(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  STD_TORCH_CHECK(x.dim() == 2 && weight.size(1) == x.size(1), "x must be [N, C], weight [F, C]");
-  const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                  "the tensor core kernels take bfloat16 and float16, got ",
-                  torch::headeronly::toString(dtype));
-  check_device(weight, x, "weight");
-  check_dtype(weight, dtype, "weight");
-  check_vector(bias, weight.size(0), x, "bias");
-  if (bias) check_dtype(*bias, dtype, "bias");
-  for (const int64_t size : {x.size(1), weight.size(0)}) {
-    STD_TORCH_CHECK(size >= kGemmStep && size % kGemmStep == 0 && size <= INT32_MAX,
-                    "C and F must be multiples of ", kGemmStep, " below 2^31, got ", size);
-  }
-  STD_TORCH_CHECK(x.size(0) <= INT32_MAX, "x must have fewer than 2^31 rows");
-}
-
-uint16_t* mutable_halves(const Tensor& t) { return static_cast<uint16_t*>(t.mutable_data_ptr()); }
-
-void run_gemm(const GemmParams& params, const Tensor& like) {
-  const auto device_index = like.get_device_index();
-  STD_TORCH_CHECK(gemm_bf16 != nullptr && is_hopper(device_index),
-                  "the CUDA kernels of linear layers are built for Hopper (sm_90a) alone");
-  const DeviceScope scope(device_index);
-  GemmParams placed = params;
-  placed.sms = multiprocessors(device_index);
-  const bool bf16 = like.scalar_type() == ScalarType::BFloat16;
-  const Stream stream = current_stream(device_index);
-  raise_if_failed(bf16 ? gemm_bf16(placed, stream) : gemm_fp16(placed, stream));
-}
 
 // What kernels read in pairs.
 OptionalTensor paired(const OptionalTensor& vector) {
@@ -95,7 +38,7 @@ PreGradient back_through(const Tensor& given_dy, const OptionalTensor& given_pre
   p.M = static_cast<int>(N), p.N = static_cast<int>(F);
   p.dy = dy.operand.data, p.dy_stride = dy.operand.stride;
   p.pre = data_or_null<uint16_t>(pre);
-  p.dpre = pre ? mutable_halves(found.dpre) : nullptr;
+  p.dpre = pre ? mutable_rows(found.dpre) : nullptr;
   p.activation = activation;
   p.strips = activation_strips(p.M, p.N, multiprocessors(device_index));
   const Tensor partial = empty_rows(given_dy, needs_dbias ? p.strips : 0, F, ScalarType::Float);
@@ -103,8 +46,7 @@ PreGradient back_through(const Tensor& given_dy, const OptionalTensor& given_pre
   const DType kernel = kernel_dtype(given_dy, "dy");
   raise_if_failed(activation_bwd(p, kernel, stream));
   if (!needs_dbias) return found;
-  const ColumnSumsParams sums{p.strips, p.N, p.partial, mutable_halves(found.dbias)};
-  raise_if_failed(column_sums(sums, kernel, stream));
+  add_strips(found.dbias, partial);
   return found;
 }
 
@@ -146,7 +88,7 @@ void store_product(const Tensor& out, const Tensor& left, const Tensor& right) {
   const bool by_rows = out.size(0) == 1 || out.stride(1) == 1;
   if (!by_rows) return store_product(turned(out), right, left);
   GemmParams params = turned_product(left, right);
-  params.out = mutable_halves(out);
+  params.out = mutable_rows(out);
   run_gemm(params, left);
 }
 
@@ -183,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
     params.M = static_cast<int>(N), params.N = static_cast<int>(C), params.K = static_cast<int>(F);
     params.a = lines_along(found.dpre, 1).operand;
     params.b = b.operand;
-    params.out = mutable_halves(dx);
+    params.out = mutable_rows(dx);
     run_gemm(params, x);
   }
   if (!needs_dweight && !weight_grad) return {dx, dweight, found.dbias};
@@ -222,8 +164,8 @@ std::tuple<Tensor, Tensor> linear_act_fwd(const Tensor& x, const Tensor& weight,
   params.b = b.operand;
   params.bias = data_or_null<uint16_t>(added);
   params.activation = activation_of(activation);
-  params.pre = keep_pre ? mutable_halves(pre) : nullptr;
-  params.out = mutable_halves(y);
+  params.pre = keep_pre ? mutable_rows(pre) : nullptr;
+  params.out = mutable_rows(y);
   run_gemm(params, x);
   return {y, pre};
 }

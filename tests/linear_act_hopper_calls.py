@@ -67,6 +67,13 @@ class Data:
         )
 
     @property
+    def dpre(self) -> tuple[Any, ...]:
+        """Back through a second layer, of which dy is the gradient of x: [N, C] -> [N, F]."""
+        call = self.call
+        weight = self.weight.T.contiguous()
+        return self.x, weight, self.saved(), call.activation, call.transposed, call.bias
+
+    @property
     def forward(self) -> tuple[Any, ...]:
         call = self.call
         return (
@@ -94,8 +101,8 @@ class Data:
 KINDS = [
     Call("cooperative", 200, 200, 504),
     Call("cooperative, turned weight", 200, 200, 504, transposed=True),
-    Call("ping-pong 192", 300, 200, 200, "silu", keep_pre=True),
-    Call("ping-pong 192, turned weight", 300, 200, 200, "gelu_tanh", transposed=True),
+    Call("ping-pong 192", 520, 264, 184, "silu", keep_pre=True),
+    Call("ping-pong 192, turned weight", 520, 264, 184, "gelu_tanh", transposed=True),
     Call("ping-pong 128", 390, 328, 120, "gelu", keep_pre=True),
     Call("ping-pong 128, turned weight", 390, 328, 120, "relu_squared", transposed=True),
 ]
@@ -121,8 +128,20 @@ FORWARDS = [
     Call("pre-activations of 1e4, squared in fp16: infinities", 40, 64, 48, "relu_squared", F16,
          scale=1e4),
 ]  # fmt: skip
+BACK_THROUGH = [
+    *(Call(f"back through {name}", 40, 72, 48, name) for name in ACTIVATIONS[1:]),
+    *(
+        Call(f"back through, {name}{turned}", 520, 264, 184, "silu", dtype, transposed)
+        for name, dtype in DTYPES.items()
+        for turned, transposed in (("", False), (", turned weight", True))
+    ),
+    Call("back through, two columns of tiles, no sums", 390, 72, 328, "gelu", bias=False),
+    Call("back through, many steps of K", 130, 1000, 136, "gelu_tanh", F16),
+]
+"""N rows, C outputs of the layer that is gone back through, F inputs."""
 BACKWARDS = [
-    Call("gradients of wide tiles", 200, 264, 200, "silu"),
+    Call("gradients of wide tiles", 200, 248, 200, "silu"),
+    Call("gradients of wide tiles, fp16", 200, 248, 200, "silu", F16),
     Call("gradients of small tiles", 70, 72, 48, "gelu", F16),
     Call("gradients, turned weight", 150, 136, 264, "gelu_tanh", transposed=True),
     Call("gradients without an activation", 390, 72, 328),

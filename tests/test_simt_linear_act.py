@@ -18,6 +18,7 @@ from build_tools.cubin import short_name
 from fused_lm.reference import linear_act as reference
 from fused_lm.tolerance import check_close
 from tests.linear_act_hopper_calls import (
+    BACK_THROUGH,
     BACKWARDS,
     BF16,
     DTYPES,
@@ -137,6 +138,31 @@ def test_backward(call: Call, build: runtime.Harness) -> None:
         check_close(*each, name)
 
 
+@pytest.mark.parametrize(
+    ("build", "call"), of_builds(BACK_THROUGH, BACK_THROUGH), indirect=["build"]
+)
+def test_back_through_an_activation(call: Call, build: runtime.Harness) -> None:
+    data = Data.of(call)
+    found = _in_schedules(build, _dpre, data)
+    same, exact = (_dpre_formula(*each) for each in (data.dpre, data.in_fp64(data.dpre)))
+    for name, *each in zip(("dpre", "dbias"), found, same, exact, strict=True):
+        check_close(*each, name)
+
+
+def _dpre(harness: runtime.Harness, data: Data) -> Sequence[Tensor]:
+    return _call(harness, "ffn_dpre", *data.dpre)
+
+
+def _dpre_formula(
+    dy: Tensor, weight: Tensor, pre: Tensor, activation: str, transposed: bool, sums: bool
+) -> tuple[Tensor, Tensor]:
+    wide = reference.wide
+    dhidden = wide(dy) @ (wide(weight).T if transposed else wide(weight))
+    dpre = reference.activate_backward(dhidden, wide(pre), activation)
+    dbias = dpre.sum(0) if sums else dpre.new_empty(0)
+    return dpre.to(dy.dtype), dbias.to(dy.dtype)
+
+
 def test_weights_that_lie_otherwise(harness: runtime.Harness) -> None:
     """Turned, or with rows apart: read as they lie, and the gradient lies likewise; x whose columns
     are apart and bias at an odd address are copied. All equal to their copies, to the bit.
@@ -233,6 +259,8 @@ def test_no_mutant_survives() -> None:
     hunt = mutants.Hunt(runtime.load("race"), MUTANT_SCHEDULES)
     for call in _MUTATED:
         hunt.drop_each(call.why, partial(_forward, hunt.harness, Data.of(call)))
+    for call in _MUTATED_BACK_THROUGH:
+        hunt.drop_each(call.why, partial(_dpre, hunt.harness, Data.of(call)))
     for call in _MUTATED_BACKWARDS:
         hunt.drop_each(call.why, partial(_backward, hunt.harness, Data.of(call)))
     sources = mutants.sources_of("gemm_sm90*") | mutants.sources_of("activation_bwd*")
@@ -248,6 +276,7 @@ _MUTATED = [
     Call("ping-pong, an odd number of slabs", 900, 72, 184, "silu"),
     Call("small ping-pong", 900, 72, 120, "gelu", keep_pre=True),
 ]
+_MUTATED_BACK_THROUGH = [Call("back through", 900, 72, 184, "silu")]
 _MUTATED_BACKWARDS = [
     Call("gradients", 200, 264, 200, "silu"),
     Call("added", 300, 200, 264, total=torch.float32),
@@ -267,6 +296,8 @@ def test_every_instantiation_runs() -> None:
         _forward(harness, Data.of(call))
     for call in BACKWARDS:
         _backward(harness, Data.of(call))
+    for call in BACK_THROUGH:
+        _dpre(harness, Data.of(call))
     ran = {short_name(name) for name in harness.module.kernels_run()}
     assert compiled and not compiled - ran, f"no call reaches {sorted(compiled - ran)}"
 

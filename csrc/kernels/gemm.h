@@ -32,10 +32,17 @@ struct GemmParams {
   uint16_t* pre;  // [M, N] contiguous, 16-byte aligned, or null
   uint16_t* out;  // the same; not used with a total
   GemmTotal total;
-  int sms;  // of the GPU: blocks that run at once
+  const uint16_t* source;  // [M, N] like pre: out = a b^T act'(source); or null
+  float* partial;          // with a source: [gemm_row_tiles(M), N], sums over each tile's rows
+  int sms;                 // of the GPU: blocks that run at once
 };
 
 constexpr int kGemmStep = 8;  // elements of 16 bytes, which TMA counts in
+constexpr int kGemmBlockM = 128;
+
+constexpr int gemm_row_tiles(int M) {
+  return static_cast<int>((int64_t{M} + kGemmBlockM - 1) / kGemmBlockM);
+}
 
 // Weak: a build for other GPUs alone has none.
 __attribute__((weak)) Status gemm_bf16(const GemmParams& params, Stream stream);

@@ -42,10 +42,12 @@ struct ActivationEpilogue {
         with_activation(args.activation,
                         [&](const auto& formula) { activate<C>(packed, formula); });
       }
-      own.send(args.out, packed, args.keeps_pre ? 1 : slab % kPlaces, row,
+      own.send(args.out, packed, args.keeps_pre ? 1 : slab % C::kPlaces, row,
                column + slab * kSlabColumns);
     }
-    if (C::kSlabs % kPlaces != 0 && !args.keeps_pre) own.wait_for_slabs();
+    if constexpr (C::kSlabs % C::kPlaces != 0) {
+      if (!args.keeps_pre) own.wait_for_slabs();
+    }
   }
 };
 

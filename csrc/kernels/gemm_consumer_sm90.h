@@ -25,6 +25,7 @@ struct Consumer {
   const Arguments& args;
   int group;
   Ring<C::kStages> ring;
+  uint32_t source_parity = 0;
 
   __device__ __forceinline__ Consumer(typename C::SharedStorage& storage, const Arguments& told,
                                       int own)
@@ -132,10 +133,11 @@ struct Consumer {
     }
   }
 
-  // After an odd number of slabs: the next tile begins in the place where this one ended.
+  // After an odd number of slabs: the next tile begins in the place where this one ended. That all
+  // of the group know it, its turn to multiply sees to.
   __device__ __forceinline__ void wait_for_slabs() {
+    static_assert(C::kPingPong, "without turns it takes a barrier");
     if (thread() == 0) ptx::bulk_wait_read<0>();
-    ptx::named_barrier_sync(kSlabWritten + group, kGroupThreads);
   }
 };
 

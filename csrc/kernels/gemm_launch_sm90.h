@@ -26,22 +26,22 @@ template <class Element, GemmSchedule kSchedule, Layout kLayout, class Epilogue>
 Status launch_gemm(const GemmParams& p, Stream stream) {
   using C = Config<Element, kSchedule, kLayout>;
   constexpr DType kDType = kDTypeOf<Element>;
-  const auto tiles = [](int size, int block) {
-    return static_cast<int>((int64_t{size} + block - 1) / block);
-  };
   Arguments args{};
   args.M = p.M, args.N = p.N, args.K = p.K;
-  args.tiles_m = tiles(p.M, kGemmBlockM), args.tiles_n = tiles(p.N, C::kBlockN);
+  args.tiles_m = gemm_row_tiles(p.M),
+  args.tiles_n = static_cast<int>((int64_t{p.N} + C::kBlockN - 1) / C::kBlockN);
   args.group = C::kTuning.group;
   args.activation = p.activation;
   args.keeps_pre = p.pre != nullptr;
   args.bias = p.bias;
   args.total = p.total;
-  Status statuses[] = {
+  args.partial = p.partial;
+  const uint16_t* pre = C::kLoads ? p.source : p.pre;
+  const Status statuses[] = {
       map_operand(args.a, p.a, kDType, p.M, p.K, kGemmBlockM),
       map_operand(args.b, p.b, kDType, p.N, p.K, C::kBlockN),
       p.out != nullptr ? map_matrix(args.out, p.out, kDType, p.N, p.M, p.N, C::kRows) : kOk,
-      args.keeps_pre ? map_matrix(args.pre, p.pre, kDType, p.N, p.M, p.N, C::kRows) : kOk,
+      pre != nullptr ? map_matrix(args.pre, pre, kDType, p.N, p.M, p.N, C::kRows) : kOk,
   };
   for (const Status status : statuses) {
     if (status != kOk) return status;
@@ -59,6 +59,10 @@ Status launch_layer(const GemmParams& p, GemmWork work, GemmSchedule schedule, S
   constexpr GemmSchedule kWide = GemmSchedule::kCooperative256;
   constexpr GemmSchedule kHidden = GemmSchedule::kPingPong192;
   constexpr GemmSchedule kFew = GemmSchedule::kPingPong128;
+  if (work == GemmWork::kBackward) {
+    return launch_gemm<Element, GemmSchedule::kPingPong192Loads, kLayout,
+                       ActivationBackwardEpilogue>(p, stream);
+  }
   if (schedule == kFew) {
     return launch_gemm<Element, kFew, kLayout, ActivationEpilogue>(p, stream);
   }
@@ -84,11 +88,13 @@ template <class Element>
 Status launch_any(const GemmParams& p, Stream stream) {
   const bool activates = p.activation != Activation::kNone || p.pre != nullptr;
   const GemmWork work = p.total.data != nullptr ? GemmWork::kGradient
+                        : p.source != nullptr   ? GemmWork::kBackward
                         : activates             ? GemmWork::kActivation
                                                 : GemmWork::kLinear;
   const GemmSchedule schedule = gemm_tuning_sm90(p.M, p.N, p.K, work, p.sms).schedule;
   if (p.a.turned) {
-    if (!p.b.turned || activates) return "only a weight's gradient has both operands turned";
+    if (!p.b.turned || activates || p.source != nullptr)
+      return "only a weight's gradient has both operands turned";
     return launch_gradient<Element>(p, work, schedule, stream);
   }
   if (work == GemmWork::kGradient) return "only a weight's gradient is added to a total";

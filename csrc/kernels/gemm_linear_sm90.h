@@ -16,9 +16,9 @@ struct LinearEpilogue {
       if (args.bias != nullptr) add_bias<C>(sums, args, slab, column);
       Packed<C> packed;
       pack<C>(packed, sums, slab);
-      own.send(args.out, packed, slab % kPlaces, row, column + slab * kSlabColumns);
+      own.send(args.out, packed, slab % C::kPlaces, row, column + slab * kSlabColumns);
     }
-    if constexpr (C::kSlabs % kPlaces != 0) own.wait_for_slabs();
+    if constexpr (C::kSlabs % C::kPlaces != 0) own.wait_for_slabs();
   }
 };
 

@@ -43,5 +43,29 @@ __device__ __forceinline__ void produce(typename C::SharedStorage& smem, const A
   }
 }
 
+// The tiles that the epilogues read, each as soon as the group's results of its tile before are
+// out.
+template <class C>
+__device__ __forceinline__ void produce_sources(typename C::SharedStorage& smem,
+                                                const Arguments& args) {
+  static_assert(C::kPingPong, "groups have a tile in turn");
+  int group = 0;
+  uint32_t free = 1;
+#pragma unroll 1
+  for (int tile = blockIdx.x; tile < tile_count(args); tile += gridDim.x) {
+    const TileAt at = tile_at<C>(args, tile);
+    uint64_t* full = &smem.barriers.source_full[group];
+    ptx::mbarrier_wait(&smem.barriers.source_empty[group], free);
+    ptx::mbarrier_arrive_expect_tx(full, C::kSlabs * C::Slab::kBytes);
+#pragma unroll
+    for (int slab = 0; slab < C::kSlabs; ++slab) {
+      ptx::tma_load(&smem.slabs[group][slab].chunks[0][0][0], args.pre, full,
+                    {at.column + slab * kSlabColumns, at.row});
+    }
+    group ^= 1;
+    if (group == 0) free ^= 1u;
+  }
+}
+
 }  // namespace gemm
 }  // namespace fused_lm

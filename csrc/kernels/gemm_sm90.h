@@ -23,6 +23,8 @@
 //   empty + stage        consumers of the tile: a lane   producer: the stage's place
 //                        per warp
 //   kTurn + group        the other group                 the group: its products may begin
+//   source_full + group  another producer; bytes        the group: the tile that its epilogue reads
+//   source_empty + group its first thread                that producer: the place of the tile
 //   kSlabWritten + group the group                       its first thread: results to be stored;
 //                                                        the group: the other slab is free
 // clang-format on
@@ -40,6 +42,7 @@
 // Sources: PTX 9.7.15, asynchronous warpgroup level matrix instructions.
 #pragma once
 
+#include "kernels/gemm_activation_bwd_sm90.h"
 #include "kernels/gemm_activation_sm90.h"
 #include "kernels/gemm_gradient_sm90.h"
 #include "kernels/gemm_linear_sm90.h"
@@ -55,6 +58,10 @@ __device__ __forceinline__ void init_barriers(typename C::Barriers& barriers) {
   for (int stage = 0; stage < C::kStages; ++stage) {
     ptx::mbarrier_init(&barriers.full[stage], 1);
     ptx::mbarrier_init(&barriers.empty[stage], C::kReleases);
+  }
+  for (int group = 0; C::kLoads && group < kGroups; ++group) {
+    ptx::mbarrier_init(&barriers.source_full[group], 1);
+    ptx::mbarrier_init(&barriers.source_empty[group], 1);
   }
   ptx::fence_mbarrier_init();
 }
@@ -112,6 +119,9 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_sm90(const __grid_constant__
   if (warpgroup == 0) {
     ptx::registers_decrease<24>();
     if (threadIdx.x == 0) produce<C>(smem, args);
+    if constexpr (C::kLoads) {
+      if (threadIdx.x == kWarpSize) produce_sources<C>(smem, args);
+    }
   } else {
     ptx::registers_increase<240>();
     consume<C, Epilogue>(smem, args, warpgroup - 1);

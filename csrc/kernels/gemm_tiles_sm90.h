@@ -24,7 +24,6 @@ constexpr int kFragmentColumns = 8;
 constexpr int kSlabColumns = 64;
 constexpr int kSlabFragments = kSlabColumns / kFragmentColumns;
 constexpr int kSlabBlocks = kSlabColumns / 16;  // of 16 columns, what an stmatrix stores
-constexpr int kPlaces = 2;                      // of a group's slabs on their way out
 constexpr int kBoxRows = 64;                    // K of a box of a turned operand
 
 template <class Element>
@@ -48,6 +47,9 @@ struct Config {
   static constexpr int kN = kBlockN / kFragmentColumns;
   static constexpr int kSlabs = kBlockN / kSlabColumns;
   static constexpr int kSteps = kGemmBlockK / kProductDepth;
+  // Whether the epilogue reads a tile too, which comes into the slabs that results leave by.
+  static constexpr bool kLoads = kSchedule == GemmSchedule::kPingPong192Loads;
+  static constexpr int kPlaces = kLoads ? kSlabs : 2;  // for a group's slabs
   static constexpr int kReleases = (kPingPong ? 1 : kGroups) * kGroupThreads / kWarpSize;
 
   template <bool kTurned, int kOperandRows>
@@ -63,10 +65,16 @@ struct Config {
   };
   struct Barriers {
     uint64_t full[kStages], empty[kStages];
+    uint64_t source_full[kGroups], source_empty[kGroups];
+  };
+  struct NoSums {};
+  struct ColumnSums {
+    float warp[kGroups][kSlabs][kGroupThreads / kWarpSize][kSlabColumns];
   };
   struct SharedStorage {
     Stage stages[kStages];
     Slab slabs[kGroups][kPlaces];
+    std::conditional_t<kLoads, ColumnSums, NoSums> sums;
     Barriers barriers;
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
@@ -86,13 +94,14 @@ using Packed = uint32_t[C::kM][kSlabBlocks][4];
 
 // What the kernel is told.
 struct Arguments {
-  ptx::TensorMap a, b, pre, out;
+  ptx::TensorMap a, b, pre, out;  // pre: stored, or loaded as the source of an activation's slope
   int M, N, K;
   int tiles_m, tiles_n, group;
   Activation activation;
   bool keeps_pre;
   const uint16_t* bias;
   GemmTotal total;
+  float* partial;
 };
 
 struct TileAt {

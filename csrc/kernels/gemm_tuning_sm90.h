@@ -14,17 +14,18 @@
 // epilogue of one runs beside the products of the other: it costs nothing up to K of 576.
 #pragma once
 
-#include "common/types.h"
+#include "kernels/gemm.h"
 
 namespace fused_lm {
 
-enum class GemmSchedule : int { kCooperative256, kPingPong192, kPingPong128 };
+enum class GemmSchedule : int { kCooperative256, kPingPong192, kPingPong128, kPingPong192Loads };
 
 // What an epilogue does to the sums: which schedules are compiled for it.
 enum class GemmWork : int {
   kLinear,      // adds a bias: so little that both consumers may do it at once
   kActivation,  // a bias and an activation, one or two outputs
   kGradient,    // adds the sums to what is in global memory: its way there and back
+  kBackward,    // multiplies by an activation's slope, of a tile that TMA brings
 };
 
 struct GemmTuning {
@@ -38,7 +39,6 @@ struct GemmTuning {
   const char* reason;
 };
 
-constexpr int kGemmBlockM = 128;
 constexpr int kGemmBlockK = 64;
 
 constexpr GemmTuning kGemmTunings[] = {
@@ -48,10 +48,14 @@ constexpr GemmTuning kGemmTunings[] = {
      "160 KB of stages, 64 of slabs; 92 % of the tensor cores' peak, no epilogue to be seen"},
     {GemmSchedule::kPingPong128, 128, true, 5, 640, 0, 11,
      "160 KB of stages, 64 of slabs; 80 %, but where tiles are few more of them are filled"},
+    {GemmSchedule::kPingPong192Loads, 192, true, 3, 832, 0, 14,
+     "120 KB of stages, 96 of slabs: a tile comes into them while the one before is multiplied"},
 };
 
 constexpr bool gemm_compiled(GemmSchedule schedule, GemmWork work) {
   if (work == GemmWork::kGradient) return schedule == GemmSchedule::kPingPong192;
+  const bool loads = schedule == GemmSchedule::kPingPong192Loads;
+  if (work == GemmWork::kBackward || loads) return work == GemmWork::kBackward && loads;
   return schedule == GemmSchedule::kPingPong128 ||
          (schedule == GemmSchedule::kCooperative256) == (work == GemmWork::kLinear);
 }

@@ -174,27 +174,30 @@ def _pytorch_refuses(call: Any) -> str | None:
     return None
 
 
-def cuda_limit(call: LinearActCall) -> str | None:
+def cuda_limit(call: Any) -> str | None:
     """Why the CUDA kernels can't run a call on any GPU, None if they can on some."""
     dtype = call.x.dtype
     if dtype != torch.float64 and autocast_enabled(call.x.device):
         dtype = torch.get_autocast_dtype(call.x.device.type)
     if dtype not in (torch.float16, torch.bfloat16):
-        return f"the CUDA kernels of linear_act take float16 and bfloat16, got {dtype}"
+        return f"the CUDA kernels of linear layers take float16 and bfloat16, got {dtype}"
     if call.activation in GATES:
-        return f"the CUDA kernels of linear_act have no gated activation, got {call.activation}"
-    for width in call.weight.shape:
-        if width % CUDA_STEP or width == 0:
+        return f"the CUDA kernels of linear layers have no gated activation, got {call.activation}"
+    if getattr(call, "recompute", False):
+        return "the CUDA kernels keep what the activation gives, they don't make it again"
+    weights = (call[1], call[3]) if isinstance(call, FFNCall) else (call.weight,)
+    for weight in weights:
+        if any(width % CUDA_STEP or not 0 < width <= CUDA_SIZE for width in weight.shape):
             return (
-                f"the CUDA kernels of linear_act take widths that are multiples of {CUDA_STEP}, "
-                f"got {shapes_of(weight=call.weight)}"
+                f"the CUDA kernels of linear layers take widths that are multiples of {CUDA_STEP}, "
+                f"got {shapes_of(weight=weight)}"
             )
-    if max(*call.weight.shape, math.prod(call.x.shape[:-1])) > CUDA_SIZE:
-        return "the CUDA kernels of linear_act take fewer than 2^31 rows and columns"
+    if math.prod(call.x.shape[:-1]) > CUDA_SIZE:
+        return "the CUDA kernels of linear layers take fewer than 2^31 rows"
     return None
 
 
-def _cuda_refuses(call: LinearActCall) -> str | None:
+def _cuda_refuses(call: Any) -> str | None:
     return cuda_limit(call) or extension.refusal(call.x) or _hopper_refusal(call.x)
 
 
@@ -202,7 +205,7 @@ def _hopper_refusal(x: Tensor) -> str | None:
     index = x.device.index
     if _has_kernel(torch.cuda.current_device() if index is None else index):
         return None
-    return "the CUDA kernels of linear_act are built for Hopper (sm_90a) alone"
+    return "the CUDA kernels of linear layers are built for Hopper (sm_90a) alone"
 
 
 @functools.cache
@@ -265,15 +268,12 @@ for _op, _files in (
     ("ffn", (*_KERNELS, "triton_kernels/ffn.py")),
 ):
     dispatch.TABLE[_op] = (
+        dispatch.Impl("cuda", _cuda_refuses, needs_record=True),
         dispatch.Impl("triton", _triton_refuses, needs_record=True),
         dispatch.Impl("pytorch", _pytorch_refuses),
         dispatch.Impl("reference", _never),
     )
     records.SHAPE_CLASSES[_op] = _shape_class
     records.KERNEL_SOURCES[_op, "triton"] = _files
-dispatch.TABLE["linear_act"] = (
-    dispatch.Impl("cuda", _cuda_refuses, needs_record=True),
-    *dispatch.TABLE["linear_act"],
-)
-records.KERNEL_SOURCES["linear_act", "cuda"] = ("gemm_sm90_bf16", "gemm_sm90_fp16")
-records.TRAINING_SOURCES["linear_act", "cuda"] = ("activation_bwd_sm90",)
+    records.KERNEL_SOURCES[_op, "cuda"] = ("gemm_sm90_bf16", "gemm_sm90_fp16")
+    records.TRAINING_SOURCES[_op, "cuda"] = ("activation_bwd_sm90",)

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 
 from fused_lm import dispatch
+from fused_lm.cuda import extension, ffn
 from fused_lm.ops import (
     attention_backends,
     attention_decode_checks,
@@ -50,6 +52,11 @@ def installed(backend: str, seed: int = 0) -> Iterator[runtime.Harness]:
                 dispatch.TABLE[public] = (impl, *tables[public])
         for op in _HOPPER_ALONE:
             registration.FUNCTIONS[op][backend] = partial(_on_hopper, harness, op)
+        for op, name in _FFN.items():
+            registration.FUNCTIONS[op][backend] = partial(_of_parts, harness, name)
+        if "ffn" in tables:
+            impl = dispatch.Impl(backend, linear_checks.cuda_limit, needs_record=True)
+            dispatch.TABLE["ffn"] = (impl, *tables["ffn"])
         # Of one the backward is what fused_lm/cuda makes of attention's.
         registration.FUNCTIONS["attention_varlen_bwd"][backend] = partial(
             backward_by, partial(harness.call, "attention_bwd")
@@ -58,13 +65,15 @@ def installed(backend: str, seed: int = 0) -> Iterator[runtime.Harness]:
     finally:
         dispatch.BACKENDS = names
         dispatch.TABLE.update(tables)
-        for op in (*ops, "attention_varlen_bwd"):
+        for op in (*ops, *_FFN, "attention_varlen_bwd"):
             registration.FUNCTIONS[op].pop(backend, None)
         harness.configure()
 
 
-_OF_HOPPER = {"cuda_attention_bwd_sm90"}
-"""No operator of its own: the backend ``cuda`` takes it on such a GPU."""
+_OF_HOPPER = {"cuda_attention_bwd_sm90", "cuda_ffn_dpre"}
+"""No operators of their own: the backend ``cuda`` takes them on such a GPU."""
+_FFN = {"ffn_fwd": "ffn_forward", "ffn_bwd": "ffn_backward", "ffn_bwd_add": "ffn_backward"}
+"""Operators that fused_lm/cuda makes of others."""
 
 
 _HOPPER_ALONE = ("attention_varlen_fwd", "linear_act_fwd", "linear_act_bwd", "linear_act_bwd_add")
@@ -74,6 +83,11 @@ _HOPPER_ALONE = ("attention_varlen_fwd", "linear_act_fwd", "linear_act_bwd", "li
 def _on_hopper(harness: runtime.Harness, op: str, *arguments: Any) -> Any:
     with harness.choosing(hopper=True):
         return harness.call(op, *arguments)
+
+
+def _of_parts(harness: runtime.Harness, name: str, *arguments: Any) -> Any:
+    with mock.patch.object(extension, "op", lambda op: partial(_on_hopper, harness, op)):
+        return getattr(ffn, name)(*arguments)
 
 
 _LIMITS = {

@@ -150,7 +150,8 @@ py::dict attention_bwd_tuning_sm90(int head_dim, bool general) {
 py::dict gemm_tuning_sm90(int M, int N, int K, const std::string& work) {
   const fused_lm::GemmWork of = work == "linear"       ? fused_lm::GemmWork::kLinear
                                 : work == "activation" ? fused_lm::GemmWork::kActivation
-                                                       : fused_lm::GemmWork::kGradient;
+                                : work == "gradient"   ? fused_lm::GemmWork::kGradient
+                                                       : fused_lm::GemmWork::kBackward;
   const fused_lm::GemmTuning tuning =
       fused_lm::gemm_tuning_sm90(M, N, K, of, fused_lm::multiprocessors(0));
   using namespace pybind11::literals;
