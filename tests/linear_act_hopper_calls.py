@@ -4,6 +4,7 @@ table for the harness' tests. The harness has two multiprocessors, by which sche
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_lm.reference import linear_act as reference
+from fused_lm.tolerance import check_close
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 DTYPES = {"bf16": BF16, "fp16": F16}
@@ -96,6 +98,54 @@ class Data:
         pre = replace(self, call=replace(self.call, keep_pre=True)).forward
         y, kept = reference.linear_act_forward(*pre)
         return y if self.call.activation == "relu" else kept
+
+
+def total_of(data: Data) -> Tensor:
+    """What a weight's gradient is added to, with rows apart from each other."""
+    rows, columns = data.weight.shape
+    values = torch.linspace(-9, 9, rows * (columns + 8)).view(rows, -1)
+    return values[:, :columns].to(data.call.total)
+
+
+def check_forward(data: Data, y: Tensor, pre: Tensor) -> None:
+    """Also that y is what a kept pre gives."""
+    call = data.call
+    same = reference.linear_act_forward(*data.forward)
+    exact = reference.linear_act_forward(*data.in_fp64(data.forward))
+    check_close(y, same[0], exact[0].to(call.dtype).double(), "y")
+    check_close(pre, same[1], exact[1], "pre")
+    if call.keep_pre:
+        again = reference.activate(pre.float(), call.activation).to(call.dtype)
+        check_close(y, again, reference.activate(pre.double(), call.activation), "y of its pre")
+
+
+def check_backward(data: Data, found: Sequence[Tensor]) -> None:
+    """dx, dweight or the total that it was added to, dbias."""
+    arguments = data.backward(data.saved())
+    same = list(reference.linear_act_backward(*arguments))
+    exact = list(reference.linear_act_backward(*data.in_fp64(arguments)))
+    if data.call.total is not None:
+        before = total_of(data)
+        same[1] = (before.float() + same[1].float()).to(data.call.total)
+        exact[1] = before.double() + exact[1]
+    for name, *each in zip(("dx", "dweight", "dbias"), found, same, exact, strict=True):
+        check_close(*each, name)
+
+
+def check_dpre(data: Data, found: Sequence[Tensor]) -> None:
+    same, exact = (_dpre(*each) for each in (data.dpre, data.in_fp64(data.dpre)))
+    for name, *each in zip(("dpre", "dbias"), found, same, exact, strict=True):
+        check_close(*each, name)
+
+
+def _dpre(
+    dy: Tensor, weight: Tensor, pre: Tensor, activation: str, transposed: bool, sums: bool
+) -> tuple[Tensor, Tensor]:
+    wide = reference.wide
+    dhidden = wide(dy) @ (wide(weight).T if transposed else wide(weight))
+    dpre = reference.activate_backward(dhidden, wide(pre), activation)
+    dbias = dpre.sum(0) if sums else dpre.new_empty(0)
+    return dpre.to(dy.dtype), dbias.to(dy.dtype)
 
 
 KINDS = [

@@ -24,7 +24,6 @@ constexpr int kFragmentColumns = 8;
 constexpr int kSlabColumns = 64;
 constexpr int kSlabFragments = kSlabColumns / kFragmentColumns;
 constexpr int kSlabBlocks = kSlabColumns / 16;  // of 16 columns, what an stmatrix stores
-constexpr int kBoxRows = 64;                    // K of a box of a turned operand
 
 template <class Element>
 constexpr DType kDTypeOf = std::is_same_v<Element, __half> ? DType::kFloat16 : DType::kBFloat16;

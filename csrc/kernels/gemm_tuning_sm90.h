@@ -11,7 +11,7 @@
 // So wide tiles are better, until their epilogue is in the way. Two consumers that share a tile
 // ("cooperative") hold 128 sums per thread at 256 columns, and both run the epilogue while the
 // tensor cores wait. Two that have a tile each ("ping-pong") hold 192 at 192 columns, and the
-// epilogue of one runs beside the products of the other: it costs nothing up to K of 576.
+// epilogue of one runs beside the products of the other: it costs nothing from a K of 576 on.
 #pragma once
 
 #include "kernels/gemm.h"
@@ -42,7 +42,7 @@ struct GemmTuning {
 constexpr int kGemmBlockK = 64;
 
 constexpr GemmTuning kGemmTunings[] = {
-    {GemmSchedule::kCooperative256, 256, false, 4, 1024, 330, 16,
+    {GemmSchedule::kCooperative256, 256, false, 4, 1024, 760, 16,
      "192 KB of stages, 32 of slabs; shared memory no longer binds"},
     {GemmSchedule::kPingPong192, 192, true, 4, 832, 0, 14,
      "160 KB of stages, 64 of slabs; 92 % of the tensor cores' peak, no epilogue to be seen"},
