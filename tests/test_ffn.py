@@ -13,9 +13,11 @@ import fused_lm
 from fused_lm.parity import formulas
 from fused_lm.tolerance import check_close
 from tests import oracle
+from tests.simt import backend as simt
 
 BACKENDS = ("reference", "pytorch", "triton")
 KERNELS = ("reference", "triton")
+CUDA = simt.BACKENDS
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 GATED = ("swiglu", "geglu", "geglu_tanh")
 ACTIVATIONS = ("relu", "relu_squared", "silu", "gelu", "gelu_tanh", *GATED)
@@ -41,7 +43,11 @@ CASES = [
     *(Case(f"{name}", activation=name) for name in ACTIVATIONS),
     *(Case(f"{name}, recomputed, bf16", activation=name, dtype=BF16, recompute=True)
       for name in ACTIVATIONS),
+    *(Case(f"{name}, kept, bf16", activation=name, dtype=BF16)
+      for name in ACTIVATIONS if name not in GATED),
     Case("fp16", dtype=F16),
+    Case("as Conv1D keeps them, several tiles, fp16", (150, 72), 264, 136, "silu", F16,
+         transposed=True),
     Case("several tiles and steps, all ragged", (150, 70), 90, 130),
     Case("several tiles, ragged, gated, bf16", (150, 70), 90, 130, "swiglu", BF16, recompute=True),
     Case("sizes that fill tiles", (128, 64), 64, 64, dtype=BF16),
@@ -88,8 +94,22 @@ def formula(case: Case, tensors: dict[str, Tensor]) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
+def _cases_of_backends() -> list[object]:
+    """Every case on every backend that takes it."""
+    return [
+        pytest.param(case, backend, id=f"{case.why}-{backend}")
+        for case in CASES
+        for backend in (*BACKENDS, *(CUDA if _in_cuda(case) else ()))
+    ]
+
+
+def _in_cuda(case: Case) -> bool:
+    whole = all(width % 8 == 0 for width in (case.shape[-1], case.F, case.C2))
+    plain = case.activation not in GATED and not case.recompute
+    return whole and plain and case.dtype != F32
+
+
+@pytest.mark.parametrize(("case", "backend"), _cases_of_backends())
 def test_equals_fp64(case: Case, backend: str, device: torch.device) -> None:
     inputs = inputs_of(case, device)
 
@@ -183,9 +203,11 @@ def test_frozen_biases_enter_second_derivatives(backend: str, device: torch.devi
     torch.testing.assert_close(ours, penalty(lambda tensors: formula(Case(""), tensors)))
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", (*KERNELS, *CUDA))
 def test_weight_gradients_are_added_into_given_ones(backend: str, device: torch.device) -> None:
     case = Case("", dtype=BF16, activation="swiglu", recompute=True)
+    if backend in CUDA:
+        case = Case("", dtype=BF16)
     inputs = inputs_of(case, device)
     dy = torch.randn(19, 24, device=device).to(BF16)
 
@@ -208,11 +230,13 @@ def test_weight_gradients_are_added_into_given_ones(backend: str, device: torch.
             check_close(leaf.grad, same[name], exact[name], name)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", (*KERNELS, *CUDA))
 @pytest.mark.parametrize("trained", ["up_weight", "down_weight"])
 def test_one_frozen_weight(trained: str, backend: str, device: torch.device) -> None:
     """The other's gradient goes where it was asked for, given or new."""
     case = Case("", activation="silu", recompute=True)
+    if backend in CUDA:
+        case = Case("", activation="silu", dtype=BF16)
     inputs = inputs_of(case, device)
     results = []
     for give in (False, True):
@@ -239,7 +263,7 @@ def test_no_rows(backend: str, device: torch.device) -> None:
     assert all(leaf.grad is not None and not leaf.grad.any() for leaf in leaves.values())
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", (*KERNELS, *CUDA))
 def test_repeats_to_the_bit(backend: str, device: torch.device) -> None:
     inputs = inputs_of(Case("", (1100, 8), 16, 8, dtype=BF16), device)
     results = []

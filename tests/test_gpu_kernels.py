@@ -23,6 +23,7 @@ from tests import attention_bwd_calls as backward_calls
 from tests import attention_calls, gpu
 from tests import attention_decode_calls as decode_calls
 from tests import attention_varlen_calls as varlen_calls
+from tests import linear_act_hopper_calls as linear_calls
 from tests import test_simt_attention_extremes as extremes
 from tests import test_simt_attention_weights as weights
 from tests import test_simt_layernorm as norms
@@ -113,6 +114,29 @@ def test_attention_varlen(call: varlen_calls.Call) -> None:
     exact = varlen_calls.formula(*data)
     for i, name in enumerate(("out", "lse")):
         check_close(results[i], same[i], exact[i], name)
+
+
+@pytest.mark.skipif(not gpu.is_hopper(), reason="the kernels are for Hopper")
+@pytest.mark.parametrize("call", linear_calls.FORWARDS, ids=_ids)
+def test_linear_act(call: linear_calls.Call) -> None:
+    data = linear_calls.Data.of(call)
+    linear_calls.check_forward(data, *_repeated(lambda: gpu.call("linear_act_fwd", *data.forward)))
+
+
+@pytest.mark.skipif(not gpu.is_hopper(), reason="the kernels are for Hopper")
+@pytest.mark.parametrize("call", [c for c in linear_calls.BACKWARDS if not c.total], ids=_ids)
+def test_linear_act_backward(call: linear_calls.Call) -> None:
+    data = linear_calls.Data.of(call)
+    arguments = data.backward(data.saved())
+    found = _repeated(lambda: gpu.call("linear_act_bwd", *arguments))
+    linear_calls.check_backward(data, found)
+
+
+@pytest.mark.skipif(not gpu.is_hopper(), reason="the kernels are for Hopper")
+@pytest.mark.parametrize("call", linear_calls.BACK_THROUGH, ids=_ids)
+def test_back_through_an_activation(call: linear_calls.Call) -> None:
+    data = linear_calls.Data.of(call)
+    linear_calls.check_dpre(data, _repeated(lambda: gpu.call("ffn_dpre", *data.dpre)))
 
 
 @pytest.mark.skipif(not gpu.is_hopper(), reason="the kernels are for Hopper")

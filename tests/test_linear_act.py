@@ -12,9 +12,11 @@ import fused_lm
 from fused_lm.parity import formulas
 from fused_lm.tolerance import check_close
 from tests import oracle
+from tests.simt import backend as simt
 
 BACKENDS = ("reference", "pytorch", "triton")
 KERNELS = ("reference", "triton")
+CUDA = simt.BACKENDS
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 GATED = ("swiglu", "geglu", "geglu_tanh")
 PLAIN = ("relu", "relu_squared", "silu", "gelu", "gelu_tanh", "none")
@@ -58,6 +60,25 @@ CASES = [
 ]
 
 
+def _cases_of_backends() -> list[object]:
+    """Every case on every backend that takes it."""
+    return [
+        pytest.param(case, backend, id=f"{case.why}-{backend}")
+        for case in CASES
+        for backend in (*BACKENDS, *(CUDA if _in_cuda(case) else ()))
+    ]
+
+
+def _in_cuda(case: Case) -> bool:
+    whole = case.shape[-1] % 8 == 0 and case.F % 8 == 0
+    return whole and case.dtype != F32 and case.activation not in GATED
+
+
+def _dtype_of(backend: str) -> torch.dtype:
+    """What a backend's kernels take."""
+    return BF16 if backend in CUDA else F32
+
+
 def inputs_of(case: Case, device: torch.device) -> list[Tensor]:
     C, out = case.shape[-1], case.F * (2 if case.activation in GATED else 1)
     shape = (C, out) if case.transposed else (out, C)
@@ -70,8 +91,7 @@ def inputs_of(case: Case, device: torch.device) -> list[Tensor]:
     return [t.to(case.dtype) for t in tensors]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
+@pytest.mark.parametrize(("case", "backend"), _cases_of_backends())
 def test_equals_fp64(case: Case, backend: str, device: torch.device) -> None:
     def ours(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
         with fused_lm.use_backend(backend):
@@ -102,7 +122,7 @@ def test_gradients_in_fp64(activation: str) -> None:
             assert torch.autograd.gradgradcheck(call, (x, weight, bias))
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", (*KERNELS, *CUDA))
 @pytest.mark.parametrize("grad_dtype", [F32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", [(37, 24), (1100, 8)], ids=["one part", "split sum"])
 def test_weight_gradient_is_added_into_a_given_one(
@@ -159,10 +179,11 @@ def test_long_fp32_sums_err_by_the_last_bits(device: torch.device) -> None:
     check_close(dweight, exact.float(), exact, "dweight")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", (*BACKENDS, *CUDA))
 def test_only_what_is_asked_for(backend: str, device: torch.device) -> None:
     """Frozen weights, as under LoRA: the gradient of x alone, and the same one."""
-    x, weight, bias = inputs_of(Case("", activation="silu"), device)
+    case = Case("", activation="silu", dtype=_dtype_of(backend))
+    x, weight, bias = inputs_of(case, device)
     results = []
     for trained in (True, False):
         leaves = [x.clone().requires_grad_()]
@@ -174,10 +195,10 @@ def test_only_what_is_asked_for(backend: str, device: torch.device) -> None:
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", (*KERNELS, *CUDA))
 def test_strides(backend: str, device: torch.device) -> None:
     """Transposed x and weight, a gradient of stride 0: read as they lie, equal to their copies."""
-    x, weight, bias = inputs_of(Case("", (24, 40), 32), device)
+    x, weight, bias = inputs_of(Case("", (24, 40), 32, dtype=_dtype_of(backend)), device)
     results = []
     for make in (lambda t: t.T.contiguous().T, lambda t: t.contiguous()):
         leaves = [make(x).requires_grad_(), make(weight).requires_grad_(), bias.clone()]
@@ -249,14 +270,14 @@ def test_the_fake_kernel_knows_the_strides(backend: str, device: torch.device) -
     )
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", (*KERNELS, *CUDA))
 @pytest.mark.parametrize("add", [False, True], ids=["new gradient", "given gradient"])
 def test_compiled_equals_eager(add: bool, backend: str, device: torch.device) -> None:
     def call(x: Tensor, weight: Tensor, bias: Tensor, total: Tensor | None) -> Tensor:
         return fused_lm.linear_act(x, weight, bias, weight_grad=total)
 
     results = []
-    x, weight, bias = inputs_of(Case("", (2, 5, 16), 8), device)
+    x, weight, bias = inputs_of(Case("", (2, 5, 16), 8, dtype=_dtype_of(backend)), device)
     for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
         leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
         total = torch.ones_like(weight) if add else None
@@ -269,12 +290,12 @@ def test_compiled_equals_eager(add: bool, backend: str, device: torch.device) ->
         assert torch.equal(eager, compiled)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", (*KERNELS, *CUDA))
 def test_a_given_gradient_is_no_saved_tensor(backend: str, device: torch.device) -> None:
     """The buffer itself gets the sum: under hooks that hand out copies (offloading), over several
     calls, with a zero_() in between, from one graph twice.
     """
-    x, weight, bias = inputs_of(Case(""), device)
+    x, weight, bias = inputs_of(Case("", dtype=_dtype_of(backend)), device)
     leaf = weight.clone().requires_grad_()
     with fused_lm.use_backend(backend):
         total = torch.zeros_like(weight)
@@ -361,7 +382,7 @@ def test_transforms_follow_the_reference() -> None:
     torch.testing.assert_close(per_row, whole)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", (*KERNELS, *CUDA))
 def test_autocast(backend: str, device: torch.device) -> None:
     x, weight, bias = inputs_of(Case("", (12, 16), 8), device)
     leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]

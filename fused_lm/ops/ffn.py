@@ -54,7 +54,8 @@ def ffn(
         dx, which are torch's own products.
     Memory: saves x (with ``x_norm`` nothing new), the pre-activation and, without ``recompute``,
         the activation; relu saves the activation alone.
-    Backends: triton, pytorch, reference.
+    Backends: cuda (Hopper, 16-bit, not gated, widths that are multiples of 8, not with
+        ``recompute``), triton, pytorch, reference.
     Raises: ValueError on shape or value, TypeError on dtype or device mix, RuntimeError if a forced
         backend refuses.
     Source: Hendrycks, Gimpel 2016 (arXiv:1606.08415); Shazeer 2020 (arXiv:2002.05202).
@@ -163,6 +164,18 @@ def _fake_backward(
     )
 
 
+def _fake_dpre(
+    dy: Tensor,
+    weight: Tensor,
+    pre: Tensor,
+    activation: str,
+    transposed: bool,
+    needs_dbias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return pre.new_empty(pre.shape), pre.new_empty(pre.shape[1] if needs_dbias else 0)
+
+
 def _fake_backward_add(*arguments: Any) -> tuple[Tensor, ...]:
     *tensors, _, _, backend = arguments
     return _fake_backward(*(*tensors, backend))
@@ -174,6 +187,7 @@ registration.implement("ffn_bwd_add", "ffn", "ffn_backward")
 registration.register_fake("ffn_fwd", _fake_forward)
 registration.register_fake("ffn_bwd", _fake_backward)
 registration.register_fake("ffn_bwd_add", _fake_backward_add)
+registration.register_fake_of_cuda("ffn_dpre", _fake_dpre)
 registration.register_autograd("ffn_fwd", _backward, _setup_context)
 register_reference_gradient("ffn_bwd", reference.ffn_backward_of_input)
 _run = registration.route(

@@ -49,10 +49,11 @@ def linear_act(
             longer the tensor that the norm returned.
     Returns:
         [..., F], dtype of x (autocast's, under autocast).
-    Accuracy: |err| <= 2 x the error of the same-dtype torch reference. Sums are fp32, but for dx,
-        which is torch's own product.
+    Accuracy: |err| <= 2 x the error of the same-dtype torch reference. Sums are fp32, but for
+        Triton's dx, which is torch's own product.
     Memory: saves x (with ``x_norm`` nothing new) and the pre-activation (for relu the output).
-    Backends: triton, pytorch, reference.
+    Backends: cuda (Hopper, 16-bit, not gated, widths that are multiples of 8), triton, pytorch,
+        reference.
     Raises: ValueError on shape or value, TypeError on dtype or device mix, RuntimeError if a forced
         backend refuses.
     Source: Hendrycks, Gimpel 2016 (arXiv:1606.08415); Shazeer 2020 (arXiv:2002.05202).
@@ -193,6 +194,9 @@ registration.implement("linear_act_bwd_add", "linear_act", "linear_act_backward"
 registration.register_fake("linear_act_fwd", _fake_forward)
 registration.register_fake("linear_act_bwd", _fake_backward)
 registration.register_fake("linear_act_bwd_add", _fake_backward_add)
+registration.register_fake_of_cuda("linear_act_fwd", _fake_forward)
+registration.register_fake_of_cuda("linear_act_bwd", _fake_backward)
+registration.register_fake_of_cuda("linear_act_bwd_add", _fake_backward_add)
 registration.register_autograd("linear_act_fwd", _backward, _setup_context)
 register_reference_gradient("linear_act_bwd", reference.linear_act_backward_of_input)
 _run = registration.route(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_lm import dispatch, records
+from fused_lm.cuda import extension
 from fused_lm.ops.checks import (
     FLOATS,
     autocast_enabled,
@@ -20,6 +22,9 @@ from fused_lm.ops.checks import (
 from fused_lm.reference.activations import ACTIVATIONS, GATES
 
 FEW_ROWS = 128
+CUDA_STEP = 8
+CUDA_SIZE = 2**31 - 1
+"""Of widths, and the most rows or columns, of csrc/kernels/gemm.h."""
 
 
 class LinearActCall(NamedTuple):
@@ -169,6 +174,54 @@ def _pytorch_refuses(call: Any) -> str | None:
     return None
 
 
+def cuda_limit(call: Any) -> str | None:
+    """Why the CUDA kernels can't run a call on any GPU, None if they can on some."""
+    dtype = call.x.dtype
+    if dtype != torch.float64 and autocast_enabled(call.x.device):
+        dtype = torch.get_autocast_dtype(call.x.device.type)
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the CUDA kernels of linear layers take float16 and bfloat16, got {dtype}"
+    if call.activation in GATES:
+        return f"the CUDA kernels of linear layers have no gated activation, got {call.activation}"
+    if getattr(call, "recompute", False):
+        return "the CUDA kernels keep what the activation gives, they don't make it again"
+    weights = (call[1], call[3]) if isinstance(call, FFNCall) else (call.weight,)
+    for weight in weights:
+        if any(width % CUDA_STEP or not 0 < width <= CUDA_SIZE for width in weight.shape):
+            return (
+                f"the CUDA kernels of linear layers take widths that are multiples of {CUDA_STEP}, "
+                f"got {shapes_of(weight=weight)}"
+            )
+    if math.prod(call.x.shape[:-1]) > CUDA_SIZE:
+        return "the CUDA kernels of linear layers take fewer than 2^31 rows"
+    return None
+
+
+def _cuda_refuses(call: Any) -> str | None:
+    return cuda_limit(call) or extension.refusal(call.x) or _hopper_refusal(call.x)
+
+
+def _hopper_refusal(x: Tensor) -> str | None:
+    index = x.device.index
+    if _has_kernel(torch.cuda.current_device() if index is None else index):
+        return None
+    return "the CUDA kernels of linear layers are built for Hopper (sm_90a) alone"
+
+
+@functools.cache
+def _target_of(index: int) -> str | None:
+    return extension.target_for(torch.cuda.get_device_capability(index))
+
+
+def _has_kernel(index: int) -> bool:
+    """Whether a GPU runs what is built for sm_90a."""
+    return _target_of(index) == "sm_90"
+
+
+# torch.compile takes the answer as a constant.
+_has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _triton_refuses(call: Any) -> str | None:
     if call.x.dtype == torch.float64:
         return "the Triton kernels compute in fp32; float64 runs through the reference"
@@ -215,9 +268,12 @@ for _op, _files in (
     ("ffn", (*_KERNELS, "triton_kernels/ffn.py")),
 ):
     dispatch.TABLE[_op] = (
+        dispatch.Impl("cuda", _cuda_refuses, needs_record=True),
         dispatch.Impl("triton", _triton_refuses, needs_record=True),
         dispatch.Impl("pytorch", _pytorch_refuses),
         dispatch.Impl("reference", _never),
     )
     records.SHAPE_CLASSES[_op] = _shape_class
     records.KERNEL_SOURCES[_op, "triton"] = _files
+    records.KERNEL_SOURCES[_op, "cuda"] = ("gemm_sm90_bf16", "gemm_sm90_fp16")
+    records.TRAINING_SOURCES[_op, "cuda"] = ("activation_bwd_sm90",)

@@ -133,11 +133,17 @@ _IN_CUDA = (
     *("attention_fwd", "attention_bwd", "attention_weights_fwd", "attention_decode_fwd"),
     "attention_varlen_fwd",
     *("layer_norm_fwd", "layer_norm_bwd", "rms_norm_fwd", "rms_norm_bwd"),
+    *("linear_act_fwd", "linear_act_bwd", "linear_act_bwd_add"),
 )
 CUDA_SCHEMAS = {f"cuda_{name}": SCHEMAS[name].replace(", str backend)", ")") for name in _IN_CUDA}
 CUDA_SCHEMAS["cuda_attention_bwd_sm90"] = CUDA_SCHEMAS["cuda_attention_bwd"]
+CUDA_SCHEMAS["cuda_ffn_dpre"] = (
+    "(Tensor dy, Tensor weight, Tensor pre, str activation, bool transposed, bool needs_dbias)"
+    " -> (Tensor dpre, Tensor dbias)"
+)
 """What the C++ extension implements: the operators above without ``backend``, behind the backend
-``cuda``; and the backward of attention a second time, for who doesn't need equal bits in each run.
+``cuda``; the backward of attention a second time, for who doesn't need equal bits in each run; and
+the part of an ``ffn``'s backward that ``linear_act`` doesn't have.
 """
 
 _ALL = {**SCHEMAS, **CUDA_SCHEMAS}

@@ -10,14 +10,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 
 from fused_lm import dispatch
+from fused_lm.cuda import extension, ffn
 from fused_lm.ops import (
     attention_backends,
     attention_decode_checks,
     attention_varlen_checks,
+    linear_checks,
     registration,
 )
 from fused_lm.ops.schemas import CUDA_SCHEMAS
@@ -49,8 +52,14 @@ def installed(backend: str, seed: int = 0) -> Iterator[runtime.Harness]:
                 refuses = _LIMITS.get(public, _norm_refuses)
                 impl = dispatch.Impl(backend, refuses, needs_record=True)
                 dispatch.TABLE[public] = (impl, *tables[public])
-        # One has kernels for Hopper alone, and a backward that fused_lm/cuda makes of attention's.
-        registration.FUNCTIONS["attention_varlen_fwd"][backend] = partial(_on_hopper, harness)
+        for op in _HOPPER_ALONE:
+            registration.FUNCTIONS[op][backend] = partial(_on_hopper, harness, op)
+        for op, name in _FFN.items():
+            registration.FUNCTIONS[op][backend] = partial(_of_parts, harness, name)
+        if "ffn" in tables:
+            impl = dispatch.Impl(backend, linear_checks.cuda_limit, needs_record=True)
+            dispatch.TABLE["ffn"] = (impl, *tables["ffn"])
+        # Of one the backward is what fused_lm/cuda makes of attention's.
         registration.FUNCTIONS["attention_varlen_bwd"][backend] = partial(
             backward_by, partial(harness.call, "attention_bwd")
         )
@@ -58,18 +67,29 @@ def installed(backend: str, seed: int = 0) -> Iterator[runtime.Harness]:
     finally:
         dispatch.BACKENDS = names
         dispatch.TABLE.update(tables)
-        for op in (*ops, "attention_varlen_bwd"):
+        for op in (*ops, *_FFN, "attention_varlen_bwd"):
             registration.FUNCTIONS[op].pop(backend, None)
         harness.configure()
 
 
-_OF_HOPPER = {"cuda_attention_bwd_sm90"}
-"""No operator of its own: the backend ``cuda`` takes it on such a GPU."""
+_OF_HOPPER = {"cuda_attention_bwd_sm90", "cuda_ffn_dpre"}
+"""No operators of their own: the backend ``cuda`` takes them on such a GPU."""
+_FFN = {"ffn_fwd": "ffn_forward", "ffn_bwd": "ffn_backward", "ffn_bwd_add": "ffn_backward"}
+"""Operators that fused_lm/cuda makes of others."""
 
 
-def _on_hopper(harness: runtime.Harness, *arguments: Any) -> Any:
+_HOPPER_ALONE = ("attention_varlen_fwd", "linear_act_fwd", "linear_act_bwd", "linear_act_bwd_add")
+"""Operators without a kernel for other GPUs."""
+
+
+def _on_hopper(harness: runtime.Harness, op: str, *arguments: Any) -> Any:
     with harness.choosing(hopper=True):
-        return harness.call("attention_varlen_fwd", *arguments)
+        return harness.call(op, *arguments)
+
+
+def _of_parts(harness: runtime.Harness, name: str, *arguments: Any) -> Any:
+    with mock.patch.object(extension, "op", lambda op: partial(_on_hopper, harness, op)):
+        return getattr(ffn, name)(*arguments)
 
 
 _LIMITS = {
@@ -77,6 +97,7 @@ _LIMITS = {
     "attention_weights": attention_backends.cuda_limit,
     "attention_decode": attention_decode_checks.cuda_limit,
     "attention_varlen": attention_varlen_checks.cuda_limit,
+    "linear_act": linear_checks.cuda_limit,
 }
 
 

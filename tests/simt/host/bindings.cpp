@@ -5,7 +5,9 @@
 #include "attention_decode_ops.h"
 #include "attention_ops.h"
 #include "attention_varlen_ops.h"
+#include "ffn_ops.h"
 #include "layernorm_ops.h"
+#include "linear_act_ops.h"
 
 STABLE_TORCH_LIBRARY_IMPL(SIMT_LIBRARY, CPU, m) {
   m.impl("cuda_attention_fwd", TORCH_BOX(&fused_lm::attention_fwd));
@@ -18,4 +20,8 @@ STABLE_TORCH_LIBRARY_IMPL(SIMT_LIBRARY, CPU, m) {
   m.impl("cuda_layer_norm_bwd", TORCH_BOX(&fused_lm::layer_norm_bwd));
   m.impl("cuda_rms_norm_fwd", TORCH_BOX(&fused_lm::rms_norm_fwd));
   m.impl("cuda_rms_norm_bwd", TORCH_BOX(&fused_lm::rms_norm_bwd));
+  m.impl("cuda_linear_act_fwd", TORCH_BOX(&fused_lm::linear_act_fwd));
+  m.impl("cuda_linear_act_bwd", TORCH_BOX(&fused_lm::linear_act_bwd));
+  m.impl("cuda_ffn_dpre", TORCH_BOX(&fused_lm::ffn_dpre));
+  m.impl("cuda_linear_act_bwd_add", TORCH_BOX(&fused_lm::linear_act_bwd_add));
 }

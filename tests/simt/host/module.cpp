@@ -14,6 +14,7 @@
 #include "kernels/attention_decode_tuning.h"
 #include "kernels/attention_tuning.h"
 #include "kernels/attention_tuning_sm90.h"
+#include "kernels/gemm_tuning_sm90.h"
 #include "kernels/layernorm_tuning.h"
 #include "planted/planted.h"
 
@@ -147,6 +148,19 @@ py::dict attention_bwd_tuning_sm90(int head_dim, bool general) {
       "bulk_adds"_a = tuning.adds == fused_lm::GradientAdds::kBulk, "reason"_a = tuning.reason);
 }
 
+// Of csrc/kernels/gemm_sm90.h, on the harness' multiprocessors.
+py::dict gemm_tuning_sm90(int M, int N, int K, const std::string& work) {
+  const fused_lm::GemmWork of = work == "linear"       ? fused_lm::GemmWork::kLinear
+                                : work == "activation" ? fused_lm::GemmWork::kActivation
+                                : work == "gradient"   ? fused_lm::GemmWork::kGradient
+                                                       : fused_lm::GemmWork::kBackward;
+  const fused_lm::GemmTuning tuning =
+      fused_lm::gemm_tuning_sm90(M, N, K, of, fused_lm::multiprocessors(0));
+  using namespace pybind11::literals;
+  return py::dict("block_n"_a = tuning.block_n, "ping_pong"_a = tuning.ping_pong,
+                  "stages"_a = tuning.stages, "reason"_a = tuning.reason);
+}
+
 py::dict backward_tuning(const fused_lm::AttentionBackwardTuning& tuning) {
   using namespace py::literals;
   return py::dict("block_own"_a = tuning.block_own(), "block_other"_a = tuning.block_other,
@@ -208,6 +222,8 @@ PYBIND11_MODULE(SIMT_LIBRARY, m) {
   m.def("attention_tuning_sm90", &attention_tuning_sm90, py::arg("head_dim"), py::arg("general"));
   m.attr("HOPPER_HEAD_DIMS") =
       std::vector<int>(std::begin(fused_lm::kHopperHeadDims), std::end(fused_lm::kHopperHeadDims));
+  m.def("gemm_tuning_sm90", &gemm_tuning_sm90, py::arg("M"), py::arg("N"), py::arg("K"),
+        py::arg("work"));
   m.def("attention_bwd_tuning_sm90", &attention_bwd_tuning_sm90, py::arg("head_dim"),
         py::arg("general"));
   m.attr("HOPPER_BACKWARD_HEAD_DIMS") = std::vector<int>(

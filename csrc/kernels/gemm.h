@@ -1,0 +1,51 @@
+// Matrix products whose epilogue is a layer: out = act(a b^T + bias), pre = a b^T + bias.
+#pragma once
+
+#include "common/types.h"
+
+namespace fused_lm {
+
+enum class Activation : int { kNone, kRelu, kReluSquared, kSilu, kGelu, kGeluTanh };
+
+// A [rows, K] matrix of 16-bit elements. Memory holds it row by row, K adjacent; or `turned`, its
+// rows adjacent: [K, rows].
+struct GemmOperand {
+  const uint16_t* data;  // 16-byte aligned
+  int64_t stride;        // elements from one line of memory to the next, a multiple of 8
+  bool turned;
+};
+
+// Where sums are added to instead of stored: of any dtype, rounded once.
+struct GemmTotal {
+  void* data;      // [M, N], aligned to two elements; null: there is none
+  int64_t stride;  // elements between rows, even
+  DType dtype;
+};
+
+// Whole numbers of 8 elements wherever elements are adjacent: N, and K or the rows of an operand.
+struct GemmParams {
+  int M, N, K;           // all at least 1
+  GemmOperand a;         // [M, K], turned only if b is
+  GemmOperand b;         // [N, K]
+  const uint16_t* bias;  // [N], 4-byte aligned, or null
+  Activation activation;
+  uint16_t* pre;  // [M, N] contiguous, 16-byte aligned, or null
+  uint16_t* out;  // the same; not used with a total
+  GemmTotal total;
+  const uint16_t* source;  // [M, N] like pre: out = a b^T act'(source); or null
+  float* partial;          // with a source: [gemm_row_tiles(M), N], sums over each tile's rows
+  int sms;                 // of the GPU: blocks that run at once
+};
+
+constexpr int kGemmStep = 8;  // elements of 16 bytes, which TMA counts in
+constexpr int kGemmBlockM = 128;
+
+constexpr int gemm_row_tiles(int M) {
+  return static_cast<int>((int64_t{M} + kGemmBlockM - 1) / kGemmBlockM);
+}
+
+// Weak: a build for other GPUs alone has none.
+__attribute__((weak)) Status gemm_bf16(const GemmParams& params, Stream stream);
+__attribute__((weak)) Status gemm_fp16(const GemmParams& params, Stream stream);
+
+}  // namespace fused_lm

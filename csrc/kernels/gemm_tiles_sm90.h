@@ -1,0 +1,147 @@
+// What Hopper's matrix product is made of: a Config, shared memory, the way through the tiles. The
+// story is in gemm_sm90.h.
+#pragma once
+
+#include <type_traits>
+
+#include "common/slab_tile.h"
+#include "common/vec.h"
+#include "common/warp.h"
+#include "kernels/gemm.h"
+#include "kernels/gemm_tuning_sm90.h"
+#include "ptx/tensor_map.h"
+#include "ptx/wgmma.h"
+
+namespace fused_lm {
+namespace gemm {
+
+constexpr int kGroups = 2;  // of consumers
+constexpr int kGroupThreads = 128;
+constexpr int kThreads = (kGroups + 1) * kGroupThreads;
+constexpr int kProductRows = 64;  // of a wgmma
+constexpr int kFragment = 4;      // sums of 8 columns that a thread holds, ptx/mma.h
+constexpr int kFragmentColumns = 8;
+constexpr int kSlabColumns = 64;
+constexpr int kSlabFragments = kSlabColumns / kFragmentColumns;
+constexpr int kSlabBlocks = kSlabColumns / 16;  // of 16 columns, what an stmatrix stores
+
+template <class Element>
+constexpr DType kDTypeOf = std::is_same_v<Element, __half> ? DType::kFloat16 : DType::kBFloat16;
+
+// Which operands are turned: those of a forward; b, where a gradient goes back through a weight;
+// both, where two activations give a weight's gradient.
+enum class Layout : int { kNoneTurned, kRightTurned, kBothTurned };
+
+template <class ElementType, GemmSchedule kSchedule, Layout kLayout>
+struct Config {
+  using Element = ElementType;
+  static constexpr GemmTuning kTuning = gemm_tuning_of(kSchedule);
+  static constexpr int kBlockN = kTuning.block_n;
+  static constexpr int kStages = kTuning.stages;
+  static constexpr bool kPingPong = kTuning.ping_pong;
+  static constexpr bool kTurnedA = kLayout == Layout::kBothTurned;
+  static constexpr bool kTurnedB = kLayout != Layout::kNoneTurned;
+  static constexpr int kRows = kPingPong ? kGemmBlockM : kGemmBlockM / kGroups;  // of a consumer
+  static constexpr int kM = kRows / kProductRows;
+  static constexpr int kN = kBlockN / kFragmentColumns;
+  static constexpr int kSlabs = kBlockN / kSlabColumns;
+  static constexpr int kSteps = kGemmBlockK / kProductDepth;
+  // Whether the epilogue reads a tile too, which comes into the slabs that results leave by.
+  static constexpr bool kLoads = kSchedule == GemmSchedule::kPingPong192Loads;
+  static constexpr int kPlaces = kLoads ? kSlabs : 2;  // for a group's slabs
+  static constexpr int kReleases = (kPingPong ? 1 : kGroups) * kGroupThreads / kWarpSize;
+
+  template <bool kTurned, int kOperandRows>
+  using Operand = std::conditional_t<kTurned, SlabTile<kGemmBlockK, kOperandRows>,
+                                     SlabTile<kOperandRows, kGemmBlockK>>;
+  using A = Operand<kTurnedA, kGemmBlockM>;
+  using B = Operand<kTurnedB, kBlockN>;
+  using Slab = SlabTile<kRows, kSlabColumns>;
+
+  struct Stage {
+    A a;
+    B b;
+  };
+  struct Barriers {
+    uint64_t full[kStages], empty[kStages];
+    uint64_t source_full[kGroups], source_empty[kGroups];
+  };
+  struct NoSums {};
+  struct ColumnSums {
+    float warp[kGroups][kSlabs][kGroupThreads / kWarpSize][kSlabColumns];
+  };
+  struct SharedStorage {
+    Stage stages[kStages];
+    Slab slabs[kGroups][kPlaces];
+    std::conditional_t<kLoads, ColumnSums, NoSums> sums;
+    Barriers barriers;
+  };
+  static_assert(sizeof(SharedStorage) <= 227 * 1024);
+};
+
+// Named barriers; 0 is __syncthreads.
+enum Barrier : int {
+  kTurn = 1,         // + group: its products may begin
+  kSlabWritten = 3,  // + group
+};
+
+// The sums of a consumer, and a slab of them in 16 bits: [16 rows, 16 columns] per four words.
+template <class C>
+using Sums = float[C::kM][C::kN][kFragment];
+template <class C>
+using Packed = uint32_t[C::kM][kSlabBlocks][4];
+
+// What the kernel is told.
+struct Arguments {
+  ptx::TensorMap a, b, pre, out;  // pre: stored, or loaded as the source of an activation's slope
+  int M, N, K;
+  int tiles_m, tiles_n, group;
+  Activation activation;
+  bool keeps_pre;
+  const uint16_t* bias;
+  GemmTotal total;
+  float* partial;
+};
+
+struct TileAt {
+  int row, column;  // its first
+};
+
+// Tiles in the order that blocks take them: `group` rows of tiles side by side, column by column,
+// so that those that run together share panels of a and b in the L2.
+template <class C>
+__device__ __forceinline__ TileAt tile_at(const Arguments& args, int tile) {
+  const int panel = args.group * args.tiles_n;
+  const int first = tile / panel * args.group, inside = tile % panel;
+  const int rows = min(args.group, args.tiles_m - first);
+  return {(first + inside % rows) * kGemmBlockM, inside / rows * C::kBlockN};
+}
+
+__device__ __forceinline__ int tile_count(const Arguments& args) {
+  return args.tiles_m * args.tiles_n;
+}
+
+__device__ __forceinline__ int k_tile_count(const Arguments& args) {
+  return (args.K + kGemmBlockK - 1) / kGemmBlockK;
+}
+
+// The stage that comes next, and the parity of its barriers' phase.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void next() {
+    if (++stage == kStages) stage = 0, parity ^= 1u;
+  }
+  // Past stages that the other consumer has.
+  __device__ __forceinline__ void skip(int count) {
+    stage += count;
+    parity ^= stage / kStages % 2;
+    stage %= kStages;
+  }
+  __device__ __forceinline__ int previous() const { return (stage == 0 ? kStages : stage) - 1; }
+};
+
+}  // namespace gemm
+}  // namespace fused_lm

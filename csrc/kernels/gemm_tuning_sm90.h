@@ -1,0 +1,88 @@
+// Tiles of Hopper's matrix products: pure functions of the sizes, a reason per row. None has run on
+// a GPU yet; the bounds are arithmetic.
+//
+// Per multiprocessor and clock: 4096 FLOP of the tensor cores, 128 bytes of shared memory. A tile
+// [128, N] and 64 of K take 2 * 128 * N * 64 / 4096 = 4 N clocks of the tensor cores. Meanwhile TMA
+// writes (128 + N) * 128 bytes, and wgmma reads both operands, 64 rows at a time, where the b of 64
+// rows is read again for the other 64: (128 + 2 N) * 128. Together (256 + 3 N) clocks at 128 bytes
+// each: 640 for 128 columns, where the tensor cores take 512; 832 and 768 for 192; 1024 and 1024
+// for 256.
+//
+// So wide tiles are better, until their epilogue is in the way. Two consumers that share a tile
+// ("cooperative") hold 128 sums per thread at 256 columns, and both run the epilogue while the
+// tensor cores wait. Two that have a tile each ("ping-pong") hold 192 at 192 columns, and the
+// epilogue of one runs beside the products of the other: it costs nothing from a K of 576 on.
+#pragma once
+
+#include "kernels/gemm.h"
+
+namespace fused_lm {
+
+enum class GemmSchedule : int { kCooperative256, kPingPong192, kPingPong128, kPingPong192Loads };
+
+// What an epilogue does to the sums: which schedules are compiled for it.
+enum class GemmWork : int {
+  kLinear,      // adds a bias: so little that both consumers may do it at once
+  kActivation,  // a bias and an activation, one or two outputs
+  kGradient,    // adds the sums to what is in global memory: its way there and back
+  kBackward,    // multiplies by an activation's slope, of a tile that TMA brings
+};
+
+struct GemmTuning {
+  GemmSchedule schedule;
+  int block_n;
+  bool ping_pong;
+  int stages;
+  int k_tile_clocks;  // what binds 64 of K
+  int linear_clocks;  // by which an epilogue without activation delays the next tile
+  int group;          // M tiles side by side: a wave's panels of a and b are equally large
+  const char* reason;
+};
+
+constexpr int kGemmBlockK = 64;
+
+constexpr GemmTuning kGemmTunings[] = {
+    {GemmSchedule::kCooperative256, 256, false, 4, 1024, 760, 16,
+     "192 KB of stages, 32 of slabs; shared memory no longer binds"},
+    {GemmSchedule::kPingPong192, 192, true, 4, 832, 0, 14,
+     "160 KB of stages, 64 of slabs; 92 % of the tensor cores' peak, no epilogue to be seen"},
+    {GemmSchedule::kPingPong128, 128, true, 5, 640, 0, 11,
+     "160 KB of stages, 64 of slabs; 80 %, but where tiles are few more of them are filled"},
+    {GemmSchedule::kPingPong192Loads, 192, true, 3, 832, 0, 14,
+     "120 KB of stages, 96 of slabs: a tile comes into them while the one before is multiplied"},
+};
+
+constexpr bool gemm_compiled(GemmSchedule schedule, GemmWork work) {
+  if (work == GemmWork::kGradient) return schedule == GemmSchedule::kPingPong192;
+  const bool loads = schedule == GemmSchedule::kPingPong192Loads;
+  if (work == GemmWork::kBackward || loads) return work == GemmWork::kBackward && loads;
+  return schedule == GemmSchedule::kPingPong128 ||
+         (schedule == GemmSchedule::kCooperative256) == (work == GemmWork::kLinear);
+}
+
+// Clocks of the multiprocessor that has most tiles.
+constexpr int64_t gemm_clocks(const GemmTuning& tuning, int M, int N, int K, int sms) {
+  const int64_t tiles = ((int64_t{M} + kGemmBlockM - 1) / kGemmBlockM) *
+                        ((int64_t{N} + tuning.block_n - 1) / tuning.block_n);
+  const int64_t k_tiles = (int64_t{K} + kGemmBlockK - 1) / kGemmBlockK;
+  return (tiles + sms - 1) / sms * (k_tiles * tuning.k_tile_clocks + tuning.linear_clocks);
+}
+
+// The schedule that is done first, the widest of equals.
+constexpr GemmTuning gemm_tuning_sm90(int M, int N, int K, GemmWork work, int sms) {
+  GemmTuning best{};
+  int64_t least = INT64_MAX;
+  for (const GemmTuning& tuning : kGemmTunings) {
+    const int64_t clocks = gemm_clocks(tuning, M, N, K, sms);
+    if (!gemm_compiled(tuning.schedule, work) || clocks >= least) continue;
+    best = tuning;
+    least = clocks;
+  }
+  return best;
+}
+
+constexpr GemmTuning gemm_tuning_of(GemmSchedule schedule) {
+  return kGemmTunings[static_cast<int>(schedule)];
+}
+
+}  // namespace fused_lm

@@ -1,0 +1,36 @@
+// Linear layers with their activation on Hopper: what a registrar needs. Arguments and results are
+// those of the schemas in fused_lm/ops/schemas.py, without the backend.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace fused_lm {
+
+using torch::stable::Tensor;
+
+// x [N, C] -> y [N, F] and pre (empty unless keep_pre).
+std::tuple<Tensor, Tensor> linear_act_fwd(const Tensor& x, const Tensor& weight,
+                                          const std::optional<Tensor>& bias,
+                                          const std::optional<Tensor>& weight_grad,
+                                          const std::string& activation, bool transposed,
+                                          bool keep_pre);
+
+// Gradients (dx, dweight, dbias), empty where not needed.
+std::tuple<Tensor, Tensor, Tensor> linear_act_bwd(const Tensor& dy, const Tensor& x,
+                                                  const Tensor& weight,
+                                                  const std::optional<Tensor>& bias,
+                                                  const Tensor& pre, const std::string& activation,
+                                                  bool transposed, bool needs_dx, bool needs_dbias,
+                                                  bool needs_dweight);
+
+// The same; dweight is added into weight_grad and then empty.
+std::tuple<Tensor, Tensor, Tensor> linear_act_bwd_add(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+    const Tensor& pre, const std::string& activation, bool transposed, bool needs_dx,
+    bool needs_dbias, bool needs_dweight, const Tensor& weight_grad);
+
+}  // namespace fused_lm

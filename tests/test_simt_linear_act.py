@@ -1,0 +1,283 @@
+"""Hopper's products of a linear layer on the harness: the same bits in every schedule, right ones,
+bytes moved, and every synchronisation dropped in turn.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from build_tools.cubin import short_name
+from tests.linear_act_hopper_calls import (
+    ACTIVATION,
+    BACK_THROUGH,
+    BACKWARDS,
+    BF16,
+    FORWARDS,
+    GRADIENT,
+    INSTANTIATIONS,
+    KINDS,
+    LINEAR,
+    Call,
+    Data,
+    check_backward,
+    check_dpre,
+    check_forward,
+    total_of,
+)
+from tests.simt import backend as simt
+from tests.simt import mutants, runtime
+
+pytestmark = pytest.mark.skipif(not simt.BACKENDS, reason=str(simt.PROBLEM))
+needs_race = pytest.mark.skipif("simt_race" not in simt.BACKENDS, reason="needs the race build")
+MUTANT_SCHEDULES = 6
+HOPPER = {"hopper": True}
+BLOCK_M, BLOCK_K, PRODUCT_ROWS, GROUP_THREADS = 128, 64, 64, 128
+"""Of csrc/kernels/gemm_tiles_sm90.h."""
+WORD = 4
+"""Bytes of bias that a thread reads at once."""
+FEW = [call for call in FORWARDS if call.N <= 40 or (call in INSTANTIATIONS and call.dtype == BF16)]
+FEW_BACKWARDS = [call for call in BACKWARDS if call.N <= 130 or call.total is not None]
+"""For the race build each time."""
+
+
+def _call(harness: runtime.Harness, op: str, *arguments: Any) -> Sequence[Tensor]:
+    with harness.choosing(**HOPPER):
+        found: Sequence[Tensor] = harness.call(op, *arguments)
+    return found
+
+
+def _forward(harness: runtime.Harness, data: Data) -> Sequence[Tensor]:
+    return _call(harness, "linear_act_fwd", *data.forward)
+
+
+def _backward(harness: runtime.Harness, data: Data) -> Sequence[Tensor]:
+    """dx, dweight or the total that it was added to, dbias."""
+    arguments = data.backward(data.saved())
+    if data.call.total is None:
+        return _call(harness, "linear_act_bwd", *arguments)
+    total = total_of(data)
+    dx, none, dbias = _call(harness, "linear_act_bwd_add", *arguments[:-1], False, total)
+    assert none.numel() == 0
+    return dx, total, dbias
+
+
+def of_builds(calls: Sequence[Call], few: Sequence[Call]) -> list[Any]:
+    """Every call on every build; beyond a few, the slower builds wait for `make test-all`."""
+    return [
+        pytest.param(
+            *(name.removeprefix(simt.PREFIX), call),
+            id=f"{call.why}-{name}",
+            marks=[pytest.mark.slow] if name != "simt_plain" and call not in few else [],
+        )
+        for call in calls
+        for name in simt.BACKENDS
+    ]
+
+
+@pytest.fixture
+def build(request: pytest.FixtureRequest) -> Iterator[runtime.Harness]:
+    found = runtime.load(request.param)
+    yield found
+    found.configure()
+
+
+def _in_schedules(harness: runtime.Harness, run: Any, data: Data) -> Sequence[Tensor]:
+    """What all schedules agree on, to the bit."""
+    results = {}
+    for seed in (0, 11):
+        harness.configure(runtime.Schedule.of_seed(seed))
+        results[seed] = run(harness, data)
+    first = results[0]
+    equal = all(_same_bits(a, b) for a, b in zip(first, results[11], strict=True))
+    assert equal, "two schedules differ"
+    return first
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize(("build", "call"), of_builds(FORWARDS, FEW), indirect=["build"])
+def test_forward(call: Call, build: runtime.Harness) -> None:
+    data = Data.of(call)
+    y, pre = _in_schedules(build, _forward, data)
+    check_forward(data, y, pre)
+
+
+@pytest.mark.parametrize(("build", "call"), of_builds(BACKWARDS, FEW_BACKWARDS), indirect=["build"])
+def test_backward(call: Call, build: runtime.Harness) -> None:
+    data = Data.of(call)
+    found = _in_schedules(build, _backward, data)
+    check_backward(data, found)
+
+
+@pytest.mark.parametrize(
+    ("build", "call"), of_builds(BACK_THROUGH, BACK_THROUGH), indirect=["build"]
+)
+def test_back_through_an_activation(call: Call, build: runtime.Harness) -> None:
+    data = Data.of(call)
+    found = _in_schedules(build, _dpre, data)
+    check_dpre(data, found)
+
+
+def _dpre(harness: runtime.Harness, data: Data) -> Sequence[Tensor]:
+    return _call(harness, "ffn_dpre", *data.dpre)
+
+
+def test_weights_that_lie_otherwise(harness: runtime.Harness) -> None:
+    """Turned, or with rows apart: read as they lie, and the gradient lies likewise; x whose columns
+    are apart and bias at an odd address are copied. All equal to their copies, to the bit.
+    """
+    data = Data.of(Call("lies otherwise", 70, 72, 48, "silu"))
+    plain = [*_forward(harness, data), *_backward(harness, data)]
+    wide = torch.zeros(48, 80, dtype=BF16)
+    wide[:, :72] = data.weight
+    for weight in (data.weight.T.contiguous().T, wide[:, :72]):
+        x = data.x.T.contiguous().T
+        assert data.bias is not None
+        bias = torch.cat([data.bias[:1], data.bias])[1:]
+        other = Data(data.call, x, weight, bias, data.dy)
+        found = [*_forward(harness, other), *_backward(harness, other)]
+        assert all(_same_bits(a, b) for a, b in zip(plain, found, strict=True))
+        assert found[3].stride() == torch.empty_like(weight).stride()
+
+
+@pytest.mark.parametrize("total", ["turned", "odd"])
+def test_totals_that_lie_otherwise(total: str, harness: runtime.Harness) -> None:
+    data = Data.of(Call("totals", 70, 72, 48, total=torch.float32))
+    arguments = data.backward(data.saved())[:-1]
+    plain = total_of(data).contiguous()
+    other = torch.zeros(48, 73)[:, 1:] if total == "odd" else torch.zeros(72, 48).T
+    other.copy_(plain)
+    for weight_grad in (plain, other):
+        _call(harness, "linear_act_bwd_add", *arguments, False, weight_grad)
+    assert torch.equal(plain, other)
+
+
+def test_no_rows(harness: runtime.Harness) -> None:
+    data = Data.of(Call("no rows", 0, 72, 48, "silu", keep_pre=True))
+    y, pre = _forward(harness, data)
+    assert y.shape == pre.shape == (0, 48)
+    dx, dweight, dbias = _call(harness, "linear_act_bwd", *data.backward(pre))
+    assert dx.shape == (0, 72) and not dweight.any() and not dbias.any()
+    assert dweight.shape == (48, 72) and dbias.shape == (48,)
+
+
+def test_nan_stays_in_its_row(harness: runtime.Harness) -> None:
+    for activation in ("relu", "silu", "gelu"):
+        data = Data.of(Call("nan", 140, 72, 48, activation))
+        data.x[7, 3] = float("nan")
+        y, _ = _forward(harness, data)
+        assert y[7].isnan().all() and y.isnan().sum() == 48
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"C": 12}, "multiples of 8"),
+        ({"F": 20}, "multiples of 8"),
+        ({"dtype": torch.float32}, "bfloat16 and float16"),
+        ({"activation": "swiglu"}, "no activation swiglu"),
+    ],
+)
+def test_refuses(changed: dict[str, Any], says: str, harness: runtime.Harness) -> None:
+    sizes = {"N": 16, "C": 16, "F": 16} | changed
+    with pytest.raises(RuntimeError, match=says):
+        _forward(harness, Data.of(Call("refused", **sizes)))
+
+
+def test_other_gpus_are_refused(harness: runtime.Harness) -> None:
+    with pytest.raises(RuntimeError, match="Hopper"):
+        harness.call("linear_act_fwd", *Data.of(Call("another GPU", 8, 8, 8)).forward)
+
+
+@needs_race
+@pytest.mark.parametrize("call", KINDS, ids=lambda call: call.why)
+def test_moves_exactly_its_floor(call: Call) -> None:
+    """By the formulas at the top of the kernel."""
+    harness = runtime.load("race")
+    with harness.counting(**HOPPER) as counts:
+        harness.call("linear_act_fwd", *Data.of(call).forward)
+    M, N, K = call.N, call.F, call.C
+    tuning = harness.module.gemm_tuning_sm90(M, N, K, call.work)
+    block_n = tuning["block_n"]
+    tiles_m, tiles_n, k_tiles = -(-M // BLOCK_M), -(-N // block_n), -(-K // BLOCK_K)
+    threads = GROUP_THREADS * (1 if tuning["ping_pong"] else 2)
+    operands = 2 * (M * K * tiles_n + N * K * tiles_m)
+    assert counts["global_read_bytes"] == operands + tiles_m * threads * N // 8 * WORD
+    assert counts["global_write_bytes"] == 2 * M * N * (1 + call.keep_pre)
+    products = tiles_m * tiles_n * k_tiles
+    assert counts["wgmma_flops"] == products * 2 * BLOCK_M * block_n * BLOCK_K
+    rows = BLOCK_M // PRODUCT_ROWS
+    assert counts["wgmma_shared_bytes"] == products * rows * (PRODUCT_ROWS + block_n) * 2 * BLOCK_K
+    assert counts["shared_wavefronts"] == counts["shared_ideal_wavefronts"]
+
+
+@pytest.mark.slow
+@needs_race
+def test_no_mutant_survives() -> None:
+    """Every synchronisation of the kernels, dropped in turn from the calls that pass it."""
+    hunt = mutants.Hunt(runtime.load("race"), MUTANT_SCHEDULES)
+    for call in _MUTATED:
+        hunt.drop_each(call.why, partial(_forward, hunt.harness, Data.of(call)))
+    for call in _MUTATED_BACK_THROUGH:
+        hunt.drop_each(call.why, partial(_dpre, hunt.harness, Data.of(call)))
+    for call in _MUTATED_BACKWARDS:
+        hunt.drop_each(call.why, partial(_backward, hunt.harness, Data.of(call)))
+    sources = mutants.sources_of("gemm_sm90*") | mutants.sources_of("activation_bwd*")
+    hunt.alive = {key: calls for key, calls in hunt.alive.items() if key not in hunt.killed}
+    problems = hunt.problems(sources - {mutants.CSRC / "common/warp.h"})
+    assert not problems, "\n".join(problems)
+    assert hunt.killed, "the kernels synchronise nowhere?"
+
+
+_MUTATED = [
+    Call("cooperative, four tiles a block", 400, 400, 504),
+    Call("ping-pong, four tiles a block, both kept", 900, 400, 200, "silu", keep_pre=True),
+    Call("ping-pong, an odd number of slabs", 900, 72, 184, "silu"),
+    Call("small ping-pong", 900, 72, 120, "gelu", keep_pre=True),
+]
+_MUTATED_BACK_THROUGH = [Call("back through", 900, 72, 184, "silu")]
+_MUTATED_BACKWARDS = [
+    Call("gradients", 200, 264, 200, "silu"),
+    Call("added", 300, 200, 264, total=torch.float32),
+]
+
+
+def test_every_instantiation_runs() -> None:
+    """What nvcc compiles is what runs here, by name."""
+    golden = sorted((Path(__file__).parent / "golden").glob("cuda-*.json"))[-1]
+    compiled = {
+        place.split(" ", 2)[2]
+        for place in json.loads(golden.read_text())
+        if place.split(" ")[1].startswith(("gemm_sm90", "activation_bwd"))
+    }
+    harness = runtime.load(simt.BACKENDS[0].removeprefix(simt.PREFIX))
+    for call in INSTANTIATIONS:
+        _forward(harness, Data.of(call))
+    for call in BACKWARDS:
+        _backward(harness, Data.of(call))
+    for call in BACK_THROUGH:
+        _dpre(harness, Data.of(call))
+    ran = {short_name(name) for name in harness.module.kernels_run()}
+    assert compiled and not compiled - ran, f"no call reaches {sorted(compiled - ran)}"
+
+
+def test_schedules_are_chosen_for_their_clocks() -> None:
+    """By the model in gemm_tuning_sm90.h, on two multiprocessors."""
+    tuning = runtime.load(simt.BACKENDS[0].removeprefix(simt.PREFIX)).module.gemm_tuning_sm90
+    assert tuning(4096, 4096, 4096, "linear")["block_n"] == 256
+    assert tuning(4096, 4096, 4096, "activation")["block_n"] == 192
+    assert tuning(4096, 128, 4096, "linear")["block_n"] == 128
+    assert tuning(4096, 128, 4096, "activation")["block_n"] == 128
+    assert tuning(64, 64, 4096, GRADIENT)["block_n"] == 192
+    works = (LINEAR, ACTIVATION, GRADIENT, "backward")
+    assert all(tuning(8, 8, 8, work)["reason"] for work in works)
