@@ -15,9 +15,10 @@ from torch.nn import functional as F
 import fused_lm
 from fused_lm.parity.cross_entropy_cases import formula
 from tests import oracle
+from tests.gpu import CUDA
 
-BACKENDS = ("reference", "pytorch", "triton")
-KERNELS = ("reference", "triton")
+BACKENDS = ("reference", "pytorch", "triton", *CUDA)
+KERNELS = ("reference", "triton", *CUDA)
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 

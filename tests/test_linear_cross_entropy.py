@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_lm
-from fused_lm.ops.registration import backend_module
+from fused_lm.ops.registration import function_of
 from fused_lm.parity.cross_entropy_cases import formula
 from fused_lm.reference.linear_cross_entropy import (
     CHUNK_BYTES,
@@ -25,9 +25,10 @@ from fused_lm.reference.linear_cross_entropy import (
 )
 from fused_lm.tolerance import check_close
 from tests import oracle
+from tests.gpu import CUDA
 
-BACKENDS = ("reference", "pytorch", "triton")
-KERNELS = ("reference", "triton")
+BACKENDS = ("reference", "pytorch", "triton", *CUDA)
+KERNELS = ("reference", "triton", *CUDA)
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 ALL_OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0}
 
@@ -227,10 +228,10 @@ def test_fp32_sums_over_the_vocabulary_are_made_in_parts(
     """cuBLAS errs by the length of a sum; sums that are rounded to 16 bits must not be cut."""
     V = 2 * SUM_TERMS + 8
     inputs, target = _inputs(Case("", (3,), 2, V, dtype), device)
-    module = backend_module(backend, "linear_cross_entropy")
+    forward = function_of("linear_cross_entropy_fwd", backend)
     options = (-100, 0.0, 0.0, 0.0, "sum", None, True, True, False)
     with torch.no_grad(), _Longest() as seen:
-        module.linear_cross_entropy_forward(*inputs, None, target, *options)
+        forward(*inputs, None, target, *options)
     assert seen.terms == (SUM_TERMS if dtype == F32 else V)
 
 
@@ -239,12 +240,14 @@ def test_fp32_sums_over_the_vocabulary_are_made_in_parts(
 def test_logits_never_exist_whole(reduction: str, backend: str, device: torch.device) -> None:
     N, V, C, chunk = 96, 50, 4, 16
     inputs, target = _inputs(Case("", (N,), C, V, BF16, True), device)
-    module = backend_module(backend, "linear_cross_entropy")
+    forward, backward = (
+        function_of(f"linear_cross_entropy_{way}", backend) for way in ("fwd", "bwd")
+    )
     options = (-100, 0.1, 0.01, 5.0, reduction, chunk, True, True, True)
     with torch.no_grad(), _Largest() as seen:
-        module.linear_cross_entropy_forward(*inputs, target, *options)
+        forward(*inputs, target, *options)
         dloss = torch.ones(() if reduction == "mean" else N, device=device)
-        module.linear_cross_entropy_backward(dloss, *inputs, target, *options)
+        backward(dloss, *inputs, target, *options)
     assert 2 * chunk * V <= seen.nbytes <= 4 * chunk * V < 2 * N * V
     with torch.no_grad(), _Largest() as seen:
         formula(F.linear(*inputs), target)

@@ -133,11 +133,24 @@ _IN_CUDA = (
     *("attention_fwd", "attention_bwd", "attention_weights_fwd", "attention_decode_fwd"),
     "attention_varlen_fwd",
     *("layer_norm_fwd", "layer_norm_bwd", "rms_norm_fwd", "rms_norm_bwd"),
+    *("cross_entropy_fwd", "cross_entropy_bwd"),
 )
 CUDA_SCHEMAS = {f"cuda_{name}": SCHEMAS[name].replace(", str backend)", ")") for name in _IN_CUDA}
 CUDA_SCHEMAS["cuda_attention_bwd_sm90"] = CUDA_SCHEMAS["cuda_attention_bwd"]
+CUDA_SCHEMAS |= {
+    "cuda_cross_entropy_bwd_in_place": (
+        f"(Tensor dloss, Tensor(a!) logits, Tensor target, {_LOSS}) -> ()"
+    ),
+    "cuda_cross_entropy_rows_in_place": (
+        "(Tensor(a!) logits, Tensor target, Tensor(b!) loss, Tensor? weights,"
+        " SymInt ignore_index, float label_smoothing, float z_loss, float softcap, bool gradient)"
+        " -> ()"
+    ),
+    "cuda_cross_entropy_scale_in_place": "(Tensor(a!) dlogits, Tensor dloss) -> ()",
+}
 """What the C++ extension implements: the operators above without ``backend``, behind the backend
-``cuda``; and the backward of attention a second time, for who doesn't need equal bits in each run.
+``cuda``; the backward of attention a second time, for who doesn't need equal bits in each run; and
+what overwrites memory, which operators call with nobody looking on.
 """
 
 _ALL = {**SCHEMAS, **CUDA_SCHEMAS}

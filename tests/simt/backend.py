@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fused_lm import dispatch
+from fused_lm.cuda import linear_cross_entropy
 from fused_lm.ops import (
     attention_backends,
     attention_decode_checks,
@@ -37,14 +38,14 @@ def installed(backend: str, seed: int = 0) -> Iterator[runtime.Harness]:
     harness = runtime.load(backend.removeprefix(PREFIX))
     harness.configure(runtime.Schedule.of_seed(seed))
     tables, names = dict(dispatch.TABLE), dispatch.BACKENDS
-    ops = [name.removeprefix("cuda_") for name in CUDA_SCHEMAS if name not in _OF_HOPPER]
+    ops = [name.removeprefix("cuda_") for name in CUDA_SCHEMAS if name not in _INSIDE]
     try:
         dispatch.BACKENDS = (backend, *names)
         for op in ops:
             registration.FUNCTIONS[op][backend] = partial(harness.call, op)
             public = op.removesuffix("_fwd")
             if public in tables:
-                refuses = _LIMITS.get(public, _norm_refuses)
+                refuses = _LIMITS.get(public, _fp64_refuses)
                 impl = dispatch.Impl(backend, refuses, needs_record=True)
                 dispatch.TABLE[public] = (impl, *tables[public])
         # One has kernels for Hopper alone, and a backward that fused_lm/cuda makes of attention's.
@@ -52,17 +53,31 @@ def installed(backend: str, seed: int = 0) -> Iterator[runtime.Harness]:
         registration.FUNCTIONS["attention_varlen_bwd"][backend] = partial(
             backward_by, partial(harness.call, "attention_bwd")
         )
+        _install_linear_cross_entropy(backend, harness)
         yield harness
     finally:
         dispatch.BACKENDS = names
         dispatch.TABLE.update(tables)
-        for op in (*ops, "attention_varlen_bwd"):
+        for op in (*ops, "attention_varlen_bwd", *_LINEAR):
             registration.FUNCTIONS[op].pop(backend, None)
         harness.configure()
 
 
-_OF_HOPPER = {"cuda_attention_bwd_sm90"}
-"""No operator of its own: the backend ``cuda`` takes it on such a GPU."""
+_INSIDE = {"cuda_attention_bwd_sm90", "cuda_cross_entropy_rows_in_place"}
+"""No operators of their own: the backend ``cuda`` takes one on a Hopper, and one for each chunk of
+a linear layer's loss.
+"""
+_LINEAR = ("linear_cross_entropy_fwd", "linear_cross_entropy_bwd")
+
+
+def _install_linear_cross_entropy(backend: str, harness: runtime.Harness) -> None:
+    rows_in_place = partial(harness.call, "cross_entropy_rows_in_place")
+    walks = (linear_cross_entropy.forward_by, linear_cross_entropy.backward_by)
+    for op, walk in zip(_LINEAR, walks, strict=True):
+        registration.FUNCTIONS[op][backend] = partial(walk, rows_in_place)
+    impl = dispatch.Impl(backend, _fp64_refuses, needs_record=True)
+    others = dispatch.TABLE["linear_cross_entropy"]
+    dispatch.TABLE["linear_cross_entropy"] = (impl, *others)
 
 
 def _on_hopper(harness: runtime.Harness, *arguments: Any) -> Any:
@@ -78,7 +93,7 @@ _LIMITS = {
 }
 
 
-def _norm_refuses(call: Any) -> str | None:
+def _fp64_refuses(call: Any) -> str | None:
     dtypes = {value.dtype for value in call if isinstance(value, torch.Tensor)}
     dtypes |= {value for value in call if isinstance(value, torch.dtype)}
     if torch.float64 in dtypes:

@@ -159,7 +159,7 @@ def _import(name: str, path: Path) -> Any:
 
 
 def run_on_copies(function: Any, mutated: set[int], arguments: Sequence[Any]) -> Any:
-    """Calls a function with device copies of its tensors.
+    """Calls a function with device copies of its tensors; what it may overwrite is copied back.
 
     Raises:
         RuntimeError: It wrote to a tensor that is not among ``mutated``, or between its rows.
@@ -170,9 +170,11 @@ def run_on_copies(function: Any, mutated: set[int], arguments: Sequence[Any]) ->
         *(a if c is None else c.tensor for a, c in zip(arguments, copies, strict=True))
     )
     for i, copy in enumerate(copies):
-        if copy is None or i in mutated:
+        if copy is None:
             continue
-        if copy.memory.view(torch.uint8).numpy().tobytes() != before[i]:
+        if i in mutated:
+            arguments[i].copy_(copy.tensor)
+        elif copy.memory.view(torch.uint8).numpy().tobytes() != before[i]:
             raise RuntimeError(f"a kernel wrote to argument {i}, an input")
     return result
 
