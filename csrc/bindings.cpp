@@ -5,6 +5,7 @@
 #include "attention_decode_ops.h"
 #include "attention_ops.h"
 #include "attention_varlen_ops.h"
+#include "cross_entropy_ops.h"
 #include "ffn_ops.h"
 #include "layernorm_ops.h"
 #include "linear_act_ops.h"
@@ -16,6 +17,11 @@ STABLE_TORCH_LIBRARY_IMPL(fused_lm, CUDA, m) {
   m.impl("cuda_attention_weights_fwd", TORCH_BOX(&fused_lm::attention_weights_fwd));
   m.impl("cuda_attention_decode_fwd", TORCH_BOX(&fused_lm::attention_decode_fwd));
   m.impl("cuda_attention_varlen_fwd", TORCH_BOX(&fused_lm::attention_varlen_fwd));
+  m.impl("cuda_cross_entropy_fwd", TORCH_BOX(&fused_lm::cross_entropy_fwd));
+  m.impl("cuda_cross_entropy_bwd", TORCH_BOX(&fused_lm::cross_entropy_bwd));
+  m.impl("cuda_cross_entropy_bwd_in_place", TORCH_BOX(&fused_lm::cross_entropy_bwd_in_place));
+  m.impl("cuda_cross_entropy_rows_in_place", TORCH_BOX(&fused_lm::cross_entropy_rows_in_place));
+  m.impl("cuda_cross_entropy_scale_in_place", TORCH_BOX(&fused_lm::cross_entropy_scale_in_place));
   m.impl("cuda_layer_norm_fwd", TORCH_BOX(&fused_lm::layer_norm_fwd));
   m.impl("cuda_layer_norm_bwd", TORCH_BOX(&fused_lm::layer_norm_bwd));
   m.impl("cuda_rms_norm_fwd", TORCH_BOX(&fused_lm::rms_norm_fwd));

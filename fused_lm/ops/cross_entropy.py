@@ -58,7 +58,7 @@ def cross_entropy(
     Memory: with a gradient, one tensor like the logits, made with the loss (fp16, whose small
         gradients must meet the loss scale before they are rounded, and inplace_backward: in the
         backward). ``retain_graph`` computes it anew from the logits.
-    Backends: triton, pytorch, reference.
+    Backends: cuda sm_80+, triton, pytorch, reference.
     Raises: ValueError on shape or value, TypeError on dtype or device mix, IndexError on a target
         out of range on the CPU (on a GPU loss and gradient of its row are NaN by the kernel, and
         PyTorch's operators stop the device), RuntimeError if a forced backend refuses.
@@ -123,7 +123,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if not ctx.handed_over:
             ctx.handed_over = True
             given = dlogits.data
-            registration.backend_module(backend, "cross_entropy").scale_in_place(given, dloss)
+            registration.function_of("cross_entropy_scale_in_place", backend)(given, dloss)
             return given.view(shape), *nothing
     arguments = (dloss, logits.reshape(-1, shape[-1]), target.reshape(-1), *options, backend)
     return registration.run_backward("cross_entropy_bwd", *arguments).view(shape), *nothing
@@ -143,8 +143,8 @@ def _overwrite(
             " call cross_entropy without it"
         )
     rows = logits.detach().view(-1, logits.shape[-1])
-    module = registration.backend_module(backend, "cross_entropy")
-    module.cross_entropy_backward_in_place(dloss, rows, target, *options)
+    overwrite = registration.function_of("cross_entropy_bwd_in_place", backend)
+    overwrite(dloss, rows, target, *options)
     increment_version(logits)
 
 
@@ -161,8 +161,15 @@ def _fake_backward(dloss: Tensor, logits: Tensor, *rest: Any) -> Tensor:
 
 registration.implement("cross_entropy_fwd", "cross_entropy", "cross_entropy_forward")
 registration.implement("cross_entropy_bwd", "cross_entropy", "cross_entropy_backward")
-registration.register_fake("cross_entropy_fwd", _fake)
-registration.register_fake("cross_entropy_bwd", _fake_backward)
+registration.stand_beside("cross_entropy_scale_in_place", "cross_entropy", "scale_in_place")
+registration.stand_beside(
+    "cross_entropy_bwd_in_place", "cross_entropy", "cross_entropy_backward_in_place"
+)
+for _op, _shapes in (("cross_entropy_fwd", _fake), ("cross_entropy_bwd", _fake_backward)):
+    registration.register_fake(_op, _shapes)
+    registration.register_fake_of_cuda(_op, _shapes)
+for _way in ("bwd", "rows", "scale"):
+    registration.register_fake_of_cuda(f"cross_entropy_{_way}_in_place", lambda *_: None)
 registration.register_autograd("cross_entropy_fwd", _backward, _setup)
 register_reference_gradient("cross_entropy_bwd", reference.cross_entropy_backward)
 _RUN = registration.route(

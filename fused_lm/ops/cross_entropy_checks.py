@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fused_lm import dispatch, records
+from fused_lm.cuda import extension
 from fused_lm.ops.checks import FLOATS, check_same_device, shapes_of, triton_refusal
 from fused_lm.ops.registration import in_transform, needs_gradient
 from fused_lm.reference.linear_cross_entropy import rows_at_once
@@ -183,6 +184,12 @@ def rows_of_one_chunk(call: LinearCrossEntropyCall) -> int:
     return rows_at_once(call.weight.shape[0], call.x.element_size())
 
 
+def _cuda_refuses(call: CrossEntropyCall | LinearCrossEntropyCall) -> str | None:
+    if call[0].dtype == torch.float64:
+        return "the CUDA kernels compute in fp32; float64 runs through the reference"
+    return extension.refusal(call[0])
+
+
 def _triton_refuses(call: CrossEntropyCall | LinearCrossEntropyCall) -> str | None:
     if call[0].dtype == torch.float64:
         return "the Triton kernels compute in fp32; float64 runs through the reference"
@@ -226,10 +233,12 @@ _KERNELS = tuple(
 )
 for _op in ("cross_entropy", "linear_cross_entropy"):
     dispatch.TABLE[_op] = (
+        dispatch.Impl("cuda", _cuda_refuses, needs_record=True),
         dispatch.Impl("triton", _triton_refuses, needs_record=True),
         dispatch.Impl("pytorch", _pytorch_refuses),
         dispatch.Impl("reference", _never),
     )
+    records.KERNEL_SOURCES[_op, "cuda"] = ("cross_entropy_rows", "cross_entropy_scalars")
 records.SHAPE_CLASSES["cross_entropy"] = _shape_class
 records.SHAPE_CLASSES["linear_cross_entropy"] = _linear_shape_class
 records.KERNEL_SOURCES["cross_entropy", "triton"] = _KERNELS

@@ -36,7 +36,7 @@ def linear_cross_entropy(
 
     Rows are taken in chunks: logits of a chunk, the kernel turns them into their gradient in place,
     and dx, dweight and dbias take their share of it; dweight and dbias add up in fp32. The three
-    products are torch's own (cuBLAS); loss and gradient of the logits are one Triton kernel.
+    products are torch's own (cuBLAS); loss and gradient of the logits are one kernel.
 
     Args:
         x: [..., C] bf16 | fp16 | fp32 | fp64; under autocast its dtype. Logits have this dtype.
@@ -54,8 +54,8 @@ def linear_cross_entropy(
     Memory: chunk_rows * V logits. From forward to backward ("mean", "sum") dx like x and dweight in
         fp32, instead of N * V logits; "none" keeps nothing and computes the logits twice. Second
         derivatives and ``torch.func`` transforms make the whole logits.
-    Backends: triton; pytorch, where one chunk holds all rows and the whole logits are no more than
-        a chunk would be; reference, the same chunks in plain PyTorch.
+    Backends: cuda sm_80+; triton; pytorch, where one chunk holds all rows and the whole logits are
+        no more than a chunk would be; reference, the same chunks in plain PyTorch.
     Raises: As :func:`fused_lm.cross_entropy`.
     Source: Hsu et al. 2024 (arXiv:2410.10989) for chunks.
     """

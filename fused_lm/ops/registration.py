@@ -40,7 +40,7 @@ badly).
 
 _SOURCES: dict[str, tuple[str, str]] = {}
 FUNCTIONS: dict[str, dict[str, Callable[..., Any]]] = {}
-"""Operator -> backend -> function, filled at first use."""
+"""Operator, or what stands beside it, -> backend -> function, filled at first use."""
 
 
 def backend_module(backend: str, file: str) -> Any:
@@ -52,12 +52,11 @@ def implement(op: str, file: str, function: str) -> None:
     """Routes ``torch.ops.fused_lm.<op>`` to ``function`` of the backend that its last argument
     names.
     """
-    FUNCTIONS[op] = {}
-    _SOURCES[op] = (file, function)
+    stand_beside(op, file, function)
 
     def run(*args: Any) -> Any:
         *rest, backend = args
-        call = _function_of(op, backend)
+        call = function_of(op, backend)
         device = next(a for a in rest if isinstance(a, Tensor)).device
         if autocast_enabled(device):  # an operator's arithmetic is its own
             with torch.autocast(device.type, enabled=False):
@@ -69,7 +68,14 @@ def implement(op: str, file: str, function: str) -> None:
         LIBRARY.impl(op, run, key)
 
 
-def _function_of(op: str, backend: str) -> Callable[..., Any]:
+def stand_beside(name: str, file: str, function: str) -> None:
+    """Lets :func:`function_of` find what backends have in ``file`` that is no operator."""
+    FUNCTIONS[name] = {}
+    _SOURCES[name] = (file, function)
+
+
+def function_of(op: str, backend: str) -> Callable[..., Any]:
+    """What a backend has for an operator."""
     found = FUNCTIONS[op].get(backend)
     if found is None:
         file, function = _SOURCES[op]
@@ -249,7 +255,7 @@ def execute(op: str, *args: Any) -> Any:
     """
     if type(args[0]) in _PLAIN and not is_compiling() and not _watched():
         with _AutoDispatchBelowAutograd():
-            return _function_of(op, args[-1])(*args[:-1])
+            return function_of(op, args[-1])(*args[:-1])
     opaque = getattr(torch.ops.fused_lm, op).default
     if is_compiling():
         return opaque(*args)

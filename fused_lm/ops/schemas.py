@@ -134,16 +134,29 @@ _IN_CUDA = (
     "attention_varlen_fwd",
     *("layer_norm_fwd", "layer_norm_bwd", "rms_norm_fwd", "rms_norm_bwd"),
     *("linear_act_fwd", "linear_act_bwd", "linear_act_bwd_add"),
+    *("cross_entropy_fwd", "cross_entropy_bwd"),
 )
 CUDA_SCHEMAS = {f"cuda_{name}": SCHEMAS[name].replace(", str backend)", ")") for name in _IN_CUDA}
 CUDA_SCHEMAS["cuda_attention_bwd_sm90"] = CUDA_SCHEMAS["cuda_attention_bwd"]
-CUDA_SCHEMAS["cuda_ffn_dpre"] = (
-    "(Tensor dy, Tensor weight, Tensor pre, str activation, bool transposed, bool needs_dbias)"
-    " -> (Tensor dpre, Tensor dbias)"
-)
+CUDA_SCHEMAS |= {
+    "cuda_ffn_dpre": (
+        "(Tensor dy, Tensor weight, Tensor pre, str activation, bool transposed, bool needs_dbias)"
+        " -> (Tensor dpre, Tensor dbias)"
+    ),
+    "cuda_cross_entropy_bwd_in_place": (
+        f"(Tensor dloss, Tensor(a!) logits, Tensor target, {_LOSS}) -> ()"
+    ),
+    "cuda_cross_entropy_rows_in_place": (
+        "(Tensor(a!) logits, Tensor target, Tensor(b!) loss, Tensor? weights,"
+        " SymInt ignore_index, float label_smoothing, float z_loss, float softcap, bool gradient)"
+        " -> ()"
+    ),
+    "cuda_cross_entropy_scale_in_place": "(Tensor(a!) dlogits, Tensor dloss) -> ()",
+}
 """What the C++ extension implements: the operators above without ``backend``, behind the backend
-``cuda``; the backward of attention a second time, for who doesn't need equal bits in each run; and
-the part of an ``ffn``'s backward that ``linear_act`` doesn't have.
+``cuda``; the backward of attention a second time, for who doesn't need equal bits in each run; the
+part of an ``ffn``'s backward that ``linear_act`` doesn't have; and what overwrites memory, which
+operators call with nobody looking on.
 """
 
 _ALL = {**SCHEMAS, **CUDA_SCHEMAS}

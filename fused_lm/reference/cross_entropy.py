@@ -73,9 +73,40 @@ def cross_entropy_backward(
     return (ds * weight).masked_fill(~counted, 0.0).to(logits.dtype).contiguous()
 
 
-def cross_entropy_backward_in_place(dloss: Tensor, logits: Tensor, *rest: object) -> None:
+def cross_entropy_backward_in_place(
+    dloss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    reduction: str,
+) -> None:
     """:func:`cross_entropy_backward` into the memory of the logits."""
-    logits.copy_(cross_entropy_backward(dloss, logits, *rest))  # type: ignore[arg-type]
+    options = (ignore_index, label_smoothing, z_loss, softcap, reduction)
+    logits.copy_(cross_entropy_backward(dloss, logits, target, *options))
+
+
+def cross_entropy_rows_in_place(
+    logits: Tensor,
+    target: Tensor,
+    loss: Tensor,
+    weights: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    gradient: bool,
+) -> None:
+    """Fills the loss [N]; with ``gradient`` overwrites the logits [N, V] with their gradient, each
+    row times its weight of ``weights`` [N], None: 1.
+    """
+    options = (ignore_index, label_smoothing, z_loss, softcap)
+    loss.copy_(row_losses(logits, target, *options))
+    if gradient:
+        dloss = torch.ones_like(loss) if weights is None else weights
+        logits.copy_(cross_entropy_backward(dloss, logits, target, *options, "none"))
 
 
 def scale_in_place(dlogits: Tensor, dloss: Tensor) -> None:

@@ -6,7 +6,7 @@ not know these names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 from fused_lm import dispatch
-from fused_lm.cuda import extension, ffn
+from fused_lm.cuda import extension, ffn, linear_cross_entropy
 from fused_lm.ops import (
     attention_backends,
     attention_decode_checks,
@@ -42,44 +42,47 @@ def installed(backend: str, seed: int = 0) -> Iterator[runtime.Harness]:
     harness = runtime.load(backend.removeprefix(PREFIX))
     harness.configure(runtime.Schedule.of_seed(seed))
     tables, names = dict(dispatch.TABLE), dispatch.BACKENDS
-    ops = [name.removeprefix("cuda_") for name in CUDA_SCHEMAS if name not in _OF_HOPPER]
+    functions = _functions(harness)
     try:
         dispatch.BACKENDS = (backend, *names)
-        for op in ops:
-            registration.FUNCTIONS[op][backend] = partial(harness.call, op)
+        for op, function in functions.items():
+            registration.FUNCTIONS[op][backend] = function
             public = op.removesuffix("_fwd")
             if public in tables:
-                refuses = _LIMITS.get(public, _norm_refuses)
+                refuses = _LIMITS.get(public, _fp64_refuses)
                 impl = dispatch.Impl(backend, refuses, needs_record=True)
                 dispatch.TABLE[public] = (impl, *tables[public])
-        for op in _HOPPER_ALONE:
-            registration.FUNCTIONS[op][backend] = partial(_on_hopper, harness, op)
-        for op, name in _FFN.items():
-            registration.FUNCTIONS[op][backend] = partial(_of_parts, harness, name)
-        if "ffn" in tables:
-            impl = dispatch.Impl(backend, linear_checks.cuda_limit, needs_record=True)
-            dispatch.TABLE["ffn"] = (impl, *tables["ffn"])
-        # Of one the backward is what fused_lm/cuda makes of attention's.
-        registration.FUNCTIONS["attention_varlen_bwd"][backend] = partial(
-            backward_by, partial(harness.call, "attention_bwd")
-        )
         yield harness
     finally:
         dispatch.BACKENDS = names
         dispatch.TABLE.update(tables)
-        for op in (*ops, *_FFN, "attention_varlen_bwd"):
+        for op in functions:
             registration.FUNCTIONS[op].pop(backend, None)
         harness.configure()
 
 
-_OF_HOPPER = {"cuda_attention_bwd_sm90", "cuda_ffn_dpre"}
-"""No operators of their own: the backend ``cuda`` takes them on such a GPU."""
-_FFN = {"ffn_fwd": "ffn_forward", "ffn_bwd": "ffn_backward", "ffn_bwd_add": "ffn_backward"}
-"""Operators that fused_lm/cuda makes of others."""
+def _functions(harness: runtime.Harness) -> dict[str, Callable[..., Any]]:
+    """The kernels by operator, and what fused_lm/cuda makes of them."""
+    call = harness.call
+    found: dict[str, Callable[..., Any]] = {}
+    for op in (name.removeprefix("cuda_") for name in CUDA_SCHEMAS):
+        if op not in _INSIDE:
+            found[op] = (
+                partial(_on_hopper, harness, op) if op in _HOPPER_ALONE else partial(call, op)
+            )
+    found |= {op: partial(_of_parts, harness, name) for op, name in _FFN.items()}
+    rows = partial(call, "cross_entropy_rows_in_place")
+    found["linear_cross_entropy_fwd"] = partial(linear_cross_entropy.forward_by, rows)
+    found["linear_cross_entropy_bwd"] = partial(linear_cross_entropy.backward_by, rows)
+    found["attention_varlen_bwd"] = partial(backward_by, partial(call, "attention_bwd"))
+    return found
 
 
+_INSIDE = {"attention_bwd_sm90", "ffn_dpre", "cross_entropy_rows_in_place"}
+"""No operators of their own: the backend ``cuda`` takes them within others."""
 _HOPPER_ALONE = ("attention_varlen_fwd", "linear_act_fwd", "linear_act_bwd", "linear_act_bwd_add")
 """Operators without a kernel for other GPUs."""
+_FFN = {"ffn_fwd": "ffn_forward", "ffn_bwd": "ffn_backward", "ffn_bwd_add": "ffn_backward"}
 
 
 def _on_hopper(harness: runtime.Harness, op: str, *arguments: Any) -> Any:
@@ -98,10 +101,11 @@ _LIMITS = {
     "attention_decode": attention_decode_checks.cuda_limit,
     "attention_varlen": attention_varlen_checks.cuda_limit,
     "linear_act": linear_checks.cuda_limit,
+    "ffn": linear_checks.cuda_limit,
 }
 
 
-def _norm_refuses(call: Any) -> str | None:
+def _fp64_refuses(call: Any) -> str | None:
     dtypes = {value.dtype for value in call if isinstance(value, torch.Tensor)}
     dtypes |= {value for value in call if isinstance(value, torch.dtype)}
     if torch.float64 in dtypes:

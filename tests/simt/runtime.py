@@ -165,8 +165,7 @@ def _import(name: str, path: Path) -> Any:
 
 
 def run_on_copies(function: Any, mutated: set[int], arguments: Sequence[Any]) -> Any:
-    """Calls a function with device copies of its tensors; ``mutated`` ones are given their copies'
-    values.
+    """Calls a function with device copies of its tensors; what it may overwrite is copied back.
 
     Raises:
         RuntimeError: It wrote to a tensor that is not among ``mutated``, or between its rows.
