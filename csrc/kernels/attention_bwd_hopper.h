@@ -14,13 +14,17 @@ struct HopperBackwardRoom {
   float* dq_sums;  // [B, H, tiles, block_t head_dim]: in the order of attention_bwd_rows_sm90.h
 };
 
+inline int hopper_backward_head_dim(const AttentionShape& shape) {
+  return hopper_backward_head_dim(shape.D > shape.Dv ? shape.D : shape.Dv);
+}
+
 // How many floats of each, for whichever kernels run.
 struct HopperBackwardSizes {
   int64_t numbers, dq_sums;
 };
 
 inline HopperBackwardSizes hopper_backward_sizes(const AttentionShape& shape) {
-  const int head_dim = hopper_backward_head_dim(shape.D > shape.Dv ? shape.D : shape.Dv);
+  const int head_dim = hopper_backward_head_dim(shape);
   HopperBackwardSizes most{0, 0};
   for (const bool general : {false, true}) {
     const int block_t = attention_backward_tuning_sm90(head_dim, general).block_t;
@@ -46,6 +50,12 @@ inline bool attention_backward_sm90_takes(const AttentionBackwardParams& p) {
          maps_heads(p.dk_strides, shape.B, heads, shape.S) &&
          maps_heads(p.dv_strides, shape.B, heads, shape.S);
 }
+
+// The kernels above 128 columns, which the next two call: they compile beside the others.
+Status attention_backward_wide_sm90_bf16(const AttentionBackwardParams& params,
+                                         const HopperBackwardRoom& room, Stream stream);
+Status attention_backward_wide_sm90_fp16(const AttentionBackwardParams& params,
+                                         const HopperBackwardRoom& room, Stream stream);
 
 // dq, dk and dv of what attention_backward_sm90_takes. delta and row_lse of p are not used. Weak: a
 // build for other GPUs alone has none.

@@ -52,10 +52,11 @@ Status map_tensors(HopperBackwardParams& hopper) {
   return kOk;
 }
 
+// `kernel` is the main one.
 template <class Element, int kD, bool kGeneral>
-Status launch_hopper(const AttentionBackwardParams& p, const HopperBackwardRoom& room,
-                     Stream stream) {
-  using C = HopperConfig<kD, kGeneral>;
+Status launch_hopper(void (*kernel)(HopperBackwardParams, int), const AttentionBackwardParams& p,
+                     const HopperBackwardRoom& room, Stream stream) {
+  using C = BackwardConfig<kD, kGeneral>;
   const AttentionShape& shape = p.shape;
   HopperBackwardParams hopper{};
   hopper.p = p;
@@ -65,35 +66,40 @@ Status launch_hopper(const AttentionBackwardParams& p, const HopperBackwardRoom&
   const RowsParams rows{p, room};
   const int64_t query_tiles = (int64_t{shape.T} + C::kBlockT - 1) / C::kBlockT;
   const int64_t key_tiles = (int64_t{shape.S} + C::kBlockS - 1) / C::kBlockS;
-  const auto launch_tiles = [&](auto kernel, const auto& params, int64_t tiles, int heads,
+  const auto launch_tiles = [&](auto made, const auto& params, int64_t tiles, int heads,
                                 int threads, size_t smem_bytes) {
-    return launch_grid(kernel, params, tiles, heads, shape.B, threads, smem_bytes, stream);
+    return launch_grid(made, params, tiles, heads, shape.B, threads, smem_bytes, stream);
   };
   status = launch_tiles(attention_bwd_prepare<Element, kD, kGeneral>, rows, query_tiles, shape.H,
                         kRowsThreads, 0);
   if (status != kOk) return status;
-  status = launch_tiles(attention_bwd_sm90<Element, kD, kGeneral>, hopper, key_tiles,
-                        shape.H / shape.group, C::kThreads, sizeof(typename C::SharedStorage));
+  status = launch_tiles(kernel, hopper, key_tiles, shape.H / shape.group, C::kThreads,
+                        sizeof(typename C::SharedStorage));
   if (status != kOk) return status;
   return launch_tiles(attention_bwd_finish<Element, kD, kGeneral>, rows, query_tiles, shape.H,
                       kRowsThreads, sizeof(DqRows<C>));
 }
 
+// Calls launch<head dim, whether general>(), which are constants, for the head dim of these that holds D and Dv.
+template <int kHeadDim, int... kLarger, class Launch>
+Status with_backward_kernel(const AttentionBackwardParams& p, const Launch& launch) {
+  if constexpr (sizeof...(kLarger) > 0) {
+    if (hopper_backward_head_dim(p.shape) != kHeadDim) {
+      return with_backward_kernel<kLarger...>(p, launch);
+    }
+  }
+  constexpr std::integral_constant<int, kHeadDim> kD;
+  return is_plain(p.score, p.dropout) ? launch(kD, std::false_type{})
+                                      : launch(kD, std::true_type{});
+}
+
 template <class Element>
 Status launch_hopper_backward(const AttentionBackwardParams& p, const HopperBackwardRoom& room,
                               Stream stream) {
-  const bool general = !is_plain(p.score, p.dropout);
-  const int head_dim = hopper_backward_head_dim(p.shape.D > p.shape.Dv ? p.shape.D : p.shape.Dv);
-  if (head_dim == 64) {
-    return general ? launch_hopper<Element, 64, true>(p, room, stream)
-                   : launch_hopper<Element, 64, false>(p, room, stream);
-  }
-  if (head_dim == 96) {
-    return general ? launch_hopper<Element, 96, true>(p, room, stream)
-                   : launch_hopper<Element, 96, false>(p, room, stream);
-  }
-  return general ? launch_hopper<Element, 128, true>(p, room, stream)
-                 : launch_hopper<Element, 128, false>(p, room, stream);
+  return with_backward_kernel<64, 96, 128>(p, [&](auto dim, auto general) {
+    return launch_hopper<Element, dim(), general()>(attention_bwd_sm90<Element, dim(), general()>,
+                                                    p, room, stream);
+  });
 }
 
 }  // namespace attention_bwd

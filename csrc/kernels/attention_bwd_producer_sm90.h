@@ -3,21 +3,68 @@
 #pragma once
 
 #include "kernels/attention_bwd_tiles_sm90.h"
+#include "kernels/attention_bwd_wide_tiles_sm90.h"
 #include "ptx/bulk.h"
 #include "ptx/tma.h"
 
 namespace fused_lm {
 namespace attention_bwd {
 
+template <class C>
+__device__ __forceinline__ void init_barriers(typename C::Barriers& barriers) {
+  constexpr int kWarps = kGroups * kGroupThreads / kWarpSize;
+  ptx::mbarrier_init(&barriers.k_full, 1);
+  ptx::mbarrier_init(&barriers.v_full, 1);
+  for (int i = 0; i < C::kQueryStages; ++i) {
+    ptx::mbarrier_init(&barriers.q_full[i], 1);
+    ptx::mbarrier_init(&barriers.q_empty[i], kWarps);
+  }
+  for (int i = 0; i < C::kDoutStages; ++i) {
+    ptx::mbarrier_init(&barriers.dout_full[i], 1);
+    ptx::mbarrier_init(&barriers.dout_empty[i], kWarps);
+  }
+  if constexpr (C::kBulkAdds) {
+    for (int group = 0; group < kGroups; ++group) {
+      ptx::mbarrier_init(&barriers.dq_full[group], kWarps / kGroups);
+      ptx::mbarrier_init(&barriers.dq_empty[group], 1);
+    }
+  }
+  ptx::fence_mbarrier_init();
+}
+
+// What all threads do first.
+template <class C>
+__device__ __forceinline__ void start_block(typename C::SharedStorage& smem,
+                                            const HopperBackwardParams& hopper) {
+  if (threadIdx.x == 0) {
+    ptx::tma_prefetch(hopper.q);
+    ptx::tma_prefetch(hopper.k);
+    ptx::tma_prefetch(hopper.v);
+    ptx::tma_prefetch(hopper.dout);
+    init_barriers<C>(smem.barriers);
+  }
+  __syncthreads();
+}
+
 // Brings a whole tile, from row `first` on; the barrier expects its bytes already.
-template <class Tile>
-__device__ __forceinline__ void load_tile(Tile& sTile, const ptx::TensorMap& map, uint64_t* full,
-                                          int first, int head, int batch) {
+template <int kRows, int kColumns>
+__device__ __forceinline__ void load_tile(SlabTile<kRows, kColumns>& sTile,
+                                          const ptx::TensorMap& map, uint64_t* full, int first,
+                                          int head, int batch, int first_column = 0) {
+  using Tile = SlabTile<kRows, kColumns>;
 #pragma unroll
   for (int slab = 0; slab < Tile::kSlabs; ++slab) {
     ptx::tma_load(&sTile.chunks[slab][0][0], map, full,
-                  {slab * Tile::kSlabColumns, first, head, batch});
+                  {first_column + slab * Tile::kSlabColumns, first, head, batch});
   }
+}
+
+template <int kRows, int kColumns>
+__device__ __forceinline__ void load_tile(HalvedTile<kRows, kColumns>& sTile,
+                                          const ptx::TensorMap& map, uint64_t* full, int first,
+                                          int head, int batch) {
+  load_tile(sTile.halves[0], map, full, first, head, batch);
+  load_tile(sTile.halves[1], map, full, first, head, batch, kColumns / 2);
 }
 
 // dout comes first: its place is free earlier than that of q, by a product.
@@ -32,19 +79,19 @@ __device__ __forceinline__ void produce(typename C::SharedStorage& smem,
   ptx::mbarrier_arrive_expect_tx(&barriers.v_full, C::Keys::kBytes);
   load_tile(smem.v, hopper.v, &barriers.v_full, walk.s_first, key_head, walk.batch);
   walk.for_each([&](unsigned n, int head, int t_first) {
-    const unsigned stage = n % kStages, free = n / kStages % 2 ^ 1u;
+    const unsigned dout_stage = n % C::kDoutStages, q_stage = n % C::kQueryStages;
     const float* gNumbers = hopper.room.numbers + walk.index(hopper.p.shape, head, t_first) *
                                                       (C::kLseFloats + C::kBlockT);
-    ptx::mbarrier_wait(&barriers.dout_empty[stage], free);
-    uint64_t* full = &barriers.dout_full[stage];
+    ptx::mbarrier_wait(&barriers.dout_empty[dout_stage], n / C::kDoutStages % 2 ^ 1u);
+    uint64_t* full = &barriers.dout_full[dout_stage];
     ptx::mbarrier_arrive_expect_tx(full, C::Queries::kBytes + kDeltaBytes);
-    load_tile(smem.dout[stage], hopper.dout, full, t_first, head, walk.batch);
-    ptx::bulk_load(smem.delta[stage], gNumbers + C::kLseFloats, kDeltaBytes, full);
-    ptx::mbarrier_wait(&barriers.q_empty[stage], free);
-    full = &barriers.q_full[stage];
+    load_tile(smem.dout[dout_stage], hopper.dout, full, t_first, head, walk.batch);
+    ptx::bulk_load(smem.delta[dout_stage], gNumbers + C::kLseFloats, kDeltaBytes, full);
+    ptx::mbarrier_wait(&barriers.q_empty[q_stage], n / C::kQueryStages % 2 ^ 1u);
+    full = &barriers.q_full[q_stage];
     ptx::mbarrier_arrive_expect_tx(full, C::Queries::kBytes + kLseBytes);
-    load_tile(smem.q[stage], hopper.q, full, t_first, head, walk.batch);
-    ptx::bulk_load(smem.lse[stage], gNumbers, kLseBytes, full);
+    load_tile(smem.q[q_stage], hopper.q, full, t_first, head, walk.batch);
+    ptx::bulk_load(smem.lse[q_stage], gNumbers, kLseBytes, full);
   });
 }
 

@@ -13,7 +13,7 @@
 
 #include "common/vec.h"
 #include "common/warp.h"
-#include "kernels/attention_bwd_tiles_sm90.h"
+#include "kernels/attention_bwd_wide_tiles_sm90.h"
 #include "ptx/launch.h"
 
 namespace fused_lm {
@@ -29,6 +29,10 @@ struct RowsParams {
   AttentionBackwardParams p;
   HopperBackwardRoom room;
 };
+
+template <int kHeadDim, bool kGeneral>
+using BackwardConfig = std::conditional_t<(kHeadDim > 128), WideConfig<kHeadDim, kGeneral>,
+                                          HopperConfig<kHeadDim, kGeneral>>;
 
 // Of all batches and heads.
 template <class C>
@@ -76,7 +80,7 @@ __device__ __forceinline__ float row_lse(const AttentionBackwardParams& p, const
 template <class Element, int kHeadDim, bool kGeneral>
 __global__ void __launch_bounds__(kRowsThreads)
     attention_bwd_prepare(const RowsParams rows, int batch_first) {
-  using C = HopperConfig<kHeadDim, kGeneral>;
+  using C = BackwardConfig<kHeadDim, kGeneral>;
   const AttentionBackwardParams& p = rows.p;
   const BlockTile block = block_tile(false, batch_first);
   const int64_t tile = tile_index<C>(p.shape, block);
@@ -127,17 +131,23 @@ __device__ __forceinline__ void put_fragment(DqRows<C>& smem, uint32_t upper, ui
                                              int group, int thread, int i) {
   const FragmentLane at = fragment_lane(thread % kWarpSize);
   const int row = thread / kWarpSize * kMmaRows + at.row, column = i * kMmaColumns + at.column;
-  const int query = C::dq_query(group) + column, dim = C::dq_column(group) + row;
-  smem.rows[query][dim] = static_cast<uint16_t>(upper);
-  smem.rows[query + 1][dim] = static_cast<uint16_t>(upper >> 16);
-  smem.rows[query][dim + 8] = static_cast<uint16_t>(lower);
-  smem.rows[query + 1][dim + 8] = static_cast<uint16_t>(lower >> 16);
+  if constexpr (C::kDqTransposed) {
+    const int query = C::dq_query(group) + column, dim = C::dq_column(group) + row;
+    smem.rows[query][dim] = static_cast<uint16_t>(upper);
+    smem.rows[query + 1][dim] = static_cast<uint16_t>(upper >> 16);
+    smem.rows[query][dim + 8] = static_cast<uint16_t>(lower);
+    smem.rows[query + 1][dim + 8] = static_cast<uint16_t>(lower >> 16);
+  } else {
+    const int query = C::dq_query(group) + row, dim = C::dq_column(group) + column;
+    *reinterpret_cast<uint32_t*>(&smem.rows[query][dim]) = upper;
+    *reinterpret_cast<uint32_t*>(&smem.rows[query + 8][dim]) = lower;
+  }
 }
 
 template <class Element, int kHeadDim, bool kGeneral>
 __global__ void __launch_bounds__(kRowsThreads)
     attention_bwd_finish(const RowsParams rows, int batch_first) {
-  using C = HopperConfig<kHeadDim, kGeneral>;
+  using C = BackwardConfig<kHeadDim, kGeneral>;
   constexpr DType kDType = kDTypeOf<Element>;
   auto& smem = dynamic_smem<DqRows<C>>();
   const AttentionBackwardParams& p = rows.p;

@@ -58,45 +58,6 @@
 namespace fused_lm {
 namespace attention_bwd {
 
-// Scores and dP of a tile become P, with dropout, and ds, packed. Both products are under way.
-template <class C>
-__device__ __forceinline__ void plain_tile(const Consumer<C>& own, Scores<C>& score, Scores<C>& dp,
-                                           unsigned stage, int head, int t_first) {
-  const ScoreParams& how = own.hopper.p.score;
-  ptx::wgmma_wait<1>();
-  ptx::registers_fence(score[0]);
-  if (own.walk.edge(t_first)) hide_ends<C>(score, own.tile(head, t_first), how);
-  plain_probabilities<C>(score, own.smem.lse[stage], how);
-  // Without it ptxas waits for dP before the exponentials.
-  pin<C>(&own.smem.pinned[threadIdx.x - kGroupThreads], score);
-  ptx::wgmma_wait<0>();
-  ptx::registers_fence(dp[0]);
-  score_gradients<C>(dp, score, own.smem.delta[stage], 1.0f);
-}
-
-template <class C>
-__device__ __forceinline__ void general_tile(const Consumer<C>& own, Scores<C>& score,
-                                             Scores<C>& dp, unsigned stage, int head, int t_first) {
-  const AttentionBackwardParams& p = own.hopper.p;
-  const ScoreTile<true> tile = own.tile(head, t_first);
-  const bool drops = p.dropout.rng != nullptr;
-  ptx::wgmma_wait<0>();
-  ptx::registers_fence(score[0]);
-  ptx::registers_fence(dp[0]);
-  uint32_t keep[C::kM];
-  if (drops) {
-    const DropoutKey key = dropout_key(p.dropout.rng, tile.batch, tile.head);
-    keep_mask<C::kM, C::kScores>(keep, tile, key, p.dropout.threshold);
-    drop(dp, keep);
-  }
-  subtract_delta<C>(dp, own.smem.delta[stage], drops ? p.dropout.scale : 1.0f);
-  finish_scores(score, tile, p.score, own.walk.edge(t_first),
-                [&](int m, int n, int e, float tanh) { dp[m][n][e] *= fmaf(-tanh, tanh, 1.0f); });
-  probabilities<C>(score, own.smem.lse[stage], p.score.scale);
-  for_each_value<C::kM, C::kScores>([&](int m, int n, int e) { dp[m][n][e] *= score[m][n][e]; });
-  if (drops) drop(score, keep);
-}
-
 // One tile of queries: adds to dk, dv and the sums of dq.
 template <class Element, class C>
 __device__ __forceinline__ void add_tile(const Consumer<C>& own, Sums<C>& dk, Sums<C>& dv,
@@ -110,11 +71,7 @@ __device__ __forceinline__ void add_tile(const Consumer<C>& own, Sums<C>& dk, Su
     issue_transposed<Element, C>(score, own.own_keys(), own.queries(stage));
     ptx::mbarrier_wait(&barriers.dout_full[stage], parity);
     issue_transposed<Element, C>(dp, own.own_values(), own.douts(stage));
-    if constexpr (C::kGeneral) {
-      general_tile<C>(own, score, dp, stage, head, t_first);
-    } else {
-      plain_tile<C>(own, score, dp, stage, head, t_first);
-    }
+    tile_gradients<C>(own, score, dp, own.smem.lse[stage], own.smem.delta[stage], head, t_first);
     // Packed earlier, P would be held twice.
     pack<Element, C>(probs, score);
     pack<Element, C>(gradients, dp);
@@ -139,9 +96,7 @@ template <class Element, class C>
 __device__ __forceinline__ void consume(typename C::SharedStorage& smem,
                                         const HopperBackwardParams& hopper,
                                         const QueryWalk<C>& walk, int key_head) {
-  // By a shuffle the compiler learns that a warp's lanes agree, and keeps descriptors once per
-  // warp.
-  const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kGroupThreads, 0) - 1;
+  const int group = consumer_group();
   const Consumer<C> own{smem, hopper, walk, group};
   const AttentionBackwardParams& p = hopper.p;
   Sums<C> dk, dv;
@@ -155,34 +110,15 @@ __device__ __forceinline__ void consume(typename C::SharedStorage& smem,
     });
   }
   ptx::named_barrier_sync(kKeysRead, kGroups * kGroupThreads);
-  const float kept = C::kGeneral && p.dropout.rng != nullptr ? p.dropout.scale : 1.0f;
-  stage_rows<Element, C>(smem.v, dv, kept, group);
-  stage_rows<Element, C>(smem.k, dk, p.score.scale, group);
+  stage_rows<Element>(smem.v, dv, kept_scale<C>(p), group * kGroupKeys);
+  stage_rows<Element>(smem.k, dk, p.score.scale, group * kGroupKeys);
   ptx::fence_proxy_async();
   ptx::named_barrier_sync(kGroupDone + group, kGroupThreads);
-  if (Consumer<C>::thread() != 0 || walk.s_first + group * kGroupKeys >= p.shape.S) return;
+  if (group_thread() != 0 || walk.s_first + group * kGroupKeys >= p.shape.S) return;
   send_rows<C>(hopper.dv, smem.v, own, p.shape.Dv, key_head);
   send_rows<C>(hopper.dk, smem.k, own, p.shape.D, key_head);
   ptx::bulk_commit();
   ptx::bulk_wait_read<0>();
-}
-
-template <class C>
-__device__ __forceinline__ void init_barriers(typename C::Barriers& barriers) {
-  constexpr int kWarps = kGroups * kGroupThreads / kWarpSize;
-  ptx::mbarrier_init(&barriers.k_full, 1);
-  ptx::mbarrier_init(&barriers.v_full, 1);
-  for (int i = 0; i < kStages; ++i) {
-    ptx::mbarrier_init(&barriers.q_full[i], 1);
-    ptx::mbarrier_init(&barriers.dout_full[i], 1);
-    ptx::mbarrier_init(&barriers.q_empty[i], kWarps);
-    ptx::mbarrier_init(&barriers.dout_empty[i], kWarps);
-  }
-  for (int group = 0; C::kBulkAdds && group < kGroups; ++group) {
-    ptx::mbarrier_init(&barriers.dq_full[group], kWarps / kGroups);
-    ptx::mbarrier_init(&barriers.dq_empty[group], 1);
-  }
-  ptx::fence_mbarrier_init();
 }
 
 template <class Element, int kHeadDim, bool kGeneral>
@@ -192,14 +128,7 @@ __global__ void __launch_bounds__((HopperConfig<kHeadDim, kGeneral>::kThreads), 
   auto& smem = dynamic_smem<typename C::SharedStorage>();
   const BlockTile block = block_tile(false, batch_first);
   const QueryWalk<C> walk(hopper.p, block);
-  if (threadIdx.x == 0) {
-    ptx::tma_prefetch(hopper.q);
-    ptx::tma_prefetch(hopper.k);
-    ptx::tma_prefetch(hopper.v);
-    ptx::tma_prefetch(hopper.dout);
-    init_barriers<C>(smem.barriers);
-  }
-  __syncthreads();
+  start_block<C>(smem, hopper);
   if (threadIdx.x < kGroupThreads) {
     ptx::registers_decrease<24>();
     const int warp = static_cast<int>(threadIdx.x) / kWarpSize;

@@ -22,7 +22,8 @@ struct HopperConfig {
   static constexpr bool kGeneral = kGeneralScores;
   static constexpr HopperBackwardTuning kTuning = attention_backward_tuning_sm90(kD, kGeneral);
   static constexpr int kBlockT = kTuning.block_t;
-  static constexpr int kBlockS = kHopperBackwardKeys;
+  static constexpr int kBlockS = hopper_backward_keys(kD);
+  static constexpr int kQueryStages = kStages, kDoutStages = kStages;
   static constexpr bool kBulkAdds = kTuning.adds == GradientAdds::kBulk;
   static constexpr int kThreads = (1 + kGroups) * kGroupThreads;
   static constexpr int kM = 1;
@@ -41,6 +42,7 @@ struct HopperConfig {
   static constexpr int kTileFloats = kBlockT * kD;
   static constexpr bool kTurns = kD % kGroupKeys != 0;
   static constexpr int kGroupStride = kTurns ? kGroupThreads * kFragment : kDqFloats;
+  static constexpr bool kDqTransposed = true;
   static constexpr int kFragmentStride = (kTurns ? 2 * kD : kGroupThreads) * kFragment;
   static_assert(!kTurns || !kBulkAdds);
   static constexpr int kLseFloats = kBlockT + kHugeFloats;

@@ -30,16 +30,18 @@ struct HopperBackwardTuning {
   const char* reason;
 };
 
-constexpr int kHopperBackwardKeys = 128;  // of a block
 constexpr int kHugeFloats = 4;  // behind the lse of a tile, one of them used: whether any is huge
 
 // Head dims that kernels are compiled for; others run in the next larger one, zeros beside them.
-// Above 128, dk and dv alone would have 192 registers or more: those run in the kernels for every GPU.
-constexpr int kHopperBackwardHeadDims[] = {64, 96, 128};
-constexpr int kMaxHopperBackwardDim = 128;
+// Above 128, dk and dv alone would have 192 registers or more: those run in the kernels for every
+// GPU.
+constexpr int kHopperBackwardHeadDims[] = {64, 96, 128, 192, 256};
+constexpr int kMaxHopperBackwardDim = 256;
 constexpr int hopper_backward_head_dim(int dim) {
-  return dim <= 64 ? 64 : dim <= 96 ? 96 : 128;
+  return dim <= 64 ? 64 : dim <= 96 ? 96 : dim <= 128 ? 128 : dim <= 192 ? 192 : 256;
 }
+// Of a block.
+constexpr int hopper_backward_keys(int head_dim) { return head_dim <= 128 ? 128 : 64; }
 
 // general: with mask, key mask, bias, softcap, dropout or a scale that isn't positive.
 constexpr HopperBackwardTuning attention_backward_tuning_sm90(int head_dim, bool general) {
@@ -55,11 +57,18 @@ constexpr HopperBackwardTuning attention_backward_tuning_sm90(int head_dim, bool
       return {64, GradientAdds::kRegisters, "130 KB; 64 queries are the 32 bits of a dropout word"};
     }
     constexpr auto kWhy =
-        "205 KB; scores 48, dP 48, sums 96. A quarter of dq^T is wasted, so 3072 clocks of the tensor "
+        "205 KB; scores 48, dP 48, sums 96. A quarter of dq^T is wasted, so 3072 clocks of the "
+        "tensor "
         "cores beside 2848 of shared memory, in bulk 3424. Of 64 queries 2112 to 2048 and no more, "
         "but half again as many barriers. dq, 64 columns by one group and 32 by the other, waste "
         "nothing: ptxas serialises two kinds of product";
     return {96, GradientAdds::kRegisters, kWhy};
+  }
+  if (head_dim > 128) {
+    return {128, GradientAdds::kRegisters,
+            head_dim <= 192
+                ? "227 KB, two places for q; scores 32, dP 32, sums 96, dq 48"
+                : "226 KB, one place for q and dout each; scores 32, dP 32, sums 128, dq 64"};
   }
   if (general) return {64, GradientAdds::kBulk, "194 KB; scores 32, dP 32, sums 128"};
   return {64, GradientAdds::kBulk,
