@@ -9,16 +9,39 @@ from typing import Any
 from tests.attention_bwd_calls import CALLS, FEATURES, KERNELS, Call, Dout
 from tests.attention_calls import BF16, DTYPES, F16, F32, Layout
 
-HEAD_DIMS = (64, 96, 128)
+HEAD_DIMS = (64, 96, 128, 192, 256)
 """Of csrc/kernels/attention_bwd_tuning_sm90.h."""
-KINDS: dict[str, dict[str, Any]] = {"plain": {"upper": 230}, "general": FEATURES}
+WIDE = 128
+"""Above it a block has 64 keys instead of 128, and tiles of 128 queries."""
+
+
+def _instantiation(kind: str, name: str, D: int) -> Call:
+    S, upper = (300, 230) if D <= WIDE else (130, 20)
+    features: dict[str, Any] = {"upper": upper} if kind == "plain" else FEATURES
+    return Call(f"{kind}, {name} {D}", 330, S, D, dtype=DTYPES[name], H=1, **features)
+
+
 INSTANTIATIONS = [
-    Call(f"{kind}, {name} {D}", 330, 300, D, dtype=dtype, H=1, **features)
+    _instantiation(kind, name, D)
     for D in HEAD_DIMS
-    for name, dtype in DTYPES.items()
-    for kind, features in KINDS.items()
+    for name in DTYPES
+    for kind in ("plain", "general")
 ]
 """Each of them, with more tiles of queries than stages, and several blocks of keys."""
+EVERY: dict[str, Any] = {
+    "B": 2,
+    "H": 4,
+    "group": 2,
+    "lower": -90,
+    "upper": 130,
+    "mask": "BHTS",
+    "key_mask": True,
+    "bias": "BHTS",
+    "bias_dtype": F32,
+    "scale": 0.2,
+    "softcap": 4.0,
+    "dropout_p": 0.2,
+}
 HOPPER_CALLS = [
     *INSTANTIATIONS,
     Call("causal", 400, 400, 128, H=2, upper=0, needs_dbias=False),
@@ -39,25 +62,22 @@ HOPPER_CALLS = [
     Call("wider v", 140, 200, 40, 128, F16),
     Call("columns that end in a slab", 140, 200, 88, 96, upper=60),
     Call("the same of 128 columns", 140, 200, 88, 120, upper=60),
+    Call("columns of 192 that end in a half", 140, 100, 136, 88, upper=60),
+    Call("columns of 256 that end in a half, and wider v", 140, 100, 40, 200, F16, H=1),
+    Call("wide and causal, heads of a group", 260, 260, 256, H=2, group=2, upper=0),
+    Call("wide: queries and keys without a partner", 260, 200, 192, H=1, upper=-150),
+    Call("wide: keys that no query sees", 100, 300, 192, H=1, upper=0, dout=Dout.PACKED),
+    Call("wide: full tiles alone", 256, 128, 256, H=1, dlse=False),
+    Call("wide: one query", 1, 150, 192, B=2),
+    Call("wide: one key, packed heads", 150, 1, 256, layout=Layout.PACKED),
+    Call("wide: scores of 1e5", 140, 100, 256, H=1, size=300.0),
+    Call("wide: scores of -1e5: keys behind the last", 70, 40, 192, H=1, size=300.0, scale=2.0),
     Call("packed heads", 140, 200, 64, B=2, layout=Layout.PACKED, upper=60),
     Call("scores of 1e5", 140, 200, 128, H=1, size=300.0),
     Call("scores of -1e5: keys behind the last", 70, 70, 64, H=1, size=300.0, scale=2.0),
-    Call(
-        "every feature, heads of a group, ragged",
-        *(150, 278, 128, 96, BF16),
-        B=2,
-        H=4,
-        group=2,
-        lower=-90,
-        upper=130,
-        mask="BHTS",
-        key_mask=True,
-        bias="BHTS",
-        bias_dtype=F32,
-        scale=0.2,
-        softcap=4.0,
-        dropout_p=0.2,
-    ),
+    Call("every feature, heads of a group, ragged", 150, 278, 128, 96, **EVERY),
+    Call("the same of 256 columns", 150, 150, 256, 176, **EVERY),
+    Call("the same of 192 columns, wider v", 150, 150, 144, 192, F16, **EVERY),
 ]
 SMALL_CALLS = [
     call

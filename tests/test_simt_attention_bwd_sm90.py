@@ -19,7 +19,13 @@ from fused_lm.reference import attention as reference
 from fused_lm.tolerance import check_close
 from tests import test_simt_attention_extremes as extremes
 from tests.attention_bwd_calls import Call, Data
-from tests.attention_bwd_hopper_calls import HEAD_DIMS, HOPPER_CALLS, INSTANTIATIONS, SMALL_CALLS
+from tests.attention_bwd_hopper_calls import (
+    HEAD_DIMS,
+    HOPPER_CALLS,
+    INSTANTIATIONS,
+    SMALL_CALLS,
+    WIDE,
+)
 from tests.attention_calls import BF16, DTYPES
 from tests.simt import backend as simt
 from tests.simt import mutants, runtime
@@ -31,7 +37,7 @@ MUTANT_SCHEDULES = 6
 HOPPER = {"hopper": True}
 FEW = [call for call in INSTANTIATIONS if call.dtype == BF16]
 """For the race build each time."""
-BLOCK_S, GROUPS, GROUP_KEYS = 128, 2, 64
+GROUPS, GROUP_KEYS = 2, 64
 ROW_LANES = 8
 """That read a row's lse and dlse in attention_bwd_prepare."""
 HUGE_BYTES = 16
@@ -89,7 +95,7 @@ def test_every_feature(call: Call, build: runtime.Harness) -> None:
 
 
 @pytest.mark.parametrize(
-    "call", [c for c in extremes.CALLS if max(c.D, c.values) <= 128], ids=lambda call: call.why
+    "call", extremes.CALLS, ids=lambda call: call.why
 )
 def test_large_scores(call: Call, harness: runtime.Harness) -> None:
     extremes.check(HopperBackward(harness), call)
@@ -113,7 +119,7 @@ def test_no_mutant_survives() -> None:
     for call in _MUTATED:
         hunt.drop_each(call.why, partial(_run, hunt.harness, Data.of(call)))
     of_others = {mutants.CSRC / name for name in ("common/warp.h", "kernels/attention_tile.h")}
-    sources = mutants.sources_of("attention_bwd_sm90*") - of_others
+    sources = mutants.sources_of("attention_bwd_*sm90_*.cu") - of_others
     hunt.alive = {key: calls for key, calls in hunt.alive.items() if key not in hunt.killed}
     problems = hunt.problems(sources)
     assert not problems, "\n".join(problems)
@@ -128,19 +134,40 @@ _MUTATED = [
     Call("general, dq from registers", 300, 200, 64, H=1, softcap=4.0, dropout_p=0.2),
     Call("one tile", 40, 200, 128, H=1),
     Call("keys that no query sees", 60, 300, 64, H=1, upper=0),
+    Call("wide: several tiles of several heads", 270, 70, 192, H=2, group=2, upper=70),
+    Call("wide: one place for q", 400, 70, 256, H=1),
+    Call("wide, general", 200, 70, 256, H=1, softcap=4.0, dropout_p=0.2),
+    Call("wide: one tile, keys that no query sees", 40, 100, 192, H=1, upper=0),
 ]
 
 PLAIN = [call for call in HOPPER_CALLS if not call.general]
 
 
-def _tiles(call: Call, block_t: int) -> list[tuple[int, list[int]]]:
+def _tiles(call: Call, block_t: int, block_s: int) -> list[tuple[int, list[int]]]:
     """Per block its keys, and how many queries each tile has of which any sees one of them."""
     band = reference.visible(call.T, call.S, call.lower, call.upper, torch.device("cpu"))
     visible = torch.ones(call.T, call.S, dtype=torch.bool) if band is None else band
     return [
         (part.shape[1], [len(rows) for rows in part.split(block_t) if rows.any()])
-        for part in visible.split(BLOCK_S, dim=1)
+        for part in visible.split(block_s, dim=1)
     ]
+
+
+def _operands(D: int, block_t: int, block_s: int) -> int:
+    """Elements that a group's products of a tile read in shared memory. Scores and dP: 64 keys and
+    the queries; dv and dk: the queries; dq: 64 columns of all keys, and ds of its queries. Of 96
+    columns the second group makes 64, and adds 32.
+
+    Above 128 columns scores and dP: 64 queries and the keys; dv and dk: P or ds, and half of the
+    columns of the queries; dq: the keys.
+    """
+    if D > WIDE:
+        once = 2 * (block_t // GROUPS + block_s) * D
+        return once + 2 * block_t * (block_s + D // GROUPS) + block_s * D
+    queries = block_t if D > GROUP_KEYS else block_t // GROUPS
+    return (
+        2 * (GROUP_KEYS + block_t) * D + 2 * block_t * D + block_s * (GROUP_KEYS + queries)
+    )
 
 
 @needs_race
@@ -152,9 +179,9 @@ def test_moves_exactly_its_floor(call: Call) -> None:
         harness.call("attention_bwd_sm90", *Data.of(call).arguments)
     D = next(dim for dim in HEAD_DIMS if dim >= max(call.D, call.values))
     tuning = harness.module.attention_bwd_tuning_sm90(D, False)
-    block_t, columns = tuning["block_t"], 2 * (call.D + call.values)
+    block_t, block_s, columns = tuning["block_t"], tuning["block_s"], 2 * (call.D + call.values)
     loaded = added = products = 0
-    for keys, tiles in _tiles(call, block_t):
+    for keys, tiles in _tiles(call, block_t, block_s):
         loaded += keys * columns * bool(tiles)
         loaded += call.group * sum(rows * columns + 8 * block_t + HUGE_BYTES for rows in tiles)
         added += call.group * len(tiles) * 4 * block_t * D
@@ -167,12 +194,9 @@ def test_moves_exactly_its_floor(call: Call) -> None:
     written = padded * (8 + 4 * D) + huge + rows * 2 * call.D + groups * call.S * columns
     assert counts["global_write_bytes"] == written + groups * added
     dims = 4 * D + -(-D // GROUP_KEYS) * GROUP_KEYS
-    assert counts["wgmma_flops"] == groups * products * 2 * block_t * BLOCK_S * dims
-    # Scores and dP read 64 keys and the queries, dv and dk the queries; dq 64 columns of all keys,
-    # and ds of its queries. Of 96 columns the second group makes 64, and adds 32.
-    queries = block_t if D > GROUP_KEYS else block_t // GROUPS
-    once = 2 * (GROUP_KEYS + block_t) * D + 2 * block_t * D + BLOCK_S * (GROUP_KEYS + queries)
-    assert counts["wgmma_shared_bytes"] == groups * products * GROUPS * 2 * once
+    assert counts["wgmma_flops"] == groups * products * 2 * block_t * block_s * dims
+    operands = _operands(D, block_t, block_s)
+    assert counts["wgmma_shared_bytes"] == groups * products * GROUPS * 2 * operands
     assert counts["shared_wavefronts"] == counts["shared_ideal_wavefronts"]
 
 
@@ -182,7 +206,7 @@ def test_every_instantiation_runs() -> None:
     compiled = {
         place.split(" ", 2)[2]
         for place in json.loads(golden.read_text())
-        if place.split(" ")[1].startswith("attention_bwd_sm90")
+        if place.split(" ")[1].startswith(("attention_bwd_sm90", "attention_bwd_wide_sm90"))
     }
     assert len(compiled) == 3 * len(DTYPES) * 2 * len(HEAD_DIMS)
     harness = runtime.load(simt.BACKENDS[0].removeprefix(simt.PREFIX))

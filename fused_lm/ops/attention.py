@@ -70,10 +70,10 @@ def attention(
     Accuracy: |err| <= 2 x the error of the same-dtype torch reference (fused_lm/tolerance.py). In
         fp16 gradients of scores overflow above 65504, as PyTorch's flash kernel's do, and not its
         math backend's: lower the loss scale.
-        The kernels repeat bitwise, but for dq on a Hopper GPU at head dims up to 128: there blocks
-        add to it in any order, unless ``torch.use_deterministic_algorithms(True)`` is set.
+        The kernels repeat bitwise, but for dq on a Hopper GPU: there blocks add to it in any order,
+        unless ``torch.use_deterministic_algorithms(True)`` is set.
     Memory: 4*B*H*T bytes beyond the output in the kernels; where dq is added to in any order 4*D
-        bytes more per row, D being 64 or 128. The reference stores the T x S matrix.
+        bytes more per row, D being the compiled head dim. The reference stores the T x S matrix.
     Backends: cuda (Ampere and later; 16 bits, head dims that are multiples of 8 up to 256), triton
         (Ampere and later), pytorch, reference.
     Raises: ValueError on shape or value, TypeError on dtype or device mix, RuntimeError if a forced

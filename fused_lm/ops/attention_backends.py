@@ -180,6 +180,8 @@ records.KERNEL_SOURCES["attention", "cuda"] = (
 records.TRAINING_SOURCES["attention", "cuda"] = (
     "attention_bwd_sm90_bf16",
     "attention_bwd_sm90_fp16",
+    "attention_bwd_wide_sm90_bf16",
+    "attention_bwd_wide_sm90_fp16",
 )
 records.KERNEL_SOURCES["attention_weights", "cuda"] = (
     "attention_weights_sm80_bf16",
