@@ -7,10 +7,12 @@ from __future__ import annotations
 from typing import Any
 
 from tests.attention_bwd_calls import CALLS, FEATURES, KERNELS, Call, Dout
-from tests.attention_calls import BF16, DTYPES, F16, F32, Layout
+from tests.attention_calls import DTYPES, F16, F32, Layout
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
 """Of csrc/kernels/attention_bwd_tuning_sm90.h."""
+GROUPS, GROUP_ROWS = 2, 64
+"""Of consumers, and the rows of their products."""
 WIDE = 128
 """Above it a block has 64 keys instead of 128, and tiles of 128 queries."""
 
@@ -85,3 +87,18 @@ SMALL_CALLS = [
     if call not in KERNELS and max(call.D, call.values) <= HEAD_DIMS[-1] and call.B and call.T
 ]
 """Every feature by itself, in one tile or two."""
+
+
+def operands_of_group(D: int, block_t: int, block_s: int) -> int:
+    """Elements that a group's products of a tile read in shared memory. Scores and dP: 64 keys and
+    the queries; dv and dk: the queries; dq: 64 columns of all keys, and ds of its queries. Of 96
+    columns the second group makes 64, and adds 32.
+
+    Above 128 columns scores and dP: 64 queries and the keys; dv and dk: P or ds, and half of the
+    columns of the queries; dq: the keys.
+    """
+    if D > WIDE:
+        scores, sums = 2 * (GROUP_ROWS + block_s) * D, 2 * block_t * (block_s + D // GROUPS)
+        return scores + sums + block_s * D
+    queries = block_t if D > GROUP_ROWS else block_t // GROUPS
+    return 2 * (GROUP_ROWS + block_t) * D + 2 * block_t * D + block_s * (GROUP_ROWS + queries)

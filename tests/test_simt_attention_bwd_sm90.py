@@ -20,11 +20,13 @@ from fused_lm.tolerance import check_close
 from tests import test_simt_attention_extremes as extremes
 from tests.attention_bwd_calls import Call, Data
 from tests.attention_bwd_hopper_calls import (
+    GROUP_ROWS,
+    GROUPS,
     HEAD_DIMS,
     HOPPER_CALLS,
     INSTANTIATIONS,
     SMALL_CALLS,
-    WIDE,
+    operands_of_group,
 )
 from tests.attention_calls import BF16, DTYPES
 from tests.simt import backend as simt
@@ -37,7 +39,6 @@ MUTANT_SCHEDULES = 6
 HOPPER = {"hopper": True}
 FEW = [call for call in INSTANTIATIONS if call.dtype == BF16]
 """For the race build each time."""
-GROUPS, GROUP_KEYS = 2, 64
 ROW_LANES = 8
 """That read a row's lse and dlse in attention_bwd_prepare."""
 HUGE_BYTES = 16
@@ -94,9 +95,7 @@ def test_every_feature(call: Call, build: runtime.Harness) -> None:
     _check(build, call, (7,))
 
 
-@pytest.mark.parametrize(
-    "call", extremes.CALLS, ids=lambda call: call.why
-)
+@pytest.mark.parametrize("call", extremes.CALLS, ids=lambda call: call.why)
 def test_large_scores(call: Call, harness: runtime.Harness) -> None:
     extremes.check(HopperBackward(harness), call)
 
@@ -153,23 +152,6 @@ def _tiles(call: Call, block_t: int, block_s: int) -> list[tuple[int, list[int]]
     ]
 
 
-def _operands(D: int, block_t: int, block_s: int) -> int:
-    """Elements that a group's products of a tile read in shared memory. Scores and dP: 64 keys and
-    the queries; dv and dk: the queries; dq: 64 columns of all keys, and ds of its queries. Of 96
-    columns the second group makes 64, and adds 32.
-
-    Above 128 columns scores and dP: 64 queries and the keys; dv and dk: P or ds, and half of the
-    columns of the queries; dq: the keys.
-    """
-    if D > WIDE:
-        once = 2 * (block_t // GROUPS + block_s) * D
-        return once + 2 * block_t * (block_s + D // GROUPS) + block_s * D
-    queries = block_t if D > GROUP_KEYS else block_t // GROUPS
-    return (
-        2 * (GROUP_KEYS + block_t) * D + 2 * block_t * D + block_s * (GROUP_KEYS + queries)
-    )
-
-
 @needs_race
 @pytest.mark.parametrize("call", PLAIN, ids=lambda call: call.why)
 def test_moves_exactly_its_floor(call: Call) -> None:
@@ -193,9 +175,9 @@ def test_moves_exactly_its_floor(call: Call) -> None:
     huge = heads * -(-call.T // block_t) * HUGE_BYTES
     written = padded * (8 + 4 * D) + huge + rows * 2 * call.D + groups * call.S * columns
     assert counts["global_write_bytes"] == written + groups * added
-    dims = 4 * D + -(-D // GROUP_KEYS) * GROUP_KEYS
+    dims = 4 * D + -(-D // GROUP_ROWS) * GROUP_ROWS
     assert counts["wgmma_flops"] == groups * products * 2 * block_t * block_s * dims
-    operands = _operands(D, block_t, block_s)
+    operands = operands_of_group(D, block_t, block_s)
     assert counts["wgmma_shared_bytes"] == groups * products * GROUPS * 2 * operands
     assert counts["shared_wavefronts"] == counts["shared_ideal_wavefronts"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 
@@ -11,22 +12,33 @@ from benchmarks.gpus import GPUS, SHARED_BYTES
 from benchmarks.machine_code import Graph, Instruction
 from build_tools import compiled, toolchain
 from build_tools.compiled import Kernel
-from tests.attention_bwd_hopper_calls import HEAD_DIMS
+from tests.attention_bwd_hopper_calls import (
+    GROUP_ROWS,
+    GROUPS,
+    HEAD_DIMS,
+    WIDE,
+    operands_of_group,
+)
 from tests.simt import build, runtime
 
 pytestmark = pytest.mark.slow  # what is compiled holds until the code changes, see tests/golden
-GROUPS, WARPS, GROUP_KEYS = 2, 4, 64
+WARPS = 4
 MOST_INSTRUCTIONS = {
     (64, False): 648,
     (96, False): 540,
     (128, False): 456,
     (64, True): 568,
-    (96, True): 580,
+    (96, True): 548,
     (128, True): 588,
+    (192, False): 588,
+    (192, True): 726,
+    (256, False): 604,
+    (256, True): 730,
 }
 """Of one tile of queries, by head dim and whether scores are general."""
-SHARED_SHARE = {64: 0.76, 128: 0.79}
+SHARED_SHARE = {64: 0.76, 96: 1.0, 128: 0.79, 192: 0.89, 256: 0.93}
 """Of the time that shared memory needs, the least part that the tensor cores need."""
+MAIN = ("attention_bwd_sm90", "attention_bwd_wide_sm90")
 
 
 @functools.cache
@@ -35,13 +47,14 @@ def _kernels() -> dict[tuple[int, bool], Kernel]:
         toolkit = toolchain.find_toolkit()
     except toolchain.Missing as error:
         pytest.skip(str(error))
-    source = compiled.KERNELS / "attention_bwd_sm90_bf16.cu"
+    sources = [compiled.KERNELS / f"{name}_bf16.cu" for name in MAIN]
+    results = [compiled.compiled(toolkit, source, "90a") for source in sources]
     found = {}
-    for kernel in compiled.compiled(toolkit, source, "90a").kernels:
+    for kernel in [kernel for result in results for kernel in result.kernels]:
         if kernel.sass is None:
             pytest.skip("no cuobjdump, neither nvcc's nor Triton's")
         name, parameters = kernel.name.split("<")
-        if name.endswith("attention_bwd_sm90"):
+        if name.endswith(MAIN):
             _, head_dim, general = parameters[:-1].split(", ")
             found[int(head_dim), general == "true"] = kernel
     return found
@@ -63,11 +76,12 @@ def test_the_main_loop(head_dim: int, general: bool) -> None:
     register for each product, and in the plain kernels all exponentials beside dP.
     """
     code = _main_loop(_kernels()[head_dim, general])
-    block_t = _block_t(head_dim, general)
-    products = 2 * head_dim // 16 + 2 * block_t // 16 + 128 // 16
-    assert sum(i.base == "HGMMA" for i in code) == products
+    tuning = _tuning(head_dim, general)
+    block_t, block_s = tuning["block_t"], tuning["block_s"]
+    dq = GROUPS * block_s if head_dim > WIDE else block_s
+    assert sum(i.base == "HGMMA" for i in code) == (2 * head_dim + 2 * block_t + dq) // 16
     exponentials = [at for at, i in enumerate(code) if i.opcode.startswith("MUFU.EX2")]
-    assert len(exponentials) == block_t // 2
+    assert len(exponentials) == block_t * block_s // (GROUPS * WARPS * 32)
     assert sum(i.base == "R2UR" for i in code) <= 1
     assert len(code) <= MOST_INSTRUCTIONS[head_dim, general]
     if not general:
@@ -77,39 +91,38 @@ def test_the_main_loop(head_dim: int, general: bool) -> None:
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_what_binds(head_dim: int) -> None:
-    """The plain kernels: shared memory, by what attention_bwd_tuning_sm90.h says; nothing else is
-    near the tensor cores' time.
+    """The plain kernels: shared memory, or with 96 columns the tensor cores, by what
+    attention_bwd_tuning_sm90.h says; nothing else is near their time.
     """
-    block_t = _block_t(head_dim, False)
+    tuning = _tuning(head_dim, False)
+    rows = tuning["block_t"] * tuning["block_s"]
     code = _main_loop(_kernels()[head_dim, False])
     cycles = static.cycles_of(code, GPUS["H200"], static.Traffic(code))
     busy = {unit: GROUPS * WARPS * time for unit, time in cycles.items()}
-    busy["shared"] += _asynchronous_bytes(block_t, head_dim) / SHARED_BYTES
-    assert busy["tensor"] == pytest.approx(
-        10 * block_t * 128 * head_dim / GPUS["H200"].tensor_flops
-    )
-    assert max(busy, key=lambda unit: busy[unit]) == "shared"
+    busy["shared"] += _asynchronous_bytes(tuning, head_dim) / SHARED_BYTES
+    made = 4 * head_dim + -(-head_dim // GROUP_ROWS) * GROUP_ROWS
+    assert busy["tensor"] == pytest.approx(2 * rows * made / GPUS["H200"].tensor_flops)
+    bound = "tensor" if head_dim == 96 else "shared"
+    assert max(busy, key=lambda unit: busy[unit]) == bound
     assert busy["tensor"] / busy["shared"] >= SHARED_SHARE[head_dim], busy
     others = [time for unit, time in busy.items() if unit not in ("shared", "tensor")]
     assert max(others) <= 0.55 * busy["tensor"], busy
 
 
-def _asynchronous_bytes(block_t: int, head_dim: int) -> int:
-    """What wgmma reads of both operands of scores, dP and dq, and of one of dv and dk; what TMA
-    writes of q and dout, and reads of dq.
-    """
-    dq_queries = block_t if head_dim > GROUP_KEYS else block_t // GROUPS
-    operands = 2 * (GROUP_KEYS + block_t) * head_dim + 2 * block_t * head_dim
-    operands += 128 * (GROUP_KEYS + dq_queries)
-    return 2 * GROUPS * operands + 2 * 2 * block_t * head_dim + 4 * block_t * head_dim
+def _asynchronous_bytes(tuning: dict[str, Any], head_dim: int) -> int:
+    """What wgmma reads, what TMA writes of q and dout, and reads of dq, if it does."""
+    block_t = tuning["block_t"]
+    operands = operands_of_group(head_dim, block_t, tuning["block_s"])
+    dq = 4 * block_t * head_dim * tuning["bulk_adds"]
+    return 2 * GROUPS * operands + 2 * 2 * block_t * head_dim + dq
 
 
-def _block_t(head_dim: int, general: bool) -> int:
+def _tuning(head_dim: int, general: bool) -> dict[str, Any]:
     if build.unavailable() is not None:
         pytest.skip(str(build.unavailable()))
-    found: int = runtime.load("plain").module.attention_bwd_tuning_sm90(head_dim, general)[
-        "block_t"
-    ]
+    found: dict[str, Any] = runtime.load("plain").module.attention_bwd_tuning_sm90(
+        head_dim, general
+    )
     return found
 
 

@@ -80,7 +80,8 @@ Status launch_hopper(void (*kernel)(HopperBackwardParams, int), const AttentionB
                       kRowsThreads, sizeof(DqRows<C>));
 }
 
-// Calls launch<head dim, whether general>(), which are constants, for the head dim of these that holds D and Dv.
+// Calls launch<head dim, whether general>(), which are constants, for the head dim of these that
+// holds D and Dv.
 template <int kHeadDim, int... kLarger, class Launch>
 Status with_backward_kernel(const AttentionBackwardParams& p, const Launch& launch) {
   if constexpr (sizeof...(kLarger) > 0) {

@@ -31,8 +31,9 @@ struct RowsParams {
 };
 
 template <int kHeadDim, bool kGeneral>
-using BackwardConfig = std::conditional_t<(kHeadDim > 128), WideConfig<kHeadDim, kGeneral>,
-                                          HopperConfig<kHeadDim, kGeneral>>;
+using BackwardConfig =
+    std::conditional_t<(kHeadDim > kWideBackwardDim), WideConfig<kHeadDim, kGeneral>,
+                       HopperConfig<kHeadDim, kGeneral>>;
 
 // Of all batches and heads.
 template <class C>
@@ -172,9 +173,10 @@ __global__ void __launch_bounds__(kRowsThreads)
   for (int i = static_cast<int>(threadIdx.x); i < C::kBlockT * kChunks; i += kRowsThreads) {
     const int row = i / kChunks, first = i % kChunks * kChunkElements;
     const int t = block.tile * C::kBlockT + row;
+    if (first >= C::kD) continue;
+    const uint4 chunk = *reinterpret_cast<const uint4*>(&smem.rows[row][first]);
     if (t >= p.shape.T || first >= p.shape.D) continue;
-    *reinterpret_cast<uint4*>(gHead + t * p.dq_strides.row + first) =
-        *reinterpret_cast<const uint4*>(&smem.rows[row][first]);
+    *reinterpret_cast<uint4*>(gHead + t * p.dq_strides.row + first) = chunk;
   }
 }
 

@@ -1,5 +1,5 @@
-// Backward of softmax attention for Hopper: dk, dv and dq in one pass, with copies by TMA, products
-// by wgmma, and warps that do only one of the two.
+// Backward of softmax attention for Hopper, up to 128 columns: dk, dv and dq in one pass, with
+// copies by TMA, products by wgmma, and warps that do only one of the two.
 //
 //   P = exp(score - lse)                     dv = dropout(P)^T dout
 //   dP = dropout(dout v^T)                   ds = P (dP - delta) (1 - tanh^2)
@@ -19,7 +19,8 @@
 // Scores and dP are made transposed, [keys, queries]: in the registers that they come in, P^T and
 // ds^T are the left operands of dv and dk. ds also goes through shared memory, where both groups
 // write their keys of it, since dq is a sum over all keys: dq^T = k^T ds^T, [64 columns, queries].
-// A group makes half of the columns, or with 64 columns all of them of half of the queries.
+// A group makes half of the columns, or with 64 columns all of them of half of the queries; of 96
+// it makes 64, of which the second group adds 32.
 //
 // Plain kernels, per tile of queries and group; [ ]: what is under way meanwhile
 //

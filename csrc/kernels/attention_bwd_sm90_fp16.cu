@@ -6,7 +6,7 @@ namespace fused_lm {
 
 Status attention_backward_sm90_fp16(const AttentionBackwardParams& params,
                                     const HopperBackwardRoom& room, Stream stream) {
-  if (hopper_backward_head_dim(params.shape) > 128) {
+  if (hopper_backward_head_dim(params.shape) > kWideBackwardDim) {
     return attention_backward_wide_sm90_fp16(params, room, stream);
   }
   return attention_bwd::launch_hopper_backward<__half>(params, room, stream);

@@ -1,9 +1,9 @@
 // Tiles of Hopper's attention backward: pure functions of the head dim, a reason per row. None has
 // run on a GPU yet.
 //
-// A block owns 128 keys, 64 for each of two groups of consumers (warpgroups), which have 240
-// registers per thread. Per thread, with M queries per tile: scores M / 2 and dP M / 2, of which
-// one is free again when dq, as many, is made; dk and dv D / 2 each.
+// Up to 128 columns a block owns 128 keys, 64 for each of two groups of consumers (warpgroups),
+// which have 240 registers per thread. Per thread, with M queries per tile: scores M / 2 and dP M /
+// 2, of which one is free again when dq, as many, is made; dk and dv D / 2 each.
 //
 // Per multiprocessor and clock: 4096 FLOP of the tensor cores, 128 bytes of shared memory. Five
 // products of a tile take 5 * 2 * 128 M D / 4096 clocks: 2560 at M D = 8192. wgmma reads both
@@ -12,6 +12,24 @@
 // read, 64 KB, if it is added from there. So shared memory binds: 3072 clocks, or 2560 if dq is
 // added from registers; what threads do besides is 144 more. Exponentials take 512, or 1024 at 64
 // columns.
+//
+// Of 96 columns dq^T is made as 128: a quarter of this product is wasted, so the tensor cores have
+// 3072 clocks to do for 96 queries, shared memory 2848, and 3424 if dq were added from there; for
+// 64 queries 2048, 2112 and 2432, and half again as many barriers. dq = ds k wastes nothing, shared
+// out as 64 columns and 32; but two kinds of product are two branches, and ptxas serialises them.
+//
+// Above 128 columns dk and dv of 64 keys would have D registers per thread of a group. The groups
+// share 64 keys, half of the columns each. Clocks of the tensor cores and of shared memory per
+// tile, dq from registers, by queries and keys of a tile and groups:
+//
+//               128 x 64, 2     64 x 64, 2     64 x 80, 2     64 x 96, 3
+//   D = 192     3840, 4272      1920, 2752     -              2880, 4032
+//   D = 256     5120, 5424      2560, 3424     3200, 4230     -
+//
+// What tells is the least product, of scores: 64 by 64 per group, or 64 by 32. dq adds 128 KB at
+// D = 256 as floats, in shared memory 2048 clocks more. The price of 64 keys is traffic: at the
+// tensor cores' full rate 26 bytes per clock come from the L2 and as many sums go there, twice
+// those of 128 keys, and a quarter more than of 80.
 #pragma once
 
 #include "common/types.h"
@@ -25,7 +43,7 @@ enum class GradientAdds : int {
 };
 
 struct HopperBackwardTuning {
-  int block_t;  // queries per tile; two tiles of q and dout are in shared memory
+  int block_t;  // queries per tile
   GradientAdds adds;
   const char* reason;
 };
@@ -33,15 +51,14 @@ struct HopperBackwardTuning {
 constexpr int kHugeFloats = 4;  // behind the lse of a tile, one of them used: whether any is huge
 
 // Head dims that kernels are compiled for; others run in the next larger one, zeros beside them.
-// Above 128, dk and dv alone would have 192 registers or more: those run in the kernels for every
-// GPU.
 constexpr int kHopperBackwardHeadDims[] = {64, 96, 128, 192, 256};
 constexpr int kMaxHopperBackwardDim = 256;
 constexpr int hopper_backward_head_dim(int dim) {
   return dim <= 64 ? 64 : dim <= 96 ? 96 : dim <= 128 ? 128 : dim <= 192 ? 192 : 256;
 }
+constexpr int kWideBackwardDim = 128;  // above, the kernels of attention_bwd_wide_sm90.h
 // Of a block.
-constexpr int hopper_backward_keys(int head_dim) { return head_dim <= 128 ? 128 : 64; }
+constexpr int hopper_backward_keys(int head_dim) { return head_dim <= kWideBackwardDim ? 128 : 64; }
 
 // general: with mask, key mask, bias, softcap, dropout or a scale that isn't positive.
 constexpr HopperBackwardTuning attention_backward_tuning_sm90(int head_dim, bool general) {
@@ -56,19 +73,16 @@ constexpr HopperBackwardTuning attention_backward_tuning_sm90(int head_dim, bool
     if (general) {
       return {64, GradientAdds::kRegisters, "130 KB; 64 queries are the 32 bits of a dropout word"};
     }
-    constexpr auto kWhy =
-        "205 KB; scores 48, dP 48, sums 96. A quarter of dq^T is wasted, so 3072 clocks of the "
-        "tensor "
-        "cores beside 2848 of shared memory, in bulk 3424. Of 64 queries 2112 to 2048 and no more, "
-        "but half again as many barriers. dq, 64 columns by one group and 32 by the other, waste "
-        "nothing: ptxas serialises two kinds of product";
-    return {96, GradientAdds::kRegisters, kWhy};
+    return {96, GradientAdds::kRegisters,
+            "171 KB; scores 48, dP 48, sums 96. As fast as 64 by arithmetic, fewer barriers"};
+  }
+  if (head_dim > 192) {
+    return {128, GradientAdds::kRegisters,
+            "227 KB, one place for q and one for dout; scores 32, dP 32, sums 128, dq 64"};
   }
   if (head_dim > 128) {
     return {128, GradientAdds::kRegisters,
-            head_dim <= 192
-                ? "227 KB, two places for q; scores 32, dP 32, sums 96, dq 48"
-                : "226 KB, one place for q and dout each; scores 32, dP 32, sums 128, dq 64"};
+            "227 KB, two places for q and one for dout; scores 32, dP 32, sums 96, dq 48"};
   }
   if (general) return {64, GradientAdds::kBulk, "194 KB; scores 32, dP 32, sums 128"};
   return {64, GradientAdds::kBulk,
