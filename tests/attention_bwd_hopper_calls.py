@@ -67,7 +67,7 @@ HOPPER_CALLS = [
     Call("columns of 192 that end in a half", 140, 100, 136, 88, upper=60),
     Call("columns of 256 that end in a half, and wider v", 140, 100, 40, 200, F16, H=1),
     Call("wide and causal, heads of a group", 260, 260, 256, H=2, group=2, upper=0),
-    Call("wide: queries and keys without a partner", 260, 200, 192, H=1, upper=-150),
+    Call("wide: queries and keys without a partner", 250, 200, 192, H=1, upper=-160),
     Call("wide: keys that no query sees", 100, 300, 192, H=1, upper=0, dout=Dout.PACKED),
     Call("wide: full tiles alone", 256, 128, 256, H=1, dlse=False),
     Call("wide: one query", 1, 150, 192, B=2),

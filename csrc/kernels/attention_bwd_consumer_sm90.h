@@ -13,19 +13,6 @@ namespace attention_bwd {
 template <class C>
 using DqTile = float[C::kDq][kFragment];
 
-// Issues product = a b^T over the columns, a batch: scores k q^T, dP v dout^T.
-template <class Element, class C>
-__device__ __forceinline__ void issue_transposed(Scores<C>& product, uint64_t a, uint64_t b) {
-  ptx::wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < C::kD / kProductDepth; ++step) {
-    ptx::wgmma_ss<Element, C::kBlockT, ptx::Major::kK, ptx::Major::kK>(
-        product[0], advanced(a, C::Keys::k_step(step)), advanced(b, C::Queries::k_step(step)),
-        step > 0);
-  }
-  ptx::wgmma_commit();
-}
-
 // Issues sums += a b over the queries, a batch: dv of P^T and dout, dk of ds^T and q.
 template <class Element, class C>
 __device__ __forceinline__ void issue_sums(Sums<C>& sums, const Packed<C>& a, uint64_t b) {

@@ -45,6 +45,20 @@ __device__ __forceinline__ void pack(Packed<C>& packed, const Scores<C>& value) 
   }
 }
 
+// Issues product = a b^T over the columns of both tiles, a batch: scores and dP, either way.
+template <class Element, class TileA, class TileB, int kN>
+__device__ __forceinline__ void issue_transposed(float (&product)[kN][kFragment], uint64_t a,
+                                                 uint64_t b) {
+  static_assert(TileA::kColumns == TileB::kColumns);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < TileA::kColumns / kProductDepth; ++step) {
+    ptx::wgmma_ss<Element, kN * kMmaColumns, ptx::Major::kK, ptx::Major::kK>(
+        product, advanced(a, TileA::k_step(step)), advanced(b, TileB::k_step(step)), step > 0);
+  }
+  ptx::wgmma_commit();
+}
+
 // By a shuffle the compiler learns that a warp's lanes agree, and keeps descriptors once per warp.
 __device__ __forceinline__ int consumer_group() {
   return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kGroupThreads, 0) - 1;

@@ -67,7 +67,7 @@ __device__ __forceinline__ void load_tile(HalvedTile<kRows, kColumns>& sTile,
   load_tile(sTile.halves[1], map, full, first, head, batch, kColumns / 2);
 }
 
-// dout comes first: its place is free earlier than that of q, by a product.
+// Of q and dout comes first what is released first: up to 128 columns dout, above q.
 template <class C>
 __device__ __forceinline__ void produce(typename C::SharedStorage& smem,
                                         const HopperBackwardParams& hopper,
@@ -79,19 +79,24 @@ __device__ __forceinline__ void produce(typename C::SharedStorage& smem,
   ptx::mbarrier_arrive_expect_tx(&barriers.v_full, C::Keys::kBytes);
   load_tile(smem.v, hopper.v, &barriers.v_full, walk.s_first, key_head, walk.batch);
   walk.for_each([&](unsigned n, int head, int t_first) {
-    const unsigned dout_stage = n % C::kDoutStages, q_stage = n % C::kQueryStages;
     const float* gNumbers = hopper.room.numbers + walk.index(hopper.p.shape, head, t_first) *
                                                       (C::kLseFloats + C::kBlockT);
-    ptx::mbarrier_wait(&barriers.dout_empty[dout_stage], n / C::kDoutStages % 2 ^ 1u);
-    uint64_t* full = &barriers.dout_full[dout_stage];
-    ptx::mbarrier_arrive_expect_tx(full, C::Queries::kBytes + kDeltaBytes);
-    load_tile(smem.dout[dout_stage], hopper.dout, full, t_first, head, walk.batch);
-    ptx::bulk_load(smem.delta[dout_stage], gNumbers + C::kLseFloats, kDeltaBytes, full);
-    ptx::mbarrier_wait(&barriers.q_empty[q_stage], n / C::kQueryStages % 2 ^ 1u);
-    full = &barriers.q_full[q_stage];
+    const auto load_dout = [&] {
+      const unsigned stage = n % C::kDoutStages;
+      ptx::mbarrier_wait(&barriers.dout_empty[stage], n / C::kDoutStages % 2 ^ 1u);
+      uint64_t* full = &barriers.dout_full[stage];
+      ptx::mbarrier_arrive_expect_tx(full, C::Queries::kBytes + kDeltaBytes);
+      load_tile(smem.dout[stage], hopper.dout, full, t_first, head, walk.batch);
+      ptx::bulk_load(smem.delta[stage], gNumbers + C::kLseFloats, kDeltaBytes, full);
+    };
+    if constexpr (!C::kQueriesFirst) load_dout();
+    const unsigned stage = n % C::kQueryStages;
+    ptx::mbarrier_wait(&barriers.q_empty[stage], n / C::kQueryStages % 2 ^ 1u);
+    uint64_t* full = &barriers.q_full[stage];
     ptx::mbarrier_arrive_expect_tx(full, C::Queries::kBytes + kLseBytes);
-    load_tile(smem.q[q_stage], hopper.q, full, t_first, head, walk.batch);
-    ptx::bulk_load(smem.lse[q_stage], gNumbers, kLseBytes, full);
+    load_tile(smem.q[stage], hopper.q, full, t_first, head, walk.batch);
+    ptx::bulk_load(smem.lse[stage], gNumbers, kLseBytes, full);
+    if constexpr (C::kQueriesFirst) load_dout();
   });
 }
 

@@ -63,15 +63,17 @@ namespace attention_bwd {
 template <class Element, class C>
 __device__ __forceinline__ void add_tile(const Consumer<C>& own, Sums<C>& dk, Sums<C>& dv,
                                          unsigned n, int head, int t_first) {
+  using Keys = typename C::Keys;
+  using Queries = typename C::Queries;
   auto& barriers = own.smem.barriers;
   const unsigned stage = n % kStages, parity = n / kStages % 2;
   Packed<C> probs, gradients;
   {
     Scores<C> score, dp;
     ptx::mbarrier_wait(&barriers.q_full[stage], parity);
-    issue_transposed<Element, C>(score, own.own_keys(), own.queries(stage));
+    issue_transposed<Element, Keys, Queries>(score[0], own.own_keys(), own.queries(stage));
     ptx::mbarrier_wait(&barriers.dout_full[stage], parity);
-    issue_transposed<Element, C>(dp, own.own_values(), own.douts(stage));
+    issue_transposed<Element, Keys, Queries>(dp[0], own.own_values(), own.douts(stage));
     tile_gradients<C>(own, score, dp, own.smem.lse[stage], own.smem.delta[stage], head, t_first);
     // Packed earlier, P would be held twice.
     pack<Element, C>(probs, score);

@@ -24,6 +24,7 @@ struct HopperConfig {
   static constexpr int kBlockT = kTuning.block_t;
   static constexpr int kBlockS = hopper_backward_keys(kD);
   static constexpr int kQueryStages = kStages, kDoutStages = kStages;
+  static constexpr bool kQueriesFirst = false;  // to be released, and to come
   static constexpr bool kBulkAdds = kTuning.adds == GradientAdds::kBulk;
   static constexpr int kThreads = (1 + kGroups) * kGroupThreads;
   static constexpr int kM = 1;

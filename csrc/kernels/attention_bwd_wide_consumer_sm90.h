@@ -56,19 +56,6 @@ struct WideConsumer {
   }
 };
 
-// Issues product = a b^T over the columns, a batch: scores q k^T, dP dout v^T.
-template <class Element, class C>
-__device__ __forceinline__ void issue_scores(Scores<C>& product, uint64_t a, uint64_t b) {
-  ptx::wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < C::kD / kProductDepth; ++step) {
-    ptx::wgmma_ss<Element, C::kBlockS, ptx::Major::kK, ptx::Major::kK>(
-        product[0], advanced(a, C::Queries::k_step(step)), advanced(b, C::Keys::k_step(step)),
-        step > 0);
-  }
-  ptx::wgmma_commit();
-}
-
 // Issues sums += weights^T b over the queries, a batch: dv of P and dout, dk of ds and q.
 template <class Element, class C>
 __device__ __forceinline__ void issue_half(Sums<C>& sums, const typename C::Weights& sWeights,

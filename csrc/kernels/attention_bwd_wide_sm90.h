@@ -13,9 +13,12 @@
 //
 // Plain kernels, per tile of queries and group; [ ]: what is under way meanwhile
 //
-//   issue s, dP | exponentials [dP] | ds, pack | both have read the last P, ds | P, ds to shared
-//   memory | issue half of dq | both have written | issue dk, dv | add that half [dk, dv] |
-//   wait for dk | issue the other half [dv] | wait for dv, for it, add it
+//   issue s, dP | exponentials [dP] | ds, pack | P, ds to shared memory | issue half of dq |
+//   both groups have written | issue dk, dv | add that half [dk, dv] | wait for dk |
+//   issue the other half [dv] | wait for dv | wait for that half, add it
+//
+// P and ds have one place: who has the next dout, which has one too, knows that both groups have
+// waited for dv, and for dk before it.
 //
 // dk comes before dv, since the next tile begins with q: with 256 columns it has one place, and
 // arrives while dv and half of dq are made.
@@ -26,7 +29,6 @@
 //   q_full          producer; bytes of q and lse       consumers: both
 //   dout_full       producer; bytes of dout and delta  consumers: both
 //   q_empty dout_empty  consumers: a lane per warp     producer: their places
-//   kWeightsRead    all consumers                      all consumers: the place of P and ds
 //   kWeightsWritten all consumers                      all consumers: P and ds are whole
 //   kTilesRead      all consumers                      all consumers: the places of k and v
 //   kRowsStaged     all consumers                      two threads: dk and dv to be stored
@@ -49,6 +51,8 @@ namespace attention_bwd {
 template <class Element, class C>
 __device__ __forceinline__ void add_wide_tile(const WideConsumer<C>& own, Sums<C>& dk, Sums<C>& dv,
                                               unsigned n, int head, int t_first) {
+  using Keys = typename C::Keys;
+  using Queries = typename C::Queries;
   auto& smem = own.smem;
   auto& barriers = smem.barriers;
   const unsigned q_stage = n % C::kQueryStages, dout_stage = n % C::kDoutStages;
@@ -56,14 +60,13 @@ __device__ __forceinline__ void add_wide_tile(const WideConsumer<C>& own, Sums<C
   {
     Scores<C> score, dp;
     ptx::mbarrier_wait(&barriers.q_full[q_stage], n / C::kQueryStages % 2);
-    issue_scores<Element, C>(score, own.queries(q_stage), smem.k.k_major(0));
+    issue_transposed<Element, Queries, Keys>(score[0], own.queries(q_stage), smem.k.k_major(0));
     ptx::mbarrier_wait(&barriers.dout_full[dout_stage], n / C::kDoutStages % 2);
-    issue_scores<Element, C>(dp, own.douts(dout_stage), smem.v.k_major(0));
+    issue_transposed<Element, Queries, Keys>(dp[0], own.douts(dout_stage), smem.v.k_major(0));
     tile_gradients<C>(own, score, dp, smem.lse[q_stage], smem.delta[dout_stage], head, t_first);
     Packed<C> probs;
     pack<Element, C>(probs, score);
     pack<Element, C>(gradients, dp);
-    ptx::named_barrier_sync(kWeightsRead, kGroups * kGroupThreads);
     store_weights<C>(smem.probs, probs, own.group);
     store_weights<C>(smem.ds, gradients, own.group);
   }

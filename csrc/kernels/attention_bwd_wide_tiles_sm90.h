@@ -14,6 +14,7 @@ constexpr int kGroupQueries = 64;  // whose P, ds and dq a group makes
 template <int kTileRows, int kTileColumns>
 struct HalvedTile {
   using Half = SlabTile<kTileRows, kTileColumns / 2>;
+  static constexpr int kColumns = kTileColumns;
   static constexpr Swizzle kSwizzle = Half::kSwizzle;
   static constexpr int kSlabColumns = Half::kSlabColumns;
   static constexpr int kHalfSteps = Half::kColumns / kProductDepth;
@@ -39,7 +40,8 @@ struct WideConfig {
   static constexpr int kBlockT = kTuning.block_t;
   static constexpr int kBlockS = hopper_backward_keys(kD);
   static constexpr int kQueryStages = kD <= 192 ? 2 : 1;  // what shared memory has room for
-  static constexpr int kDoutStages = 1;
+  static constexpr int kDoutStages = 1;  // one: so the next one's arrival frees P and ds
+  static constexpr bool kQueriesFirst = true;
   static constexpr bool kBulkAdds = false;
   static constexpr int kThreads = (1 + kGroups) * kGroupThreads;
   static constexpr int kHalf = kD / 2;  // columns
@@ -87,10 +89,9 @@ struct WideConfig {
 
 // Named barriers of all consumers; 0 is __syncthreads.
 enum WideBarrier : int {
-  kWeightsRead = 1,     // P and ds of the tile before, by the products of dv and dk
-  kWeightsWritten = 2,  // P and ds of this tile
-  kTilesRead = 3,       // k and v, by the last products
-  kRowsStaged = 4,      // dk and dv lie where k and v did
+  kWeightsWritten = 1,  // P and ds of a tile
+  kTilesRead = 2,       // k and v, by the last products
+  kRowsStaged = 3,      // dk and dv lie where k and v did
 };
 
 }  // namespace attention_bwd

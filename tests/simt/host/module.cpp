@@ -142,10 +142,9 @@ py::dict attention_bwd_tuning_sm90(int head_dim, bool general) {
   const fused_lm::HopperBackwardTuning tuning =
       fused_lm::attention_backward_tuning_sm90(head_dim, general);
   using namespace py::literals;
-  return py::dict("block_t"_a = tuning.block_t,
-                  "block_s"_a = fused_lm::hopper_backward_keys(head_dim),
-                  "bulk_adds"_a = tuning.adds == fused_lm::GradientAdds::kBulk,
-                  "reason"_a = tuning.reason);
+  return py::dict(
+      "block_t"_a = tuning.block_t, "block_s"_a = fused_lm::hopper_backward_keys(head_dim),
+      "bulk_adds"_a = tuning.adds == fused_lm::GradientAdds::kBulk, "reason"_a = tuning.reason);
 }
 
 py::dict backward_tuning(const fused_lm::AttentionBackwardTuning& tuning) {
