@@ -18,9 +18,9 @@ WIDE = 128
 
 
 def _instantiation(kind: str, name: str, D: int) -> Call:
-    S, upper = (300, 230) if D <= WIDE else (130, 20)
+    T, S, upper = (330, 300, 230) if D <= WIDE else (270, 70, 20)
     features: dict[str, Any] = {"upper": upper} if kind == "plain" else FEATURES
-    return Call(f"{kind}, {name} {D}", 330, S, D, dtype=DTYPES[name], H=1, **features)
+    return Call(f"{kind}, {name} {D}", T, S, D, dtype=DTYPES[name], H=1, **features)
 
 
 INSTANTIATIONS = [
@@ -72,14 +72,14 @@ HOPPER_CALLS = [
     Call("wide: full tiles alone", 256, 128, 256, H=1, dlse=False),
     Call("wide: one query", 1, 150, 192, B=2),
     Call("wide: one key, packed heads", 150, 1, 256, layout=Layout.PACKED),
-    Call("wide: scores of 1e5", 140, 100, 256, H=1, size=300.0),
-    Call("wide: scores of -1e5: keys behind the last", 70, 40, 192, H=1, size=300.0, scale=2.0),
+    Call("wide: scores of 1e4", 140, 100, 256, H=1, size=100.0),
+    Call("wide: scores of -1e5: keys behind the last", 70, 40, 192, H=1, size=100.0, scale=2.0),
     Call("packed heads", 140, 200, 64, B=2, layout=Layout.PACKED, upper=60),
     Call("scores of 1e5", 140, 200, 128, H=1, size=300.0),
     Call("scores of -1e5: keys behind the last", 70, 70, 64, H=1, size=300.0, scale=2.0),
     Call("every feature, heads of a group, ragged", 150, 278, 128, 96, **EVERY),
-    Call("the same of 256 columns", 150, 150, 256, 176, **EVERY),
-    Call("the same of 192 columns, wider v", 150, 150, 144, 192, F16, **EVERY),
+    Call("the same of 256 columns", 150, 150, 256, 176, **{**EVERY, "H": 2}),
+    Call("the same of 192 columns, wider v", 150, 70, 144, 192, F16, **{**EVERY, "H": 2}),
 ]
 SMALL_CALLS = [
     call
