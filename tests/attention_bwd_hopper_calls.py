@@ -66,7 +66,7 @@ HOPPER_CALLS = [
     Call("the same of 128 columns", 140, 200, 88, 120, upper=60),
     Call("columns of 192 that end in a half", 140, 100, 136, 88, upper=60),
     Call("columns of 256 that end in a half, and wider v", 140, 100, 40, 200, F16, H=1),
-    Call("wide and causal, heads of a group", 260, 260, 256, H=2, group=2, upper=0),
+    Call("wide and causal, heads of a group", 200, 200, 256, H=2, group=2, upper=0),
     Call("wide: queries and keys without a partner", 250, 200, 192, H=1, upper=-160),
     Call("wide: keys that no query sees", 100, 300, 192, H=1, upper=0, dout=Dout.PACKED),
     Call("wide: full tiles alone", 256, 128, 256, H=1, dlse=False),
