@@ -12,7 +12,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from build_tools import commands, cuda_build, toolchain
 from build_tools.toolchain import Missing
 from fused_lm.ops import schemas
-from fused_lm.reference import attention, attention_decode, attention_varlen, layernorm
+from fused_lm.reference import (
+    attention,
+    attention_decode,
+    attention_varlen,
+    ffn,
+    layernorm,
+    linear_act,
+)
 
 NVCC = """#!/bin/sh
 case "$1" in
@@ -184,9 +191,21 @@ def _attention_arguments(op: str) -> tuple[object, ...]:
     return (torch.randn_like(out), lse, q, k, v, out, lse, *score, True)
 
 
+def _linear_arguments(op: str) -> tuple[object, ...]:
+    x, weight, bias, y = torch.randn(5, 8), torch.randn(16, 8), torch.randn(16), torch.randn(5, 16)
+    if op == "ffn_dpre":
+        return (x, weight.T, y, "silu", False, True)
+    if op == "linear_act_fwd":
+        return (x, weight, bias, None, "silu", False, True)
+    backward = (y, x, weight, bias, y.clone(), "silu", False, True, True)
+    return (*backward, False, torch.zeros(16, 8)) if op.endswith("add") else (*backward, True)
+
+
 def _arguments(op: str) -> tuple[object, ...]:
     if op.startswith("attention"):
         return _attention_arguments(op)
+    if op.startswith(("linear_act", "ffn")):
+        return _linear_arguments(op)
     x, weight, rng = torch.randn(4, 8), torch.randn(8), torch.arange(4)
     statistics = (torch.randn(4), torch.rand(4) + 0.5)
     dtype = torch.float32
@@ -207,10 +226,13 @@ def test_inner_ops(name: str) -> None:
         "attention_decode": attention_decode,
         "attention_varlen": attention_varlen,
         "attention": attention,
+        "linear_act": linear_act,
+        "ffn": ffn,
     }
     found = (module for start, module in references.items() if op.startswith(start))
     reference = next(found, layernorm)
-    function = getattr(reference, op.replace("_fwd", "_forward").replace("_bwd", "_backward"))
+    words = op.removesuffix("_add").replace("_fwd", "_forward").replace("_bwd", "_backward")
+    function = getattr(reference, words)
     arguments = _arguments(op)
     with torch.library._scoped_library("fused_lm", "IMPL") as library:
         library.impl(name, function, "CPU")
