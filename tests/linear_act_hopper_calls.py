@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_lm.reference import linear_act as reference
+from fused_lm.reference.ffn import ffn_dpre
 from fused_lm.tolerance import check_close
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -133,19 +134,9 @@ def check_backward(data: Data, found: Sequence[Tensor]) -> None:
 
 
 def check_dpre(data: Data, found: Sequence[Tensor]) -> None:
-    same, exact = (_dpre(*each) for each in (data.dpre, data.in_fp64(data.dpre)))
+    same, exact = (ffn_dpre(*each) for each in (data.dpre, data.in_fp64(data.dpre)))
     for name, *each in zip(("dpre", "dbias"), found, same, exact, strict=True):
         check_close(*each, name)
-
-
-def _dpre(
-    dy: Tensor, weight: Tensor, pre: Tensor, activation: str, transposed: bool, sums: bool
-) -> tuple[Tensor, Tensor]:
-    wide = reference.wide
-    dhidden = wide(dy) @ (wide(weight).T if transposed else wide(weight))
-    dpre = reference.activate_backward(dhidden, wide(pre), activation)
-    dbias = dpre.sum(0) if sums else dpre.new_empty(0)
-    return dpre.to(dy.dtype), dbias.to(dy.dtype)
 
 
 KINDS = [

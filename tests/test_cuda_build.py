@@ -17,7 +17,9 @@ from fused_lm.reference import (
     attention_decode,
     attention_varlen,
     cross_entropy,
+    ffn,
     layernorm,
+    linear_act,
 )
 
 NVCC = """#!/bin/sh
@@ -202,11 +204,23 @@ def _loss_arguments(op: str) -> tuple[object, ...]:
     return (dloss, logits, target, *options, "none")
 
 
+def _linear_arguments(op: str) -> tuple[object, ...]:
+    x, weight, bias, y = torch.randn(5, 8), torch.randn(16, 8), torch.randn(16), torch.randn(5, 16)
+    if op == "ffn_dpre":
+        return (x, weight.T, y, "silu", False, True)
+    if op == "linear_act_fwd":
+        return (x, weight, bias, None, "silu", False, True)
+    backward = (y, x, weight, bias, y.clone(), "silu", False, True, True)
+    return (*backward, False, torch.zeros(16, 8)) if op.endswith("add") else (*backward, True)
+
+
 def _arguments(op: str) -> tuple[object, ...]:
     if op.startswith("attention"):
         return _attention_arguments(op)
     if op.startswith("cross_entropy"):
         return _loss_arguments(op)
+    if op.startswith(("linear_act", "ffn")):
+        return _linear_arguments(op)
     x, weight, rng = torch.randn(4, 8), torch.randn(8), torch.arange(4)
     statistics = (torch.randn(4), torch.rand(4) + 0.5)
     dtype = torch.float32
@@ -228,11 +242,13 @@ def test_inner_ops(name: str) -> None:
         "attention_varlen": attention_varlen,
         "attention": attention,
         "cross_entropy": cross_entropy,
+        "linear_act": linear_act,
+        "ffn": ffn,
     }
     found = (module for start, module in references.items() if op.startswith(start))
     reference = next(found, layernorm)
-    name_there = op.replace("_fwd", "_forward").replace("_bwd", "_backward")
-    function = getattr(reference, name_there.replace("cross_entropy_scale", "scale"))
+    words = op.removesuffix("_add").replace("cross_entropy_scale", "scale")
+    function = getattr(reference, words.replace("_fwd", "_forward").replace("_bwd", "_backward"))
     arguments = _arguments(op)
     with torch.library._scoped_library("fused_lm", "IMPL") as library:
         library.impl(name, function, "CPU")

@@ -32,6 +32,12 @@ def test_refuses_a_kernel_that_writes_to_its_input() -> None:
     assert torch.equal(y, torch.full((2,), 2.0))
 
 
+def test_what_a_kernel_may_write_to_is_written() -> None:
+    x, rows = torch.ones(3, 4), torch.ones(3, 8)
+    runtime.run_on_copies(lambda x, y: y.mul_(2), {1}, (x, rows[:, :4]))
+    assert torch.equal(rows, torch.cat([torch.full((3, 4), 2.0), torch.ones(3, 4)], 1))
+
+
 def test_refuses_a_kernel_that_writes_between_rows() -> None:
     rows = torch.ones(3, 8)[:, :4]
     with pytest.raises(RuntimeError, match="wrote to argument 0"):

@@ -110,7 +110,7 @@ struct Consumer {
   // Stores 64 columns of results of its rows by TMA, which leaves out what is outside. They go
   // through slab `place`, another one than the last: the thread that issues has waited until the
   // last one was read, so after the next barrier the group may write there again. So a slab costs
-  // one barrier. A place that were counted at run time would be spilled.
+  // one barrier. Counted at run time, `place` would be spilled.
   __device__ __forceinline__ void send(const ptx::TensorMap& map, const Packed<C>& values,
                                        int place, int row, int column) {
     auto& sSlab = smem.slabs[group][place];

@@ -74,6 +74,18 @@ def ffn_backward(
     return dx, dup_weight, dup_bias, ddown_weight, ddown_bias
 
 
+def ffn_dpre(
+    dy: Tensor, weight: Tensor, pre: Tensor, activation: str, transposed: bool, needs_dbias: bool
+) -> tuple[Tensor, Tensor]:
+    """dpre [N, F], rounded, and its sums over rows (empty unless ``needs_dbias``), which are not:
+    back through the second layer and the activation.
+    """
+    dhidden = wide(dy) @ (wide(weight).T if transposed else wide(weight))
+    dpre = activate_backward(dhidden, wide(pre), activation)
+    dbias = dpre.sum(0) if needs_dbias else dpre.new_empty(0)
+    return dpre.to(dy.dtype), dbias.to(dy.dtype)
+
+
 def ffn_backward_of_input(
     dy: Tensor,
     x: Tensor,
