@@ -35,8 +35,15 @@ Targets targets_of(const Tensor& target, int64_t ignore_index) {
   return {target.const_data_ptr(), integer_type(target), ignore_index};
 }
 
+void check_sizes(const Tensor& rows, const char* name) {
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(1) >= 1, name, " must be [N, V] with V >= 1");
+  STD_TORCH_CHECK(rows.size(0) <= INT32_MAX && rows.size(1) <= kMaxClasses, name,
+                  " must have fewer than 2^31 rows and at most 2^30 classes, got [", rows.size(0),
+                  ", ", rows.size(1), "]");
+}
+
 void check_logits(const Tensor& logits, const Tensor& target) {
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) >= 1, "logits must be [N, V] with V >= 1");
+  check_sizes(logits, "logits");
   check_vector(target, logits.size(0), logits, "target");
 }
 
@@ -193,7 +200,7 @@ void cross_entropy_rows_in_place(const Tensor& logits, const Tensor& given_targe
 }
 
 void cross_entropy_scale_in_place(const Tensor& dlogits, const Tensor& dloss) {
-  STD_TORCH_CHECK(dlogits.dim() == 2, "dlogits must be [N, V]");
+  check_sizes(dlogits, "dlogits");
   STD_TORCH_CHECK(dlogits.is_contiguous(), "dlogits must be contiguous");
   const ScaleRowsParams params{dlogits.mutable_data_ptr(),
                                static_cast<const float*>(dloss.const_data_ptr()),

@@ -9,6 +9,9 @@
 
 namespace fused_lm {
 
+// Columns and what a block takes at once behind them fit in 32 bits.
+constexpr int64_t kMaxClasses = int64_t{1} << 30;
+
 enum class IntegerType : int { kInt64, kInt32, kInt16, kInt8, kUInt8 };
 
 // The class of each row.
@@ -25,11 +28,11 @@ struct CrossEntropyParams {
   void* dlogits;               // [N, V] or null; may be the logits
   const float* weight;         // [N] or null: what the gradient of a row is multiplied by
   const float* inverse_count;  // [1] or null: a factor of all rows
-  int64_t N;
-  int64_t V;
-  int64_t logits_stride;   // elements between rows; columns are adjacent
-  int64_t dlogits_stride;  // the same
-  int64_t weight_stride;   // 0: one weight for all rows
+  int64_t N;                   // below 2^31
+  int64_t V;                   // below 2^31
+  int64_t logits_stride;       // elements between rows; columns are adjacent
+  int64_t dlogits_stride;      // the same
+  int64_t weight_stride;       // 0: one weight for all rows
   float label_smoothing;
   float z_loss;
   float softcap;  // 0: none
@@ -48,10 +51,10 @@ Status cross_entropy_reduce(const float* loss, const Targets& targets, int64_t N
                             float* total, Stream stream);
 
 struct ScaleRowsParams {
-  void* rows;           // [N, V], adjacent
-  const float* factor;  // [N], or one for all rows
-  int64_t N;
-  int64_t V;
+  void* rows;             // [N, V], adjacent
+  const float* factor;    // [N], or one for all rows
+  int64_t N;              // below 2^31
+  int64_t V;              // up to kMaxClasses
   int64_t factor_stride;  // 0: one for all rows
   DType dtype;
 };

@@ -124,22 +124,18 @@ __global__ void __launch_bounds__(kScaleThreads, 4) loss_scale_rows(const ScaleR
 
 Status cross_entropy_inverse_count(const Targets& targets, int64_t N, float* inverse_count,
                                    Stream stream) {
-  if (N > INT32_MAX) return "cross_entropy has too many rows";
   return launch(loss_inverse_count, {dim3(1), dim3(kReduceThreads), sizeof(ReduceShared), stream},
                 targets, N, inverse_count);
 }
 
 Status cross_entropy_reduce(const float* loss, const Targets& targets, int64_t N, bool mean,
                             float* total, Stream stream) {
-  if (N > INT32_MAX) return "cross_entropy has too many rows";
   return launch(loss_reduce, {dim3(1), dim3(kReduceThreads), sizeof(ReduceShared), stream}, loss,
                 targets, N, mean, total);
 }
 
 Status scale_rows(const ScaleRowsParams& p, Stream stream) {
   if (p.N == 0) return kOk;
-  if (p.N > INT32_MAX) return "cross_entropy has too many rows";
-  if (p.V > INT32_MAX) return "cross_entropy has too many classes";
   const LaunchConfig config{dim3(static_cast<unsigned>(p.N)), dim3(kScaleThreads), 0, stream};
   switch (p.dtype) {
     case DType::kFloat32: return launch(loss_scale_rows<DType::kFloat32>, config, p);

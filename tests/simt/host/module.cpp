@@ -14,6 +14,7 @@
 #include "kernels/attention_decode_tuning.h"
 #include "kernels/attention_tuning.h"
 #include "kernels/attention_tuning_sm90.h"
+#include "kernels/cross_entropy_tuning.h"
 #include "kernels/layernorm_tuning.h"
 #include "planted/planted.h"
 
@@ -175,6 +176,14 @@ py::dict attention_decode_tuning(int head_dim) {
                   "block_s"_a = tuning.block_s, "reason"_a = tuning.reason);
 }
 
+// Of csrc/kernels/cross_entropy_rows.cu.
+py::dict cross_entropy_tuning(int64_t V, int element_bytes, size_t shared_bytes) {
+  const auto tuning = fused_lm::cross_entropy_tuning(V, element_bytes, shared_bytes);
+  using namespace py::literals;
+  return py::dict("threads"_a = tuning.threads, "kept_vectors"_a = tuning.kept_vectors,
+                  "shared_bytes"_a = tuning.shared_bytes(), "reason"_a = tuning.reason);
+}
+
 // On the harness' GPU.
 int attention_decode_splits(int B, int H, int group, int T, int S, int D, int Dv) {
   return fused_lm::attention_decode_splits({B, H, group, T, S, D, Dv},
@@ -216,6 +225,7 @@ PYBIND11_MODULE(SIMT_LIBRARY, m) {
   m.def("attention_dq_tuning", &attention_dq_tuning, py::arg("head_dim"), py::arg("general"));
   m.def("attention_decode_tuning", &attention_decode_tuning, py::arg("head_dim"));
   m.def("attention_decode_splits", &attention_decode_splits);
+  m.def("cross_entropy_tuning", &cross_entropy_tuning);
   m.attr("MAX_JOINT_HEAD_DIM") = fused_lm::kMaxJointHeadDim;
   m.attr("HEAD_DIMS") =
       std::vector<int>(std::begin(fused_lm::kHeadDims), std::end(fused_lm::kHeadDims));
