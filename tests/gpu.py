@@ -4,6 +4,7 @@ the same tables of calls run on both.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,10 +19,18 @@ PROBLEM = extension.refusal_on("cuda", 0) if HAS_GPU else "no GPU"
 """Why no CUDA kernel runs on a GPU here, None if they do."""
 CUDA = simt.BACKENDS if not HAS_GPU else ("cuda",) if PROBLEM is None else ()
 """The backends that run CUDA kernels in the ordinary tests: on a GPU, or else on the harness."""
+QUICK = CUDA[-1:]
+"""Of these the one that finds most; what the others add is for ``make test-all``."""
 INTERPRETER = () if HAS_GPU else ("triton",)
 """For the parameters of a test whose tensors are on a CPU: Triton, where it runs there."""
 needs_interpreter = pytest.mark.skipif(HAS_GPU, reason="Triton compiles for the GPU here")
 ALIGNMENT = 16
+
+
+def slow_but(quick: Sequence[str], backends: Sequence[str]) -> list[Any]:
+    """Backends as parameters of a test, which is slow on builds of the harness but ``quick``."""
+    left = set(simt.BACKENDS) - set(quick)
+    return [pytest.param(b, marks=pytest.mark.slow) if b in left else b for b in backends]
 
 
 def shared_bytes() -> int:

@@ -25,10 +25,11 @@ from fused_lm.reference.linear_cross_entropy import (
 )
 from fused_lm.tolerance import check_close
 from tests import oracle
-from tests.gpu import CUDA
+from tests.gpu import CUDA, QUICK, slow_but
 
 BACKENDS = ("reference", "pytorch", "triton", *CUDA)
 KERNELS = ("reference", "triton", *CUDA)
+SLOW_KERNELS = slow_but((), KERNELS)
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 ALL_OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0}
 
@@ -63,8 +64,12 @@ CASES = [
     Case("all options, none", options={**ALL_OPTIONS, "chunk_rows": 10, "reduction": "none"}),
     Case("one class", V=1),
     Case("width 1, one row", (1,), 1, 3),
+    # Of its 16411 terms a product of torch's in fp32 errs by more than any kernel: by luck alone
+    # less than twice what another order gives. CUDA's kernel has no such limit to be asked about.
     Case(
-        "a vocabulary wider than a program's registers", (3,), 2, 16411, options={"chunk_rows": 2}
+        *("a vocabulary wider than a program's registers", (3,), 2, 16411),
+        options={"chunk_rows": 2},
+        backends=("reference", "triton"),
     ),
     Case("a class as ignore_index", options={"ignore_index": 3, "chunk_rows": 4}),
 ]
@@ -88,7 +93,7 @@ def _call(tensors: tuple[Tensor, ...], target: Tensor, **options: Any) -> Tensor
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", slow_but(QUICK, BACKENDS))
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
 def test_equals_fp64(case: Case, backend: str, device: torch.device) -> None:
     if backend not in case.backends:
@@ -111,7 +116,7 @@ def test_equals_fp64(case: Case, backend: str, device: torch.device) -> None:
         )
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", SLOW_KERNELS)
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_some_gradients(
@@ -133,7 +138,7 @@ def test_some_gradients(
         assert torch.equal(gradient, every[i])
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", SLOW_KERNELS)
 def test_mixed_dtypes_and_autocast(backend: str, device: torch.device) -> None:
     """Master weights keep the fp32 sum of their gradient; products run in the dtype of x."""
     inputs, target = _inputs(Case("", (60,), bias=True), device)
@@ -160,7 +165,7 @@ def test_mixed_dtypes_and_autocast(backend: str, device: torch.device) -> None:
         check_close(ours, same.to(ours.dtype), truth)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", SLOW_KERNELS)
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_a_loss_scale_is_a_factor(dtype: torch.dtype, backend: str, device: torch.device) -> None:
     """Gradients of a mean are made before the loss scale is known, and don't vanish in fp16: those
@@ -180,7 +185,7 @@ def test_a_loss_scale_is_a_factor(dtype: torch.dtype, backend: str, device: torc
         assert error <= 8 * torch.finfo(dtype).eps * truth.abs().max()
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", SLOW_KERNELS)
 def test_the_weights_gradient_adds_up_in_fp32(backend: str, device: torch.device) -> None:
     """200 chunks of 6 rows, each -3 or 3 and exact: a bf16 sum would round from 512 on."""
     x = torch.ones(1200, 8, device=device, dtype=BF16)
@@ -220,7 +225,7 @@ class _Longest(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", SLOW_KERNELS)
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
 def test_fp32_sums_over_the_vocabulary_are_made_in_parts(
     dtype: torch.dtype, backend: str, device: torch.device
@@ -235,7 +240,7 @@ def test_fp32_sums_over_the_vocabulary_are_made_in_parts(
     assert seen.terms == (SUM_TERMS if dtype == F32 else V)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", SLOW_KERNELS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_logits_never_exist_whole(reduction: str, backend: str, device: torch.device) -> None:
     N, V, C, chunk = 96, 50, 4, 16
@@ -274,7 +279,7 @@ def test_chunk_formula(V: int, itemsize: int) -> None:
     assert rows_per_chunk(16384, 50257, 2) == 4096
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", SLOW_KERNELS)
 def test_no_rows_and_no_row_that_counts(backend: str, device: torch.device) -> None:
     for rows in (0, 5):
         x = torch.randn(rows, 4, device=device, requires_grad=True)
@@ -287,7 +292,7 @@ def test_no_rows_and_no_row_that_counts(backend: str, device: torch.device) -> N
             assert not g.any()
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", SLOW_KERNELS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_second_derivatives(reduction: str, backend: str, device: torch.device) -> None:
     inputs, target = _inputs(Case("", (5,), 3, 7, F32, True), device)
@@ -315,7 +320,7 @@ def test_second_derivatives(reduction: str, backend: str, device: torch.device) 
         assert torch.autograd.gradgradcheck(ours, leaves)
 
 
-@pytest.mark.parametrize("backend", ["auto", *KERNELS])
+@pytest.mark.parametrize("backend", ["auto", *SLOW_KERNELS])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compile_and_transforms(reduction: str, backend: str, device: torch.device) -> None:
     x, weight = (
@@ -363,7 +368,7 @@ def test_two_graphs_for_any_number_of_rows() -> None:
         assert len(graphs) == (1 if n < 3 else 2)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", SLOW_KERNELS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_opcheck(reduction: str, backend: str, device: torch.device) -> None:
     x, weight, bias = (
@@ -379,7 +384,7 @@ def test_opcheck(reduction: str, backend: str, device: torch.device) -> None:
     torch.library.opcheck(ops.linear_cross_entropy_bwd.default, (dloss, *arguments))
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", SLOW_KERNELS)
 def test_repeats_bitwise_and_backwards_twice(backend: str, device: torch.device) -> None:
     inputs, target = _inputs(Case("", (40,), bias=True), device)
     results = []
