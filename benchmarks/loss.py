@@ -125,6 +125,7 @@ def _loss(result: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 CONTESTANTS = [
+    Contestant("cuda", partial(ours, "cuda")),
     Contestant("triton", partial(ours, "triton"), compiles=True),
     Contestant("pytorch", partial(ours, "pytorch")),
     contest.eager(formula),

@@ -18,6 +18,7 @@ from torch import Tensor
 from fused_lm.reference import attention as reference
 from fused_lm.reference import attention_decode as decode_reference
 from fused_lm.reference import attention_varlen as varlen_reference
+from fused_lm.reference import cross_entropy as loss_reference
 from fused_lm.tolerance import check_close
 from tests import attention_bwd_calls as backward_calls
 from tests import attention_calls, gpu
@@ -25,6 +26,7 @@ from tests import attention_decode_calls as decode_calls
 from tests import attention_varlen_calls as varlen_calls
 from tests import test_simt_attention_extremes as extremes
 from tests import test_simt_attention_weights as weights
+from tests import test_simt_cross_entropy as losses
 from tests import test_simt_layernorm as norms
 from tests.attention_bwd_hopper_calls import HOPPER_CALLS as HOPPER_BACKWARD_CALLS
 from tests.attention_hopper_calls import HOPPER_CALLS
@@ -135,3 +137,28 @@ def test_rows_have_bits_of_their_own(call: backward_calls.Call) -> None:
 def test_norms(call: norms.Call) -> None:
     data = norms.data_of(call)
     norms.check(data, _repeated(lambda: norms.run(gpu, data)))
+
+
+@pytest.mark.parametrize("call", _own(losses.CALLS), ids=_ids)
+def test_cross_entropy(call: losses.Call) -> None:
+    data = losses.data_of(call)
+    losses.check(data, _repeated(lambda: losses.run(gpu, data)))
+
+
+@pytest.mark.parametrize("call", _own(losses.CALLS), ids=_ids)
+def test_cross_entropy_in_place(call: losses.Call) -> None:
+    """The same bits as in other memory, and those of a finished gradient that is scaled."""
+    data = losses.data_of(call)
+    _, apart, _ = losses.run(gpu, data)
+    logits = data.logits.cuda()
+    target, loss = data.target.cuda(), torch.empty(call.N, device="cuda")
+    options = (*data.options[:-1], True)
+    weights = None
+    if call.reduction == "mean":
+        count = loss_reference.inverse_count(data.target, losses.IGNORED).float()
+        weights = count.cuda().expand(call.N)
+    gpu.extension.op("cross_entropy_rows_in_place")(logits, target, loss, weights, *options)
+    assert same_bits(logits.cpu(), apart)
+    gpu.extension.op("cross_entropy_scale_in_place")(logits, torch.tensor(2.0, device="cuda"))
+    loss_reference.scale_in_place(apart, torch.tensor(2.0))
+    assert same_bits(logits.cpu(), apart)

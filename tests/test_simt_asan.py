@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 OPERATORS = {
     "norms": (60, ["tests/test_layernorm.py", "tests/test_simt_layernorm.py"]),
+    "losses": (60, ["tests/test_cross_entropy.py", "tests/test_simt_cross_entropy.py"]),
     "attention": (50, ["tests/test_attention.py", "tests/test_simt_attention_weights.py"]),
     "attention, every kernel": (
         140,
