@@ -24,6 +24,11 @@ from tests.simt.report import (  # noqa: E402, F401
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr == "not slow":
+        runtime.allow_only(runtime.ONE)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What runs on every build of the harness: only on one of them in ``make test``."""

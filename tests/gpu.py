@@ -23,6 +23,8 @@ QUICK = CUDA[-1:]
 """Of these the one that finds most; what the others add is for ``make test-all``."""
 INTERPRETER = () if HAS_GPU else ("triton",)
 """For the parameters of a test whose tensors are on a CPU: Triton, where it runs there."""
+INTERPRETER_LATER = tuple(pytest.param(name, marks=pytest.mark.slow) for name in INTERPRETER)
+"""The same for modules, whose operators' own tests run there: they wait for `make test-all`."""
 needs_interpreter = pytest.mark.skipif(HAS_GPU, reason="Triton compiles for the GPU here")
 ALIGNMENT = 16
 

@@ -11,8 +11,10 @@ from torch import Tensor
 import fused_lm
 from fused_lm.nn import GPTBlock
 from fused_lm.reference.layout import rows_first
+from tests.gpu import INTERPRETER_LATER
 
 KERNELS = ("reference", "triton")
+MOST = ("reference", *INTERPRETER_LATER)
 BACKENDS = (*KERNELS, "pytorch")
 
 
@@ -64,7 +66,7 @@ def test_each_result_follows_its_own_input(backend: str, device: torch.device) -
         assert attend(q.contiguous(), k, v, backend).is_contiguous()
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", MOST)
 def test_results_may_be_changed_in_place(backend: str, device: torch.device) -> None:
     """What an operator returns is no view: autograd would forbid it."""
     q, k, v = (t.detach().requires_grad_() for t in packed_heads(device, 8))
@@ -73,7 +75,7 @@ def test_results_may_be_changed_in_place(backend: str, device: torch.device) -> 
     assert torch.equal(out.mul_(2), doubled)
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", MOST)
 def test_opcheck_of_both_orders(backend: str, device: torch.device) -> None:
     """The fake kernels promise the strides that the real ones give."""
     op = torch.ops.fused_lm.attention_fwd.default
@@ -84,7 +86,7 @@ def test_opcheck_of_both_orders(backend: str, device: torch.device) -> None:
         torch.library.opcheck(op, (*leaves, *rest))
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", MOST)
 def test_a_block_copies_no_heads(backend: str, device: torch.device) -> None:
     """Neither forward nor backward of a block copies a [B, H, T, D] tensor."""
     block = GPTBlock(32, 4, num_kv_heads=2, device=device)

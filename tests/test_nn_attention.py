@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 import fused_lm
 from fused_lm.nn.stock_paths import StockCall
+from tests.gpu import INTERPRETER_LATER
 
 E, H, N, T, S = 24, 4, 3, 7, 9
 BACKENDS = ("auto", "reference", "triton")
+MOST = ("auto", "reference", *INTERPRETER_LATER)
 CPU = torch.device("cpu")
 
 
@@ -81,7 +83,7 @@ def test_masks_and_weights(
     _compare(stock, ours, (query, keys, keys), arguments, backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MOST)
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize(
     "options",
@@ -103,7 +105,7 @@ def test_constructor_options(
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MOST)
 def test_self_attention_unbatched_and_causal(backend: str, device: torch.device) -> None:
     stock, ours = _pair(device)
     x = torch.randn(T, E, device=device)
@@ -145,7 +147,7 @@ def _auto_is_torch(backend: str, x: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MOST)
 def test_rows_without_a_key_are_not_nan(backend: str, training: bool, device: torch.device) -> None:
     stock, ours = _pair(device, batch_first=True)
     stock.train(training), ours.train(training)
@@ -195,7 +197,7 @@ def test_pytorch_raises_its_own_errors() -> None:
             ours(x, x, x, attn_mask=torch.zeros(T, T, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MOST)
 def test_module_survives_what_modules_go_through(backend: str, device: torch.device) -> None:
     stock, ours = _pair(device, batch_first=True)
     x = torch.randn(N, T, E, device=device)
@@ -212,7 +214,7 @@ def test_module_survives_what_modules_go_through(backend: str, device: torch.dev
             assert ours(x, x, x)[0].dtype == stock(x, x, x)[0].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MOST)
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_the_output_is_contiguous(batch_first: bool, backend: str, device: torch.device) -> None:
     """Users call ``view`` on it; torch's own is contiguous unless batch_first."""
@@ -271,7 +273,7 @@ def test_torchscript_compiles_the_stock_class() -> None:
     assert type(alone) is fused_lm.nn.MultiheadAttention
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MOST)
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_masked_calls_compile_whole(need_weights: bool, backend: str, device: torch.device) -> None:
     """Where torch's own forward could be NaN too: no look at the masks there, no graph break."""

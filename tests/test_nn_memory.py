@@ -15,8 +15,10 @@ import fused_lm
 from fused_lm.lm import GPT, GPTConfig
 from fused_lm.nn import GPTBlock
 from fused_lm.nn.memory import ratio, saved_for_backward
+from tests.gpu import INTERPRETER_LATER
 
 KERNELS = ("reference", "triton")
+MOST = ("reference", *INTERPRETER_LATER)
 B, T, C, H = 2, 24, 32, 4
 
 
@@ -61,7 +63,7 @@ CONFIGS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", MOST)
 @pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
 def test_computed_is_measured(options: dict[str, Any], backend: str, device: torch.device) -> None:
     config = {"vocab_size": 16, "context": T, "embed_dim": C, "num_heads": H, **options}

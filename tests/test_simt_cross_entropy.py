@@ -356,7 +356,7 @@ def test_every_instantiation_runs() -> None:
         for place in json.loads(golden.read_text())
         if place.split(" ")[1].startswith("cross_entropy_")
     }
-    harness = runtime.load(simt.BACKENDS[0].removeprefix(simt.PREFIX))
+    harness = runtime.load(runtime.ONE)
     harness.configure()
     for call in SHORT:
         data = data_of(call)

@@ -5,7 +5,7 @@ bytes moved, and every synchronisation dropped in turn.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ WORD = 4
 """Bytes of bias that a thread reads at once."""
 FEW = [call for call in FORWARDS if call.N <= 40 or (call in INSTANTIATIONS and call.dtype == BF16)]
 FEW_BACKWARDS = [call for call in BACKWARDS if call.N <= 130 or call.total is not None]
-"""For the race build each time."""
+"""In `make test`."""
 
 
 def _call(harness: runtime.Harness, op: str, *arguments: Any) -> Sequence[Tensor]:
@@ -69,24 +69,12 @@ def _backward(harness: runtime.Harness, data: Data) -> Sequence[Tensor]:
     return dx, total, dbias
 
 
-def of_builds(calls: Sequence[Call], few: Sequence[Call]) -> list[Any]:
-    """Every call on every build; beyond a few, the slower builds wait for `make test-all`."""
+def parameters(calls: Sequence[Call], few: Sequence[Call]) -> list[Any]:
+    """Beyond a few they wait for `make test-all`."""
     return [
-        pytest.param(
-            *(name.removeprefix(simt.PREFIX), call),
-            id=f"{call.why}-{name}",
-            marks=[pytest.mark.slow] if name != "simt_plain" and call not in few else [],
-        )
+        pytest.param(call, id=call.why, marks=[] if call in few else [pytest.mark.slow])
         for call in calls
-        for name in simt.BACKENDS
     ]
-
-
-@pytest.fixture
-def build(request: pytest.FixtureRequest) -> Iterator[runtime.Harness]:
-    found = runtime.load(request.param)
-    yield found
-    found.configure()
 
 
 def _in_schedules(harness: runtime.Harness, run: Any, data: Data) -> Sequence[Tensor]:
@@ -105,26 +93,24 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-@pytest.mark.parametrize(("build", "call"), of_builds(FORWARDS, FEW), indirect=["build"])
-def test_forward(call: Call, build: runtime.Harness) -> None:
+@pytest.mark.parametrize("call", parameters(FORWARDS, FEW))
+def test_forward(call: Call, harness: runtime.Harness) -> None:
     data = Data.of(call)
-    y, pre = _in_schedules(build, _forward, data)
+    y, pre = _in_schedules(harness, _forward, data)
     check_forward(data, y, pre)
 
 
-@pytest.mark.parametrize(("build", "call"), of_builds(BACKWARDS, FEW_BACKWARDS), indirect=["build"])
-def test_backward(call: Call, build: runtime.Harness) -> None:
+@pytest.mark.parametrize("call", parameters(BACKWARDS, FEW_BACKWARDS))
+def test_backward(call: Call, harness: runtime.Harness) -> None:
     data = Data.of(call)
-    found = _in_schedules(build, _backward, data)
+    found = _in_schedules(harness, _backward, data)
     check_backward(data, found)
 
 
-@pytest.mark.parametrize(
-    ("build", "call"), of_builds(BACK_THROUGH, BACK_THROUGH), indirect=["build"]
-)
-def test_back_through_an_activation(call: Call, build: runtime.Harness) -> None:
+@pytest.mark.parametrize("call", BACK_THROUGH, ids=lambda call: call.why)
+def test_back_through_an_activation(call: Call, harness: runtime.Harness) -> None:
     data = Data.of(call)
-    found = _in_schedules(build, _dpre, data)
+    found = _in_schedules(harness, _dpre, data)
     check_dpre(data, found)
 
 
@@ -260,7 +246,7 @@ def test_every_instantiation_runs() -> None:
         for place in json.loads(golden.read_text())
         if place.split(" ")[1].startswith(("gemm_sm90", "activation_bwd"))
     }
-    harness = runtime.load(simt.BACKENDS[0].removeprefix(simt.PREFIX))
+    harness = runtime.load(runtime.ONE)
     for call in INSTANTIATIONS:
         _forward(harness, Data.of(call))
     for call in BACKWARDS:
@@ -273,7 +259,7 @@ def test_every_instantiation_runs() -> None:
 
 def test_schedules_are_chosen_for_their_clocks() -> None:
     """By the model in gemm_tuning_sm90.h, on two multiprocessors."""
-    tuning = runtime.load(simt.BACKENDS[0].removeprefix(simt.PREFIX)).module.gemm_tuning_sm90
+    tuning = runtime.load(runtime.ONE).module.gemm_tuning_sm90
     assert tuning(4096, 4096, 4096, "linear")["block_n"] == 256
     assert tuning(4096, 4096, 4096, "activation")["block_n"] == 192
     assert tuning(4096, 128, 4096, "linear")["block_n"] == 128

@@ -9,7 +9,8 @@ backward four and two small launches:
     dx = dpre W1;                                     dW1 = dpre^T x
 
 Arguments are those of ``fused_lm.reference.ffn``; the dispatcher refuses what :mod:`.linear_act`
-can't do, and to drop the hidden activations.
+can't do. Hidden activations that were dropped are made again by PyTorch, an elementwise pass, for
+dW2 alone: its last bits may be others then.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fused_lm.cuda import extension
 from fused_lm.cuda.linear_act import linear_act_backward, linear_act_forward
+from fused_lm.reference.activations import activate
 from fused_lm.reference.ffn import kept
 
 
@@ -60,6 +62,8 @@ def ffn_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dx, dup_weight, dup_bias, ddown_weight, ddown_bias), empty where not needed."""
     pre, hidden = kept(pre, hidden, activation)
+    if needs_ddown and hidden.numel() == 0:
+        hidden = activate(pre, activation)
     needs_dup_bias = needs_dbiases and up_bias is not None
     dpre, dup_bias = extension.op("ffn_dpre")(
         dy, down_weight, pre, activation, transposed, needs_dup_bias

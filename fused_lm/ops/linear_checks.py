@@ -183,8 +183,6 @@ def cuda_limit(call: Any) -> str | None:
         return f"the CUDA kernels of linear layers take float16 and bfloat16, got {dtype}"
     if call.activation in GATES:
         return f"the CUDA kernels of linear layers have no gated activation, got {call.activation}"
-    if getattr(call, "recompute", False):
-        return "the CUDA kernels keep what the activation gives, they don't make it again"
     weights = (call[1], call[3]) if isinstance(call, FFNCall) else (call.weight,)
     for weight in weights:
         if any(width % CUDA_STEP or not 0 < width <= CUDA_SIZE for width in weight.shape):

@@ -64,6 +64,8 @@ class Harness:
     """One build, loaded into this process; ``scratch`` is one more file of kernels."""
 
     def __init__(self, name: str, scratch: Path | None = None) -> None:
+        if name not in _allowed:
+            raise RuntimeError(f"who needs the build {name} is slow; runtime.ONE is there anyway")
         self.name = name
         self.module = _import(name, build.build(name, scratch))
         self.schedule = Schedule()
@@ -147,6 +149,12 @@ ONE = "asan" if sanitized() else "race"
 """The build for what one of them shows. ``make test`` has this one alone: it sees what the plain
 one sees, which takes minutes to compile as well.
 """
+_allowed = set(build.BUILDS)
+
+
+def allow_only(*names: str) -> None:
+    """No other build is made from now on."""
+    _allowed.intersection_update(names)
 
 
 def _import(name: str, path: Path) -> Any:
