@@ -4,12 +4,10 @@ inputs: a table for the harness' tests.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -269,18 +267,6 @@ def lay_out(t: Tensor, layout: Layout) -> Tensor:
     if layout is Layout.TURNED:
         return t.transpose(2, 3).contiguous().transpose(2, 3)
     return t
-
-
-def parameters(calls: Iterable[Any], kernels: Sequence[Any]) -> list[Any]:
-    """Those of the ``kernels`` for fp16, whose lines bf16 runs, wait for `make test-all`."""
-    return [
-        pytest.param(
-            call,
-            id=call.why,
-            marks=[pytest.mark.slow] if call in kernels and call.dtype == F16 else [],
-        )
-        for call in calls
-    ]
 
 
 def data_of(call: Call) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ the same tables of calls run on both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -19,20 +19,29 @@ PROBLEM = extension.refusal_on("cuda", 0) if HAS_GPU else "no GPU"
 """Why no CUDA kernel runs on a GPU here, None if they do."""
 CUDA = simt.BACKENDS if not HAS_GPU else ("cuda",) if PROBLEM is None else ()
 """The backends that run CUDA kernels in the ordinary tests: on a GPU, or else on the harness."""
-QUICK = CUDA[-1:]
-"""Of these the one that finds most; what the others add is for ``make test-all``."""
 INTERPRETER = () if HAS_GPU else ("triton",)
 """For the parameters of a test whose tensors are on a CPU: Triton, where it runs there."""
-INTERPRETER_LATER = tuple(pytest.param(name, marks=pytest.mark.slow) for name in INTERPRETER)
-"""The same for modules, whose operators' own tests run there: they wait for `make test-all`."""
+TRITON_LATER = ("triton",) if HAS_GPU else (pytest.param("triton", marks=pytest.mark.slow),)
+"""For modules, whose operators' own tests run there: in the interpreter `make test-all` does."""
 needs_interpreter = pytest.mark.skipif(HAS_GPU, reason="Triton compiles for the GPU here")
 ALIGNMENT = 16
 
 
-def slow_but(quick: Sequence[str], backends: Sequence[str]) -> list[Any]:
-    """Backends as parameters of a test, which is slow on builds of the harness but ``quick``."""
-    left = set(simt.BACKENDS) - set(quick)
-    return [pytest.param(b, marks=pytest.mark.slow) if b in left else b for b in backends]
+def harness_later(backends: Sequence[str]) -> list[Any]:
+    """Backends as parameters of a test that waits for `make test-all` on the harness."""
+    return [pytest.param(b, marks=pytest.mark.slow) if b in simt.BACKENDS else b for b in backends]
+
+
+def fp16_later(calls: Iterable[Any], kernels: Sequence[Any]) -> list[Any]:
+    """Those of the ``kernels`` for fp16, whose lines bf16 runs, wait for `make test-all`."""
+    return [
+        pytest.param(
+            call,
+            id=call.why,
+            marks=[pytest.mark.slow] if call in kernels and call.dtype == torch.float16 else [],
+        )
+        for call in calls
+    ]
 
 
 def shared_bytes() -> int:

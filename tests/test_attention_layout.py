@@ -11,10 +11,10 @@ from torch import Tensor
 import fused_lm
 from fused_lm.nn import GPTBlock
 from fused_lm.reference.layout import rows_first
-from tests.gpu import INTERPRETER_LATER
+from tests.gpu import TRITON_LATER
 
 KERNELS = ("reference", "triton")
-MOST = ("reference", *INTERPRETER_LATER)
+MOST = ("reference", *TRITON_LATER)
 BACKENDS = (*KERNELS, "pytorch")
 
 

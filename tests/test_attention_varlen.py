@@ -286,15 +286,14 @@ def test_what_is_no_single_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         away = torch.empty(5, 4, 16).half()
     call = _call(away, away, away, bounds, bounds)
     assert "where q is" in str(checks.one_kernel_refuses(call))
-    monkeypatch.setattr(checks.extension, "target_for", lambda capability: capability)
     for capability, target in (((9, 0), True), ((8, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, c=capability: c)
-        checks._target_of.cache_clear()
+        checks.extension._target_of.cache_clear()
         monkeypatch.setattr(
             checks.extension, "target_for", lambda c: "sm_90" if c == (9, 0) else "sm_80"
         )
-        assert checks._has_kernel(0) == target
-    checks._target_of.cache_clear()
+        assert checks.extension._runs_sm90(0) == target
+    checks.extension._target_of.cache_clear()
 
 
 def test_shape_classes() -> None:

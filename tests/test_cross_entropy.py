@@ -15,11 +15,10 @@ from torch.nn import functional as F
 import fused_lm
 from fused_lm.parity.cross_entropy_cases import formula
 from tests import oracle
-from tests.gpu import CUDA, QUICK, slow_but
+from tests.gpu import CUDA, harness_later
 
 BACKENDS = ("reference", "pytorch", "triton", *CUDA)
 KERNELS = ("reference", "triton", *CUDA)
-QUICK_BACKENDS, QUICK_KERNELS = slow_but(QUICK, BACKENDS), slow_but(QUICK, KERNELS)
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
@@ -77,7 +76,7 @@ def _problem(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
     return logits.to(case.dtype), target.to(case.target_dtype)
 
 
-@pytest.mark.parametrize("backend", QUICK_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
 def test_equals_fp64(case: Case, backend: str, device: torch.device) -> None:
     if backend not in case.backends:
@@ -106,7 +105,7 @@ EDGES = {
 }
 
 
-@pytest.mark.parametrize("backend", QUICK_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("edge", EDGES)
@@ -128,7 +127,7 @@ def test_edges_are_torchs(
     torch.testing.assert_close(*results, equal_nan=True)
 
 
-@pytest.mark.parametrize("backend", QUICK_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_ignored_rows_take_no_part(backend: str, device: torch.device) -> None:
     """Not even where their logits are NaN and inf."""
     logits = torch.randn(6, 30, device=device)
@@ -146,7 +145,7 @@ def test_ignored_rows_take_no_part(backend: str, device: torch.device) -> None:
     assert not found[1][[2, 4]].any() and bool(found[1][[0, 1, 3, 5]].all())
 
 
-@pytest.mark.parametrize("backend", QUICK_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [F32, F16], ids=["made with the loss", "made in the backward"])
 def test_strides_and_repeated_backwards(
     dtype: torch.dtype, backend: str, device: torch.device
@@ -177,7 +176,7 @@ def test_strides_and_repeated_backwards(
         assert not torch.equal(strided[0], strided[1])
 
 
-@pytest.mark.parametrize("backend", QUICK_BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_a_loss_scale_is_a_factor(dtype: torch.dtype, backend: str, device: torch.device) -> None:
     """An fp16 gradient of a mean has its digits when it was scaled before it was rounded."""
@@ -191,7 +190,7 @@ def test_a_loss_scale_is_a_factor(dtype: torch.dtype, backend: str, device: torc
     assert relative.max() <= 2 * torch.finfo(dtype).eps + 64 * torch.finfo(F32).eps
 
 
-@pytest.mark.parametrize("backend", QUICK_KERNELS)
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [F32, F16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_in_place(reduction: str, dtype: torch.dtype, backend: str, device: torch.device) -> None:
@@ -217,7 +216,7 @@ def test_in_place(reduction: str, dtype: torch.dtype, backend: str, device: torc
     torch.testing.assert_close(gradient, plain_gradient, rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
-@pytest.mark.parametrize("backend", QUICK_KERNELS)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_misuse_of_in_place_raises(backend: str, device: torch.device) -> None:
     source = torch.randn(4, 9, device=device).requires_grad_()
     target = torch.randint(9, (4,), device=device)
@@ -250,7 +249,7 @@ def test_misuse_of_in_place_raises(backend: str, device: torch.device) -> None:
         assert torch.equal(logits, source) and not loss_of_no_graph.requires_grad
 
 
-@pytest.mark.parametrize("backend", QUICK_KERNELS)
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_second_derivatives(reduction: str, backend: str, device: torch.device) -> None:
     logits, direction = (torch.randn(4, 7, device=device) for _ in range(2))
@@ -275,7 +274,7 @@ def test_second_derivatives(reduction: str, backend: str, device: torch.device) 
             assert torch.autograd.gradgradcheck(run, (wide,))
 
 
-@pytest.mark.parametrize("backend", ["auto", *slow_but((), KERNELS)])
+@pytest.mark.parametrize("backend", ["auto", *harness_later(KERNELS)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_compile_and_transforms(
@@ -305,7 +304,7 @@ def test_compile_and_transforms(
     torch.testing.assert_close(batched if reduction == "none" else batched.mean(), whole)
 
 
-@pytest.mark.parametrize("backend", slow_but((), KERNELS))
+@pytest.mark.parametrize("backend", harness_later(KERNELS))
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_opcheck(reduction: str, backend: str, device: torch.device) -> None:
     logits = torch.randn(5, 12, device=device, requires_grad=True)
@@ -319,7 +318,7 @@ def test_opcheck(reduction: str, backend: str, device: torch.device) -> None:
     torch.library.opcheck(ops.cross_entropy_bwd.default, (dloss, logits, target, *options, backend))
 
 
-@pytest.mark.parametrize("backend", QUICK_KERNELS)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_the_gradient_is_handed_over(backend: str, device: torch.device) -> None:
     """The backward of a mean allocates nothing: what the forward made goes on as it is."""
     source = torch.randn(8, 33, device=device, requires_grad=True)

@@ -25,11 +25,11 @@ from fused_lm.reference.linear_cross_entropy import (
 )
 from fused_lm.tolerance import check_close
 from tests import oracle
-from tests.gpu import CUDA, QUICK, slow_but
+from tests.gpu import CUDA, harness_later
 
 BACKENDS = ("reference", "pytorch", "triton", *CUDA)
 KERNELS = ("reference", "triton", *CUDA)
-SLOW_KERNELS = slow_but((), KERNELS)
+SLOW_KERNELS = harness_later(KERNELS)
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 ALL_OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0}
 
@@ -93,7 +93,7 @@ def _call(tensors: tuple[Tensor, ...], target: Tensor, **options: Any) -> Tensor
     )
 
 
-@pytest.mark.parametrize("backend", slow_but(QUICK, BACKENDS))
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.why)
 def test_equals_fp64(case: Case, backend: str, device: torch.device) -> None:
     if backend not in case.backends:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import fused_lm
 from fused_lm.nn.stock_paths import StockCall
-from tests.gpu import INTERPRETER_LATER
+from tests.gpu import TRITON_LATER
 
 E, H, N, T, S = 24, 4, 3, 7, 9
 BACKENDS = ("auto", "reference", "triton")
-MOST = ("auto", "reference", *INTERPRETER_LATER)
+MOST = ("auto", "reference", *TRITON_LATER)
 CPU = torch.device("cpu")
 
 

@@ -15,10 +15,10 @@ import fused_lm
 from fused_lm.lm import GPT, GPTConfig
 from fused_lm.nn import GPTBlock
 from fused_lm.nn.memory import ratio, saved_for_backward
-from tests.gpu import INTERPRETER_LATER
+from tests.gpu import TRITON_LATER
 
 KERNELS = ("reference", "triton")
-MOST = ("reference", *INTERPRETER_LATER)
+MOST = ("reference", *TRITON_LATER)
 B, T, C, H = 2, 24, 32, 4
 
 

@@ -31,8 +31,8 @@ from tests.attention_calls import (
     Call,
     data_of,
     in_fp64,
-    parameters,
 )
+from tests.gpu import fp16_later
 from tests.simt import backend as simt
 from tests.simt import mutants, runtime
 
@@ -53,7 +53,7 @@ def _run(
     return out, lse
 
 
-@pytest.mark.parametrize("call", parameters(CALLS, KERNELS))
+@pytest.mark.parametrize("call", fp16_later(CALLS, KERNELS))
 def test_every_schedule_gives_the_right_bits(call: Call, harness: runtime.Harness) -> None:
     once = call in KERNELS and harness.name == "race"
     _check(harness, call, (11,) if once else (11, 0))
@@ -144,7 +144,7 @@ def _counts(call: Call) -> dict[str, int]:
 
 
 @needs_race
-@pytest.mark.parametrize("call", parameters(CALLS, KERNELS))
+@pytest.mark.parametrize("call", fp16_later(CALLS, KERNELS))
 def test_moves_exactly_its_floor(call: Call) -> None:
     """q once, the keys that a query tile sees, no bank conflict, whole sectors."""
     harness = runtime.load("race")

@@ -36,8 +36,8 @@ from tests.attention_calls import (
     MEDIUM,
     RNG,
     TEAM_WARPS,
-    parameters,
 )
+from tests.gpu import fp16_later
 from tests.simt import backend as simt
 from tests.simt import mutants, runtime
 
@@ -59,7 +59,7 @@ def _run(harness: runtime.Harness, data: Data) -> Sequence[Tensor]:
     return results
 
 
-@pytest.mark.parametrize("call", parameters(CALLS, KERNELS))
+@pytest.mark.parametrize("call", fp16_later(CALLS, KERNELS))
 def test_every_schedule_gives_the_right_bits(call: Call, harness: runtime.Harness) -> None:
     data = Data.of(call)
     results = {}

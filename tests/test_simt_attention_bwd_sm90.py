@@ -29,7 +29,8 @@ from tests.attention_bwd_hopper_calls import (
     WIDE,
     operands_of_group,
 )
-from tests.attention_calls import BF16, DTYPES, parameters
+from tests.attention_calls import BF16, DTYPES
+from tests.gpu import fp16_later
 from tests.simt import backend as simt
 from tests.simt import mutants, runtime
 
@@ -83,7 +84,7 @@ def test_every_schedule_gives_the_right_numbers(call: Call, harness: runtime.Har
 
 
 @pytest.mark.parametrize(
-    "call", parameters((c for c in HOPPER_CALLS if c not in FEW), INSTANTIATIONS)
+    "call", fp16_later((c for c in HOPPER_CALLS if c not in FEW), INSTANTIATIONS)
 )
 def test_one_schedule_gives_the_right_numbers(call: Call, harness: runtime.Harness) -> None:
     _check(harness, call, (11,))

@@ -19,8 +19,9 @@ from fused_lm.reference import attention as reference
 from fused_lm.tolerance import check_close
 from tests import test_simt_attention_extremes as extremes
 from tests.attention_bwd_calls import Call as BackwardCall
-from tests.attention_calls import BF16, DTYPES, Call, data_of, in_fp64, parameters
+from tests.attention_calls import BF16, DTYPES, Call, data_of, in_fp64
 from tests.attention_hopper_calls import HEAD_DIMS, HOPPER_CALLS, INSTANTIATIONS, SMALL_CALLS
+from tests.gpu import fp16_later
 from tests.simt import backend as simt
 from tests.simt import mutants, runtime
 
@@ -72,7 +73,7 @@ def test_every_schedule_gives_the_right_bits(call: Call, harness: runtime.Harnes
 
 
 @pytest.mark.parametrize(
-    "call", parameters((c for c in HOPPER_CALLS if c not in FEW), INSTANTIATIONS)
+    "call", fp16_later((c for c in HOPPER_CALLS if c not in FEW), INSTANTIATIONS)
 )
 def test_one_schedule_gives_the_right_numbers(call: Call, harness: runtime.Harness) -> None:
     _check(harness, call, (11,))
@@ -188,7 +189,7 @@ PLAIN = [call for call in HOPPER_CALLS if not call.general]
 
 
 @needs_race
-@pytest.mark.parametrize("call", parameters(PLAIN, INSTANTIATIONS))
+@pytest.mark.parametrize("call", fp16_later(PLAIN, INSTANTIATIONS))
 def test_moves_exactly_its_floor(call: Call) -> None:
     """q once, the keys that a query tile sees, out and lse once; the products of whole tiles, which
     read k, v and q where wgmma reads them; no bank conflict.

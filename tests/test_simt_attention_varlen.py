@@ -16,7 +16,6 @@ from torch import Tensor
 from build_tools.cubin import short_name
 from fused_lm.reference import attention_varlen as reference
 from fused_lm.tolerance import check_close
-from tests.attention_calls import parameters
 from tests.attention_varlen_calls import (
     BF16,
     CALLS,
@@ -33,6 +32,7 @@ from tests.attention_varlen_calls import (
     span_of,
     visible,
 )
+from tests.gpu import fp16_later
 from tests.simt import backend as simt
 from tests.simt import mutants, runtime
 
@@ -57,7 +57,7 @@ def _run(harness: runtime.Harness, data: tuple[Any, ...]) -> tuple[Tensor, Tenso
     return out, lse
 
 
-@pytest.mark.parametrize("call", parameters(CALLS, KERNELS))
+@pytest.mark.parametrize("call", fp16_later(CALLS, KERNELS))
 def test_every_schedule_gives_the_right_bits(call: Call, harness: runtime.Harness) -> None:
     data = data_of(call)
     results = []

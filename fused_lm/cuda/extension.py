@@ -90,6 +90,25 @@ def refusal_on(kind: str, index: int | None) -> str | None:
 refusal_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def is_hopper(t: Tensor) -> bool:
+    """Whether the GPU of ``t`` runs what is built for sm_90a."""
+    index = t.device.index
+    return _runs_sm90(torch.cuda.current_device() if index is None else index)
+
+
+def _runs_sm90(index: int) -> bool:
+    return _target_of(index) == "sm_90"
+
+
+# torch.compile takes the answer as a constant.
+_runs_sm90._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _target_of(index: int) -> str | None:
+    return target_for(torch.cuda.get_device_capability(index))
+
+
 @functools.cache
 def _cached_refusal(kind: str, index: int | None) -> str | None:
     if torch.version.hip is not None:

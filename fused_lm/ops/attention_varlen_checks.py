@@ -4,7 +4,6 @@ bounds; what each backend refuses.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -140,8 +139,7 @@ def cuda_limit(call: AttentionVarlenCall) -> str | None:
 
 def one_kernel_refuses(call: AttentionVarlenCall) -> str | None:
     """Why a call that the CUDA kernels can run is no single one: then it is one per sequence."""
-    index = call.q.device.index
-    if call.q.is_cuda and not _has_kernel(torch.cuda.current_device() if index is None else index):
+    if call.q.is_cuda and not extension.is_hopper(call.q):
         return "the kernel for all sequences is built for Hopper (sm_90a) alone"
     for bounds in (call.cu_seqlens_q, call.cu_seqlens_k):
         if bounds.device != call.q.device:
@@ -152,19 +150,6 @@ def one_kernel_refuses(call: AttentionVarlenCall) -> str | None:
     if call.k.shape[1] == 0 or tiles * call.q.shape[1] > CUDA_TILES:
         return "the kernel takes a head or more, and up to 2^30 tiles of 128 queries"
     return None
-
-
-def _has_kernel(index: int) -> bool:
-    """Whether a GPU runs what is built for sm_90a."""
-    return _target_of(index) == "sm_90"
-
-
-@functools.cache
-def _target_of(index: int) -> str | None:
-    return extension.target_for(torch.cuda.get_device_capability(index))
-
-
-_has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _cuda_refuses(call: AttentionVarlenCall) -> str | None:

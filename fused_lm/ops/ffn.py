@@ -44,8 +44,9 @@ def ffn(
             geglu_tanh: ``act(gate) * value``.
         transposed: Weights are [C, F] and [F, C2], as GPT-2's Conv1D keeps them.
         recompute: Drop the activation and make it again from the pre-activation in the epilogue of
-            a backward product: F elements a row less, one store more, the same numbers. PyTorch's
-            backend keeps what PyTorch keeps.
+            a backward product: F elements a row less, one store more, the same numbers. On
+            cuda PyTorch makes it again in a pass of its own, and W2's gradient may differ in its
+            last bits. PyTorch's backend keeps what PyTorch keeps.
         up_weight_grad, down_weight_grad, x_norm: As ``weight_grad`` and ``x_norm`` of
             :func:`fused_lm.linear_act`.
     Returns:

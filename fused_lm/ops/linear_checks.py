@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -196,28 +195,10 @@ def cuda_limit(call: Any) -> str | None:
 
 
 def _cuda_refuses(call: Any) -> str | None:
-    return cuda_limit(call) or extension.refusal(call.x) or _hopper_refusal(call.x)
-
-
-def _hopper_refusal(x: Tensor) -> str | None:
-    index = x.device.index
-    if _has_kernel(torch.cuda.current_device() if index is None else index):
-        return None
-    return "the CUDA kernels of linear layers are built for Hopper (sm_90a) alone"
-
-
-@functools.cache
-def _target_of(index: int) -> str | None:
-    return extension.target_for(torch.cuda.get_device_capability(index))
-
-
-def _has_kernel(index: int) -> bool:
-    """Whether a GPU runs what is built for sm_90a."""
-    return _target_of(index) == "sm_90"
-
-
-# torch.compile takes the answer as a constant.
-_has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    refused = cuda_limit(call) or extension.refusal(call.x)
+    if refused is None and not extension.is_hopper(call.x):
+        return "the CUDA kernels of linear layers are built for Hopper (sm_90a) alone"
+    return refused
 
 
 def _triton_refuses(call: Any) -> str | None:
