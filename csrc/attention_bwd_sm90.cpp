@@ -2,6 +2,8 @@
 // attention_bwd.cpp, whose code is part of what the forward's hardware record speaks for.
 #include "attention_bwd_sm90_ops.h"
 
+#include <algorithm>
+
 #include "attention_params.h"
 #include "common/device.h"
 #include "kernels/attention_bwd_hopper.h"
@@ -16,6 +18,25 @@ void check_like_out(const Tensor& t, const Tensor& q, int64_t Dv, const char* na
   STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == q.size(0) && t.size(1) == q.size(1) &&
                       t.size(2) == q.size(2) && t.size(3) == Dv,
                   name, " must be [B, H, T, Dv]");
+}
+
+// Of the sums of dq; 0 if blocks add in any order, or where the two passes are for those who won't.
+int chosen_slots(int64_t given, const AttentionShape& shape, int device_index) {
+  STD_TORCH_CHECK(given >= kSlotsByTuning && given <= INT32_MAX,
+                  "dq_slots must be a number of slots, 0 or ", kSlotsByTuning, ", got ", given);
+  if (given != kSlotsByTuning) return static_cast<int>(given);
+  return hopper_backward_slots(hopper_backward_work(shape), multiprocessors(device_index));
+}
+
+// dq, dk and dv.
+void one_pass(const AttentionBackwardParams& params, const Tensor& q, int slots, Stream stream) {
+  const HopperBackwardSizes sizes = hopper_backward_sizes(params.shape);
+  const Tensor numbers = empty_vector(q, sizes.numbers, ScalarType::Float);
+  const Tensor dq_sums = empty_vector(q, std::max(slots, 1) * sizes.dq_sums, ScalarType::Float);
+  const HopperBackwardRoom room{static_cast<float*>(numbers.mutable_data_ptr()),
+                                static_cast<float*>(dq_sums.mutable_data_ptr()), slots};
+  raise_if_failed(is_bf16(q) ? attention_backward_sm90_bf16(params, room, stream)
+                             : attention_backward_sm90_fp16(params, room, stream));
 }
 
 // The bias gradient has a pass of its own, from delta as attention_bwd_delta makes it.
@@ -51,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_sm90(
     const Tensor& given_k, const Tensor& given_v, const Tensor& given_out, const Tensor& given_lse,
     const OptionalTensor& mask, const OptionalTensor& key_mask, const OptionalTensor& bias,
     const OptionalTensor& given_rng, std::optional<int64_t> lower, std::optional<int64_t> upper,
-    double scale, double softcap, double dropout_p, bool needs_dbias) {
+    double scale, double softcap, double dropout_p, bool needs_dbias, int64_t given_slots) {
   const auto for_every_gpu = [&] {
     return attention_bwd(given_dout, dlse, given_q, given_k, given_v, given_out, given_lse, mask,
                          key_mask, bias, given_rng, lower, upper, scale, softcap, dropout_p,
@@ -80,6 +101,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_sm90(
   params.v_strides = head_strides(v), params.dv_strides = head_strides(dv);
   params.out_strides = head_strides(out), params.dout_strides = head_strides(dout);
   if (!attention_backward_sm90_takes(params)) return for_every_gpu();
+  const int slots = chosen_slots(given_slots, shape, device_index);
+  if (slots == 0 && given_slots != 0) return for_every_gpu();
   const Tensor lse = torch::stable::contiguous(given_lse);
   const OptionalTensor rng = contiguous(given_rng);
   params.q = halves(q), params.dq = mutable_halves(dq);
@@ -91,15 +114,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd_sm90(
   params.lse = static_cast<const float*>(lse.const_data_ptr());
   params.dropout = dropout_params(rng, dropout_p);
 
-  const HopperBackwardSizes sizes = hopper_backward_sizes(shape);
-  const Tensor numbers = empty_vector(given_q, sizes.numbers, ScalarType::Float);
-  const Tensor dq_sums = empty_vector(given_q, sizes.dq_sums, ScalarType::Float);
-  const HopperBackwardRoom room{static_cast<float*>(numbers.mutable_data_ptr()),
-                                static_cast<float*>(dq_sums.mutable_data_ptr())};
   const DeviceScope scope(device_index);
   const Stream stream = current_stream(device_index);
-  raise_if_failed(is_bf16(given_q) ? attention_backward_sm90_bf16(params, room, stream)
-                                   : attention_backward_sm90_fp16(params, room, stream));
+  one_pass(params, given_q, slots, stream);
   const bool makes_dbias = needs_dbias && bias;
   const Tensor dbias = makes_dbias ? torch::stable::new_empty(*bias, bias->sizes())
                                    : empty_vector(given_q, 0, given_q.scalar_type());

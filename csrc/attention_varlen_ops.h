@@ -19,4 +19,11 @@ std::tuple<Tensor, Tensor> attention_varlen_fwd(const Tensor& q, const Tensor& k
                                                 std::optional<int64_t> upper, bool aligned_at_end,
                                                 double scale, double softcap);
 
+// dq, dk and dv, contiguous; the last bits of dq differ from run to run.
+std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(
+    const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k,
+    const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& cu_seqlens_q,
+    const Tensor& cu_seqlens_k, std::optional<int64_t> lower, std::optional<int64_t> upper,
+    bool aligned_at_end, double scale, double softcap);
+
 }  // namespace fused_lm

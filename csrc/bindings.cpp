@@ -17,6 +17,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_lm, CUDA, m) {
   m.impl("cuda_attention_weights_fwd", TORCH_BOX(&fused_lm::attention_weights_fwd));
   m.impl("cuda_attention_decode_fwd", TORCH_BOX(&fused_lm::attention_decode_fwd));
   m.impl("cuda_attention_varlen_fwd", TORCH_BOX(&fused_lm::attention_varlen_fwd));
+  m.impl("cuda_attention_varlen_bwd", TORCH_BOX(&fused_lm::attention_varlen_bwd));
   m.impl("cuda_cross_entropy_fwd", TORCH_BOX(&fused_lm::cross_entropy_fwd));
   m.impl("cuda_cross_entropy_bwd", TORCH_BOX(&fused_lm::cross_entropy_bwd));
   m.impl("cuda_cross_entropy_bwd_in_place", TORCH_BOX(&fused_lm::cross_entropy_bwd_in_place));

@@ -58,7 +58,7 @@ HOPPER_CALLS = [
     Call("full tiles alone", 256, 256, 128, H=1, dlse=False),
     Call("one query", 1, 300, 128, B=2),
     Call("one key", 300, 1, 64),
-    Call("heads of a group", 200, 300, 128, B=2, H=6, group=3, upper=100),
+    Call("heads of a group", 200, 300, 128, H=6, group=3, upper=100),
     Call("heads of a group, 64 columns", 200, 300, 64, H=4, group=4),
     Call("narrower v", 140, 200, 128, 72),
     Call("wider v", 140, 200, 40, 128, F16),

@@ -223,14 +223,16 @@ def test_doctor_shows_the_extension(
     assert "the CUDA extension was built for another version of this source" in found
 
 
-def test_equal_bits_have_the_other_backward_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hopper's adds up dq in any order."""
-    called: list[str] = []
-    monkeypatch.setattr(extension, "op", lambda name: lambda *arguments: called.append(name))
+def test_who_wants_equal_bits_gets_ordered_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[tuple[str, int]] = []
+    monkeypatch.setattr(
+        extension, "op", lambda name: lambda *arguments: called.append((name, arguments[-1]))
+    )
     names = inspect.signature(cuda_attention.attention_backward).parameters
     for asked in (False, True):
         monkeypatch.setattr(
             torch, "are_deterministic_algorithms_enabled", lambda asked=asked: asked
         )
         cuda_attention.attention_backward(*names)  # type: ignore[arg-type]
-    assert called == ["attention_bwd_sm90", "attention_bwd"]
+    orders = (cuda_attention.IN_ANY_ORDER, cuda_attention.IN_ORDER)
+    assert called == [("attention_bwd_sm90", order) for order in orders]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_lm.cuda.attention import IN_ANY_ORDER, IN_ORDER
 from fused_lm.reference import attention as reference
 from fused_lm.reference import attention_decode as decode_reference
 from fused_lm.reference import attention_varlen as varlen_reference
@@ -23,6 +24,7 @@ from fused_lm.tolerance import check_close
 from tests import attention_bwd_calls as backward_calls
 from tests import attention_calls, gpu
 from tests import attention_decode_calls as decode_calls
+from tests import attention_varlen_bwd_calls as varlen_backward_calls
 from tests import attention_varlen_calls as varlen_calls
 from tests import linear_act_hopper_calls as linear_calls
 from tests import test_simt_attention_extremes as extremes
@@ -82,12 +84,21 @@ def test_attention_backward(call: backward_calls.Call) -> None:
 def test_attention_backward_in_any_order(call: backward_calls.Call) -> None:
     """On a Hopper dq's last bits may differ from run to run, the others' not."""
     data = backward_calls.Data.of(call)
-    runs = [gpu.call("attention_bwd_sm90", *data.arguments) for _ in range(REPEATS)]
+    runs = [gpu.call("attention_bwd_sm90", *data.arguments, IN_ANY_ORDER) for _ in range(REPEATS)]
     for results in runs:
         for i, name in enumerate(("dq", "dk", "dv", "dbias")):
             check_close(results[i], data.same[i], data.exact[i], name)
             assert results[i].stride() == data.same[i].stride()
             assert i == 0 or same_bits(results[i], runs[0][i]), f"two runs differ in {name}"
+
+
+@pytest.mark.parametrize("slots", [IN_ORDER, 1, 3])
+@pytest.mark.parametrize("call", _own(HOPPER_BACKWARD_CALLS), ids=_ids)
+def test_attention_backward_in_order(call: backward_calls.Call, slots: int) -> None:
+    data = backward_calls.Data.of(call)
+    results = _repeated(lambda: gpu.call("attention_bwd_sm90", *data.arguments, slots))
+    for i, name in enumerate(("dq", "dk", "dv", "dbias")):
+        check_close(results[i], data.same[i], data.exact[i], name)
 
 
 @pytest.mark.parametrize("call", weights.CALLS, ids=_ids)
@@ -116,6 +127,18 @@ def test_attention_varlen(call: varlen_calls.Call) -> None:
     exact = varlen_calls.formula(*data)
     for i, name in enumerate(("out", "lse")):
         check_close(results[i], same[i], exact[i], name)
+
+
+@pytest.mark.skipif(not gpu.is_hopper(), reason="the kernels are for Hopper")
+@pytest.mark.parametrize("call", varlen_backward_calls.CALLS, ids=_ids)
+def test_attention_varlen_backward(call: varlen_calls.Call) -> None:
+    """dq's last bits may differ from run to run, the others' not."""
+    data = varlen_backward_calls.Data.of(call)
+    runs = [gpu.call("attention_varlen_bwd", *data.arguments) for _ in range(REPEATS)]
+    for results in runs:
+        for i, name in enumerate(("dq", "dk", "dv")):
+            check_close(results[i], data.same[i], data.exact[i], name)
+            assert i == 0 or same_bits(results[i], runs[0][i]), f"two runs differ in {name}"
 
 
 @pytest.mark.skipif(not gpu.is_hopper(), reason="the kernels are for Hopper")

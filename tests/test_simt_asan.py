@@ -41,6 +41,11 @@ OPERATORS = {
     ),
     "attention, Hopper": (120, ["tests/test_simt_attention_sm90.py"]),
     "attention, Hopper's backward": (60, ["tests/test_simt_attention_bwd_sm90.py"]),
+    "attention, packed, backward": (50, ["tests/test_simt_attention_varlen_bwd.py"]),
+    "linear layers": (
+        100,
+        ["tests/test_linear_act.py", "tests/test_ffn.py", "tests/test_simt_linear_act.py"],
+    ),
 }
 """How many tests run at least, and of which files."""
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from build_tools.cubin import short_name
+from fused_lm.cuda.attention import IN_ANY_ORDER, IN_ORDER
 from fused_lm.reference import attention as reference
 from fused_lm.tolerance import check_close
 from tests import test_simt_attention_extremes as extremes
@@ -49,16 +51,21 @@ HUGE_BYTES = 16
 class HopperBackward:
     """A harness on which the kernels for sm_90a run, both ways."""
 
-    def __init__(self, harness: runtime.Harness) -> None:
+    def __init__(self, harness: runtime.Harness, dq_slots: int = IN_ANY_ORDER) -> None:
         self.harness = harness
+        self.dq_slots = dq_slots
 
     def call(self, op: str, *arguments: Any) -> Any:
+        if op == "attention_bwd":
+            op, arguments = "attention_bwd_sm90", (*arguments, self.dq_slots)
         with self.harness.choosing(**HOPPER):
-            return self.harness.call(op.replace("_bwd", "_bwd_sm90"), *arguments)
+            return self.harness.call(op, *arguments)
 
 
-def _run(harness: runtime.Harness, data: Data) -> Sequence[Tensor]:
-    results: Sequence[Tensor] = HopperBackward(harness).call("attention_bwd", *data.arguments)
+def _run(harness: runtime.Harness, data: Data, dq_slots: int = IN_ANY_ORDER) -> Sequence[Tensor]:
+    results: Sequence[Tensor] = HopperBackward(harness, dq_slots).call(
+        "attention_bwd", *data.arguments
+    )
     return results
 
 
@@ -88,6 +95,102 @@ def test_every_schedule_gives_the_right_numbers(call: Call, harness: runtime.Har
 )
 def test_one_schedule_gives_the_right_numbers(call: Call, harness: runtime.Harness) -> None:
     _check(harness, call, (11,))
+
+
+ORDERED = [
+    (Call("several tiles of keys", 200, 500, 128, H=2, group=2, upper=330), 3),
+    (Call("a launch for each tile", 200, 300, 64, H=1, softcap=4.0, dropout_p=0.2), 1),
+    (Call("causal of 64 columns", 400, 400, 64, B=2, H=1, upper=0), 2),
+    (Call("of 96 columns", 200, 500, 96, H=1), 1),
+    (Call("wide", 200, 230, 256, H=1, upper=100), 3),
+]
+"""With how many slots: launches of a tile of keys each, and launches whose last is not whole."""
+SEEDS = (0, 11, 22)
+
+
+@needs_race  # which runs blocks in any order
+@pytest.mark.parametrize(
+    ("call", "slots"),
+    [
+        pytest.param(*each, id=each[0].why, marks=[pytest.mark.slow] if i != 1 else [])
+        for i, each in enumerate(ORDERED)
+    ],
+)
+def test_ordered_sums_have_the_same_bits(call: Call, slots: int) -> None:
+    """In every order of blocks and copies."""
+    data = Data.of(call)
+    results = _in_every_order(data, slots)
+    for i, name in enumerate(("dq", "dk", "dv", "dbias")):
+        check_close(results[0][i], data.same[i], data.exact[i], name)
+        assert all(torch.equal(results[0][i], other[i]) for other in results), name
+
+
+def _in_every_order(data: Data, slots: int) -> list[Sequence[Tensor]]:
+    harness, results = runtime.load("race"), []
+    for seed in SEEDS:
+        harness.configure(runtime.Schedule.of_seed(seed))
+        results.append(_run(harness, data, slots))
+    return results
+
+
+@needs_race
+def test_an_order_that_shows_in_the_bits() -> None:
+    """Of three tiles of keys two cancel, and are so large that what is left of the third depends on
+    when it was added: in any order it differs, in theirs never.
+    """
+    q, k, v, dout = (torch.randn(1, 1, rows, 64).to(BF16) for rows in (64, 300, 300, 64))
+    q.zero_()
+    k[..., :128, :] *= 2.0**18
+    k[..., 128:256, :], v[..., 128:256, :] = -k[..., :128, :], v[..., :128, :]
+    score = (None, None, None, None, None, None, 0.1, 0.0, 0.0)
+    out, lse = reference.attention_forward(q, k, v, *score)
+    data = Data((dout, None, q, k, v, out, lse, *score, False), (), (), 0)
+    for slots in (1, 2, 3):
+        first, *others = (results[0] for results in _in_every_order(data, slots))
+        assert all(torch.equal(first, other) for other in others)
+    first, *others = (results[0] for results in _in_every_order(data, IN_ANY_ORDER))
+    assert not all(torch.equal(first, other) for other in others)
+
+
+@needs_race
+def test_who_leaves_the_slots_to_the_tuning_gets_equal_bits() -> None:
+    harness, data = runtime.load("race"), Data.of(Call("three tiles of keys", 70, 300, 64, H=1))
+    results = []
+    for seed in SEEDS:
+        harness.configure(runtime.Schedule.of_seed(seed))
+        results.append(_run(harness, data, IN_ORDER))
+    for i, name in enumerate(("dq", "dk", "dv")):
+        check_close(results[0][i], data.same[i], data.exact[i], name)
+        assert all(torch.equal(results[0][i], other[i]) for other in results), name
+    with pytest.raises(RuntimeError, match="dq_slots must be"):
+        _run(harness, data, -2)
+
+
+H200 = 132
+TRAINING = [
+    (tokens // T, width // D, T, D)
+    for D, width in ((64, 2048), (128, 2048), (256, 2048))
+    for tokens in (16384, 32768)
+    for T in (1024, 2048, 4096, 8192, 16384)
+]
+
+
+@pytest.mark.parametrize("B, H, T, D", TRAINING)
+def test_ordered_sums_cost_a_tenth_at_most_by_arithmetic(B: int, H: int, T: int, D: int) -> None:
+    """Of all of the backward, at the sizes of the benchmarks; above 128 columns a fifth, since
+    half the columns of a width are half the heads, which need twice the slots.
+    """
+    found = runtime.load(runtime.ONE).module.attention_bwd_slots_sm90([B, H, 1, T, T, D, D], H200)
+    assert found["slots"] > 0
+    assert found["clocks"] <= (1.1 if D <= 128 else 1.2) * found["in_any_order"]
+    assert found["bytes"] <= 3 << 30
+
+
+def test_without_room_for_slots_the_two_passes_run() -> None:
+    found = runtime.load(runtime.ONE).module.attention_bwd_slots_sm90(
+        [1, 32, 4, 65536, 65536, 128, 128], H200
+    )
+    assert found["slots"] == 0
 
 
 @pytest.mark.slow
@@ -164,12 +267,21 @@ def _tiles(call: Call, block_t: int, block_s: int) -> list[tuple[int, list[int]]
 
 
 @needs_race
+def test_slots_are_written_and_read_once_more() -> None:
+    _check_floor(Call("three tiles of keys", 70, 300, 64, H=1), 2)
+
+
+@needs_race
 @pytest.mark.parametrize("call", PLAIN)
 def test_moves_exactly_its_floor(call: Call) -> None:
     """By the formulas at the top of the kernels."""
+    _check_floor(call, IN_ANY_ORDER)
+
+
+def _check_floor(call: Call, slots: int) -> None:
     harness = runtime.load("race")
     with harness.counting(**HOPPER) as counts:
-        harness.call("attention_bwd_sm90", *Data.of(call).arguments)
+        harness.call("attention_bwd_sm90", *Data.of(call).arguments, slots)
     D = next(dim for dim in HEAD_DIMS if dim >= max(call.D, call.values))
     tuning = harness.module.attention_bwd_tuning_sm90(D, False)
     block_t, block_s, columns = tuning["block_t"], tuning["block_s"], 2 * (call.D + call.values)
@@ -182,9 +294,10 @@ def test_moves_exactly_its_floor(call: Call) -> None:
     heads, groups = call.B * call.H, call.B * call.H // call.group
     rows, padded = heads * call.T, heads * -(-call.T // block_t) * block_t
     prepared = rows * (4 * call.values + ROW_LANES * (4 + 4 * call.dlse))
-    assert counts["global_read_bytes"] == prepared + groups * (loaded + added) + padded * 4 * D
+    sums = max(slots, 1) * padded * 4 * D
+    assert counts["global_read_bytes"] == prepared + groups * (loaded + added) + sums
     huge = heads * -(-call.T // block_t) * HUGE_BYTES
-    written = padded * (8 + 4 * D) + huge + rows * 2 * call.D + groups * call.S * columns
+    written = padded * 8 + sums + huge + rows * 2 * call.D + groups * call.S * columns
     assert counts["global_write_bytes"] == written + groups * added
     dims = 4 * D + -(-D // GROUP_ROWS) * GROUP_ROWS
     assert counts["wgmma_flops"] == groups * products * 2 * block_t * block_s * dims
@@ -206,6 +319,6 @@ def test_every_instantiation_runs() -> None:
     assert tuple(harness.module.HOPPER_BACKWARD_HEAD_DIMS) == HEAD_DIMS
     harness.configure()
     for call in INSTANTIATIONS:
-        _run(harness, Data.of(call))
+        _run(harness, Data.of(replace(call, T=1, S=1)))
     ran = {short_name(name) for name in harness.module.kernels_run()}
     assert not compiled - ran, f"no call of INSTANTIATIONS reaches {sorted(compiled - ran)}"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,6 @@ def test_every_instantiation_runs() -> None:
     assert tuple(harness.module.HOPPER_HEAD_DIMS) == HEAD_DIMS
     harness.configure()
     for call in INSTANTIATIONS:
-        _run(harness, data_of(call))
+        _run(harness, data_of(replace(call, T=1, S=1)))
     ran = {short_name(name) for name in harness.module.kernels_run()}
     assert not compiled - ran, f"no call of INSTANTIATIONS reaches {sorted(compiled - ran)}"

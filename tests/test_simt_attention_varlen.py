@@ -5,6 +5,7 @@ sequence, bytes moved, and every synchronisation dropped in turn.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -286,7 +287,7 @@ def test_every_instantiation_runs() -> None:
     assert tuple(harness.module.HOPPER_HEAD_DIMS) == HEAD_DIMS
     harness.configure()
     for call in KERNELS:
-        _run(harness, data_of(call))
+        _run(harness, data_of(replace(call, T=(1,), S=(1,))))
     ran = {short_name(name) for name in harness.module.kernels_run()}
     assert not compiled - ran, f"no call of KERNELS reaches {sorted(compiled - ran)}"
 

@@ -24,37 +24,40 @@ from tests.simt import build, runtime
 pytestmark = pytest.mark.slow  # what is compiled holds until the code changes, see tests/golden
 WARPS = 4
 MOST_INSTRUCTIONS = {
-    (64, False): 648,
-    (96, False): 540,
-    (128, False): 456,
-    (64, True): 568,
-    (96, True): 548,
-    (128, True): 588,
-    (192, False): 588,
-    (192, True): 726,
-    (256, False): 604,
-    (256, True): 730,
+    (64, False): 620,
+    (96, False): 516,
+    (128, False): 440,
+    (64, True): 552,
+    (96, True): 520,
+    (128, True): 552,
+    (192, False): 580,
+    (192, True): 696,
+    (256, False): 600,
+    (256, True): 712,
 }
-"""Of one tile of queries, by head dim and whether scores are general."""
+"""Of one tile of queries, by head dim and whether scores are general; of packed sequences too."""
 SHARED_SHARE = {64: 0.76, 96: 1.0, 128: 0.79, 192: 0.89, 256: 0.93}
 """Of the time that shared memory needs, the least part that the tensor cores need."""
 MAIN = ("attention_bwd_sm90", "attention_bwd_wide_sm90")
+PACKED = ("attention_varlen_bwd_sm90",)
+MOVED_DESCRIPTORS = {MAIN: 1, PACKED: 3}
+"""Most moves to uniform registers in a tile; each product had one, unless it knew better."""
 
 
 @functools.cache
-def _kernels() -> dict[tuple[int, bool], Kernel]:
+def _kernels(units: tuple[str, ...] = MAIN) -> dict[tuple[int, bool], Kernel]:
     try:
         toolkit = toolchain.find_toolkit()
     except toolchain.Missing as error:
         pytest.skip(str(error))
-    sources = [compiled.KERNELS / f"{name}_bf16.cu" for name in MAIN]
+    sources = [compiled.KERNELS / f"{name}_bf16.cu" for name in units]
     results = [compiled.compiled(toolkit, source, "90a") for source in sources]
     found = {}
     for kernel in [kernel for result in results for kernel in result.kernels]:
         if kernel.sass is None:
             pytest.skip("no cuobjdump, neither nvcc's nor Triton's")
         name, parameters = kernel.name.split("<")
-        if name.endswith(MAIN):
+        if name.endswith(units):
             _, head_dim, general = parameters[:-1].split(", ")
             found[int(head_dim), general == "true"] = kernel
     return found
@@ -69,20 +72,21 @@ def _main_loop(kernel: Kernel) -> list[Instruction]:
     return min((way for way in ways if any(i.base == "HGMMA" for i in way)), key=len)
 
 
+@pytest.mark.parametrize("units", [MAIN, PACKED], ids=["one length", "packed"])
 @pytest.mark.parametrize("general", [False, True])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_the_main_loop(head_dim: int, general: bool) -> None:
+def test_the_main_loop(head_dim: int, general: bool, units: tuple[str, ...]) -> None:
     """As many products and exponentials as there must be, no descriptor that is moved to a uniform
     register for each product, and in the plain kernels all exponentials beside dP.
     """
-    code = _main_loop(_kernels()[head_dim, general])
+    code = _main_loop(_kernels(units)[head_dim, general])
     tuning = _tuning(head_dim, general)
     block_t, block_s = tuning["block_t"], tuning["block_s"]
     dq = GROUPS * block_s if head_dim > WIDE else block_s
     assert sum(i.base == "HGMMA" for i in code) == (2 * head_dim + 2 * block_t + dq) // 16
     exponentials = [at for at, i in enumerate(code) if i.opcode.startswith("MUFU.EX2")]
     assert len(exponentials) == block_t * block_s // (GROUPS * WARPS * 32)
-    assert sum(i.base == "R2UR" for i in code) <= 1
+    assert sum(i.base == "R2UR" for i in code) <= MOVED_DESCRIPTORS[units]
     assert len(code) <= MOST_INSTRUCTIONS[head_dim, general]
     if not general:
         waits = [at for at, i in enumerate(code) if i.opcode.startswith("WARPGROUP.DEPBAR")]
@@ -129,7 +133,7 @@ def test_registers_move_between_the_groups() -> None:
     """ptxas ignores setmaxnreg with no more than a remark where it doesn't know the launch; and a
     block gets no more than it was launched with.
     """
-    for kernel in _kernels().values():
+    for kernel in [*_kernels().values(), *_kernels(PACKED).values()]:
         moves = [line for line in kernel.sass or () if "USETMAXREG" in line]
         assert len(moves) == 2, moves
         counts = [int(move.split(", ")[-1].split()[-1], 16) for move in moves if ", " in move]

@@ -43,10 +43,12 @@ __device__ __forceinline__ void issue_dq(DqTile<C>& dq, uint64_t k, uint64_t ds)
 template <class C>
 struct Consumer {
   typename C::SharedStorage& smem;
-  const HopperBackwardParams& hopper;
+  const typename C::Params& told;
   const QueryWalk<C>& walk;
   int group;
 
+  // One sequence's where they lie packed, made anew each time: what is kept costs registers.
+  __device__ __forceinline__ decltype(auto) params() const { return C::params(told, smem); }
   __device__ __forceinline__ uint64_t own_keys() const {
     return smem.k.k_major(group * kGroupKeys);
   }
@@ -77,7 +79,7 @@ struct Consumer {
   __device__ __forceinline__ ScoreTile<true> tile(int head, int t_first) const {
     const FragmentLane at = fragment_lane(ptx::lane_index());
     const int row = group * kGroupKeys + group_thread() / kWarpSize * kMmaRows + at.row;
-    const AttentionShape& shape = hopper.p.shape;
+    const AttentionShape& shape = params().shape;
     return {t_first + at.column, walk.s_first + row, shape.T, shape.S, walk.batch, head};
   }
   static __device__ __forceinline__ const float* numbers(const float* sNumbers) { return sNumbers; }
@@ -89,8 +91,9 @@ __device__ __forceinline__ void store_gradients(typename C::Gradients& sDs, cons
                                                 int group) {
   const int thread = group_thread(), lane = thread % kWarpSize;
   const int query = lane % 8 + lane / 16 * 8;
-  const int chunk = (group * kGroupKeys + thread / kWarpSize * kMmaRows) / kChunkElements;
-  uint4* sRow = sDs.at(query, chunk + lane / 8 % 2);
+  const int chunk = thread / kWarpSize * (kMmaRows / kChunkElements) + lane / 8 % 2;
+  static_assert(C::Gradients::kSlabColumns == kGroupKeys);
+  uint4* sRow = sDs.at(query, chunk) + group * (C::Gradients::kSlabBytes / sizeof(uint4));
 #pragma unroll
   for (int step = 0; step < C::kSteps; ++step) {
     ptx::stmatrix_x4_trans(sRow + step * kProductDepth * C::Gradients::kSlabChunks, ds[step]);
@@ -117,7 +120,7 @@ __device__ __forceinline__ void add_dq(const Consumer<C>& own, const DqTile<C>& 
     release(&barriers.dq_full[own.group]);
   } else {
     if (!C::has_dq(own.group, thread)) return;
-    float* gSums = dq_sums<C>(own.hopper, own.walk, head, t_first, own.group) + thread * kFragment;
+    float* gSums = dq_sums<C>(own.told, own.walk, head, t_first, own.group) + thread * kFragment;
 #pragma unroll
     for (int i = 0; i < C::kDq; ++i) ptx::add_quad(gSums + i * C::kFragmentStride, dq[i]);
   }
@@ -130,7 +133,8 @@ __device__ __forceinline__ void send_rows(const ptx::TensorMap& map, const typen
   const int first = own.group * kGroupKeys;
   for (int slab = 0; slab < Tile::kSlabs && slab * Tile::kSlabColumns < columns; ++slab) {
     ptx::tma_store(map, &sRows.chunks[slab][first][0],
-                   {slab * Tile::kSlabColumns, own.walk.s_first + first, key_head, own.walk.batch});
+                   {slab * Tile::kSlabColumns, own.walk.first_key + own.walk.s_first + first,
+                    key_head, own.walk.batch});
   }
 }
 

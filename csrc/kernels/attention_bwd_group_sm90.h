@@ -64,9 +64,11 @@ __device__ __forceinline__ int consumer_group() {
   return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kGroupThreads, 0) - 1;
 }
 
-// A thread's number within its group, read anew: what is kept of it costs spills.
+// A thread's number within its group, read anew: what is kept of it costs spills. Divided as an
+// unsigned, so that the compiler knows it is none below 0, and needs one instruction for what is
+// made of it instead of four.
 __device__ __forceinline__ int group_thread() {
-  return static_cast<int>(ptx::thread_index()) % kGroupThreads;
+  return static_cast<int>(ptx::thread_index() % kGroupThreads);
 }
 
 // One arrival for the whole warp: what its lanes and, behind a wgmma_wait, its products have read
@@ -148,11 +150,12 @@ template <class C, class Consumer>
 __device__ __forceinline__ void plain_tile(const Consumer& own, Scores<C>& score, Scores<C>& dp,
                                            const float* sLse, const float* sDelta, int head,
                                            int t_first) {
-  const ScoreParams& how = own.hopper.p.score;
   ptx::wgmma_wait<1>();
   ptx::registers_fence(score[0]);
-  if (own.walk.edge(t_first)) hide_ends<C>(score, own.tile(head, t_first), how);
-  plain_probabilities<C>(score, own.numbers(sLse), sLse[C::kBlockT] != 0.0f, how);
+  if (own.walk.edge(t_first)) {
+    hide_ends<C>(score, own.tile(head, t_first), own.params().score);
+  }
+  plain_probabilities<C>(score, own.numbers(sLse), sLse[C::kBlockT] != 0.0f, own.params().score);
   // Without it ptxas waits for dP before the exponentials.
   pin<C>(&own.smem.pinned[threadIdx.x - kGroupThreads], score);
   ptx::wgmma_wait<0>();
@@ -166,7 +169,7 @@ template <class C, class Consumer>
 __device__ __forceinline__ void general_tile(const Consumer& own, Scores<C>& score, Scores<C>& dp,
                                              const float* sLse, const float* sDelta, int head,
                                              int t_first) {
-  const AttentionBackwardParams& p = own.hopper.p;
+  const AttentionBackwardParams& p = own.params();
   const auto tile = own.tile(head, t_first);
   const bool drops = p.dropout.rng != nullptr;
   ptx::wgmma_wait<0>();

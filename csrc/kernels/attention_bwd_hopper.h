@@ -4,6 +4,7 @@
 #include <initializer_list>
 
 #include "kernels/attention.h"
+#include "kernels/attention_bwd_order_sm90.h"
 #include "kernels/attention_bwd_tuning_sm90.h"
 
 namespace fused_lm {
@@ -11,7 +12,10 @@ namespace fused_lm {
 // Room that the launches share, 16-byte aligned; in use until the last has ended.
 struct HopperBackwardRoom {
   float* numbers;  // [B, H, tiles, 2 block_t + kHugeFloats]: of a tile lse, is huge, delta
-  float* dq_sums;  // [B, H, tiles, block_t head_dim]: in the order of attention_bwd_rows_sm90.h
+  float* dq_sums;  // [slots or 1, B, H, tiles, block_t head_dim], as attention_bwd_rows_sm90.h says
+  // 0: one launch for all keys, whose blocks add to the same sums of dq in any order. Otherwise
+  // launches of so many tiles of keys, one after the other, each tile with sums of its own.
+  int slots;
 };
 
 inline int hopper_backward_head_dim(const AttentionShape& shape) {
@@ -23,18 +27,38 @@ struct HopperBackwardSizes {
   int64_t numbers, dq_sums;
 };
 
-inline HopperBackwardSizes hopper_backward_sizes(const AttentionShape& shape) {
+// tiles_of(block_t): of queries, of all heads.
+template <class TilesOf>
+HopperBackwardSizes hopper_backward_sizes(const AttentionShape& shape, const TilesOf& tiles_of) {
   const int head_dim = hopper_backward_head_dim(shape);
   HopperBackwardSizes most{0, 0};
   for (const bool general : {false, true}) {
     const int block_t = attention_backward_tuning_sm90(head_dim, general).block_t;
-    const int64_t tiles = (int64_t{shape.T} + block_t - 1) / block_t * shape.B * shape.H;
+    const int64_t tiles = tiles_of(block_t);
     const int64_t numbers = tiles * (2 * block_t + kHugeFloats);
     const int64_t dq_sums = tiles * block_t * head_dim;
     most = {numbers > most.numbers ? numbers : most.numbers,
             dq_sums > most.dq_sums ? dq_sums : most.dq_sums};
   }
   return most;
+}
+
+inline HopperBackwardSizes hopper_backward_sizes(const AttentionShape& shape) {
+  return hopper_backward_sizes(shape, [&](int block_t) {
+    return (int64_t{shape.T} + block_t - 1) / block_t * shape.B * shape.H;
+  });
+}
+
+// What decides on the slots of an attention that has keys and queries.
+inline HopperBackwardWork hopper_backward_work(const AttentionShape& shape) {
+  const int head_dim = hopper_backward_head_dim(shape);
+  const int block_t = attention_backward_tuning_sm90(head_dim, false).block_t;
+  const int block_s = hopper_backward_keys(head_dim);
+  const auto tiles = [](int length, int block) { return (int64_t{length} + block - 1) / block; };
+  return {tiles(shape.S, block_s), int64_t{shape.B} * (shape.H / shape.group),
+          shape.group * tiles(shape.T, block_t),
+          hopper_backward_sizes(shape).dq_sums * static_cast<int64_t>(sizeof(float)),
+          hopper_backward_tile_clocks(head_dim)};
 }
 
 // The compiled head dim that holds D and Dv, and whether tensor maps can describe the tensors.

@@ -1,5 +1,7 @@
-// The three launches of Hopper's attention backward, and the maps of its tensors.
+// The launches of Hopper's attention backward, and the maps of its tensors.
 #pragma once
+
+#include <algorithm>
 
 #include "kernels/attention_bwd_rows_sm90.h"
 #include "kernels/attention_bwd_sm90.h"
@@ -27,25 +29,23 @@ Status map_heads(ptx::TensorMap& map, const uint16_t* base, const HeadStrides& s
 }
 
 template <class Element, class C>
-Status map_tensors(HopperBackwardParams& hopper) {
+Status map_tensors(HopperBackwardMaps& maps, const AttentionBackwardParams& p) {
   using Queries = typename C::Queries;
   using Keys = typename C::Keys;
-  const AttentionBackwardParams& p = hopper.p;
   const AttentionShape& shape = p.shape;
   const int heads = shape.H / shape.group;
-  const Status statuses[] = {
-      map_heads<Element, Queries>(hopper.q, p.q, p.q_strides, shape.B, shape.H, shape.T, shape.D,
-                                  C::kBlockT),
-      map_heads<Element, Queries>(hopper.dout, p.dout, p.dout_strides, shape.B, shape.H, shape.T,
-                                  shape.Dv, C::kBlockT),
-      map_heads<Element, Keys>(hopper.k, p.k, p.k_strides, shape.B, heads, shape.S, shape.D,
-                               C::kBlockS),
-      map_heads<Element, Keys>(hopper.v, p.v, p.v_strides, shape.B, heads, shape.S, shape.Dv,
-                               C::kBlockS),
-      map_heads<Element, Keys>(hopper.dk, p.dk, p.dk_strides, shape.B, heads, shape.S, shape.D,
-                               kGroupKeys),
-      map_heads<Element, Keys>(hopper.dv, p.dv, p.dv_strides, shape.B, heads, shape.S, shape.Dv,
-                               kGroupKeys)};
+  const Status statuses[] = {map_heads<Element, Queries>(maps.q, p.q, p.q_strides, shape.B, shape.H,
+                                                         shape.T, shape.D, C::kBlockT),
+                             map_heads<Element, Queries>(maps.dout, p.dout, p.dout_strides, shape.B,
+                                                         shape.H, shape.T, shape.Dv, C::kBlockT),
+                             map_heads<Element, Keys>(maps.k, p.k, p.k_strides, shape.B, heads,
+                                                      shape.S, shape.D, C::kBlockS),
+                             map_heads<Element, Keys>(maps.v, p.v, p.v_strides, shape.B, heads,
+                                                      shape.S, shape.Dv, C::kBlockS),
+                             map_heads<Element, Keys>(maps.dk, p.dk, p.dk_strides, shape.B, heads,
+                                                      shape.S, shape.D, kGroupKeys),
+                             map_heads<Element, Keys>(maps.dv, p.dv, p.dv_strides, shape.B, heads,
+                                                      shape.S, shape.Dv, kGroupKeys)};
   for (const Status status : statuses) {
     if (status != kOk) return status;
   }
@@ -61,7 +61,7 @@ Status launch_hopper(void (*kernel)(HopperBackwardParams, int), const AttentionB
   HopperBackwardParams hopper{};
   hopper.p = p;
   hopper.room = room;
-  Status status = map_tensors<Element, C>(hopper);
+  Status status = map_tensors<Element, C>(hopper.maps, p);
   if (status != kOk) return status;
   const RowsParams rows{p, room};
   const int64_t query_tiles = (int64_t{shape.T} + C::kBlockT - 1) / C::kBlockT;
@@ -73,9 +73,14 @@ Status launch_hopper(void (*kernel)(HopperBackwardParams, int), const AttentionB
   status = launch_tiles(attention_bwd_prepare<Element, kD, kGeneral>, rows, query_tiles, shape.H,
                         kRowsThreads, 0);
   if (status != kOk) return status;
-  status = launch_tiles(kernel, hopper, key_tiles, shape.H / shape.group, C::kThreads,
-                        sizeof(typename C::SharedStorage));
-  if (status != kOk) return status;
+  const int64_t at_once = room.slots == 0 ? key_tiles : room.slots;
+  hopper.slot_batches = room.slots == 0 ? 0 : shape.B;
+  for (int64_t first = 0; first < key_tiles; first += at_once) {
+    hopper.first_tile = static_cast<int>(first);
+    status = launch_tiles(kernel, hopper, std::min(at_once, key_tiles - first),
+                          shape.H / shape.group, C::kThreads, sizeof(typename C::SharedStorage));
+    if (status != kOk) return status;
+  }
   return launch_tiles(attention_bwd_finish<Element, kD, kGeneral>, rows, query_tiles, shape.H,
                       kRowsThreads, sizeof(DqRows<C>));
 }

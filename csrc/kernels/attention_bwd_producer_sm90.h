@@ -35,12 +35,12 @@ __device__ __forceinline__ void init_barriers(typename C::Barriers& barriers) {
 // What all threads do first.
 template <class C>
 __device__ __forceinline__ void start_block(typename C::SharedStorage& smem,
-                                            const HopperBackwardParams& hopper) {
+                                            const HopperBackwardMaps& maps) {
   if (threadIdx.x == 0) {
-    ptx::tma_prefetch(hopper.q);
-    ptx::tma_prefetch(hopper.k);
-    ptx::tma_prefetch(hopper.v);
-    ptx::tma_prefetch(hopper.dout);
+    ptx::tma_prefetch(maps.q);
+    ptx::tma_prefetch(maps.k);
+    ptx::tma_prefetch(maps.v);
+    ptx::tma_prefetch(maps.dout);
     init_barriers<C>(smem.barriers);
   }
   __syncthreads();
@@ -75,18 +75,18 @@ __device__ __forceinline__ void produce(typename C::SharedStorage& smem,
   constexpr uint32_t kLseBytes = sizeof(smem.lse[0]), kDeltaBytes = sizeof(smem.delta[0]);
   auto& barriers = smem.barriers;
   ptx::mbarrier_arrive_expect_tx(&barriers.k_full, C::Keys::kBytes);
-  load_tile(smem.k, hopper.k, &barriers.k_full, walk.s_first, key_head, walk.batch);
+  load_tile(smem.k, hopper.maps.k, &barriers.k_full, walk.s_first, key_head, walk.batch);
   ptx::mbarrier_arrive_expect_tx(&barriers.v_full, C::Keys::kBytes);
-  load_tile(smem.v, hopper.v, &barriers.v_full, walk.s_first, key_head, walk.batch);
+  load_tile(smem.v, hopper.maps.v, &barriers.v_full, walk.s_first, key_head, walk.batch);
   walk.for_each([&](unsigned n, int head, int t_first) {
-    const float* gNumbers = hopper.room.numbers + walk.index(hopper.p.shape, head, t_first) *
+    const float* gNumbers = hopper.room.numbers + walk.index(hopper, walk.batch, head, t_first) *
                                                       (C::kLseFloats + C::kBlockT);
     const auto load_dout = [&] {
       const unsigned stage = n % C::kDoutStages;
       ptx::mbarrier_wait(&barriers.dout_empty[stage], n / C::kDoutStages % 2 ^ 1u);
       uint64_t* full = &barriers.dout_full[stage];
       ptx::mbarrier_arrive_expect_tx(full, C::Queries::kBytes + kDeltaBytes);
-      load_tile(smem.dout[stage], hopper.dout, full, t_first, head, walk.batch);
+      load_tile(smem.dout[stage], hopper.maps.dout, full, t_first, head, walk.batch);
       ptx::bulk_load(smem.delta[stage], gNumbers + C::kLseFloats, kDeltaBytes, full);
     };
     if constexpr (!C::kQueriesFirst) load_dout();
@@ -94,7 +94,7 @@ __device__ __forceinline__ void produce(typename C::SharedStorage& smem,
     ptx::mbarrier_wait(&barriers.q_empty[stage], n / C::kQueryStages % 2 ^ 1u);
     uint64_t* full = &barriers.q_full[stage];
     ptx::mbarrier_arrive_expect_tx(full, C::Queries::kBytes + kLseBytes);
-    load_tile(smem.q[stage], hopper.q, full, t_first, head, walk.batch);
+    load_tile(smem.q[stage], hopper.maps.q, full, t_first, head, walk.batch);
     ptx::bulk_load(smem.lse[stage], gNumbers, kLseBytes, full);
     if constexpr (C::kQueriesFirst) load_dout();
   });
@@ -102,22 +102,21 @@ __device__ __forceinline__ void produce(typename C::SharedStorage& smem,
 
 // Where a group's part of a tile of dq is added to.
 template <class C>
-__device__ __forceinline__ float* dq_sums(const HopperBackwardParams& hopper,
-                                          const QueryWalk<C>& walk, int head, int t_first,
-                                          int group) {
-  const int64_t tile = walk.index(hopper.p.shape, head, t_first);
-  return hopper.room.dq_sums + tile * C::kTileFloats + group * C::kGroupStride;
+__device__ __forceinline__ float* dq_sums(const typename C::Params& told, const QueryWalk<C>& walk,
+                                          int head, int t_first, int group) {
+  const int64_t tile = walk.index(told, walk.sums_batch, head, t_first);
+  return told.room.dq_sums + tile * C::kTileFloats + group * C::kGroupStride;
 }
 
 // One thread adds what its group has written.
 template <class C>
 __device__ __forceinline__ void add_gradients(typename C::SharedStorage& smem,
-                                              const HopperBackwardParams& hopper,
+                                              const typename C::Params& told,
                                               const QueryWalk<C>& walk, int group) {
   auto& barriers = smem.barriers;
   walk.for_each([&](unsigned n, int head, int t_first) {
     ptx::mbarrier_wait(&barriers.dq_full[group], n % 2);
-    ptx::bulk_add(dq_sums<C>(hopper, walk, head, t_first, group), smem.dq.group[group],
+    ptx::bulk_add(dq_sums<C>(told, walk, head, t_first, group), smem.dq.group[group],
                   sizeof(smem.dq.group[group]));
     ptx::bulk_commit();
     ptx::bulk_wait_read<0>();

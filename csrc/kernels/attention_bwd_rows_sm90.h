@@ -3,12 +3,12 @@
 // attention_bwd_prepare: of every row lse, +inf where it saw no key, in units of log2 for the plain
 // kernels unless one of the tile is huge; and delta = rowsum(dout * out) - dlse. Rows behind the
 // last get +inf and 0: P and ds are 0 there. It also makes the sums of dq zeros. Bytes per row: 4
-// Dv + 4 (+ 4) read, 8 + 4 kD written.
+// Dv + 4 (+ 4) read, 8 + 4 kD per slot of sums written.
 //
-// attention_bwd_finish: dq = scale times its sums. They lie as the consumers hold them: for each
-// group and every 8 of its queries one fragment of ptx/mma.h per thread. So they are added 512
-// bytes per warp at a time, and turned here, through shared memory. Bytes per row: 4 kD read, 2 D
-// written.
+// attention_bwd_finish: dq = scale times its sums, slot after slot. They lie as the consumers hold
+// them: for each group and every 8 of its queries one fragment of ptx/mma.h per thread. So they are
+// added 512 bytes per warp at a time, and turned here, through shared memory. Bytes per row: 4 kD
+// per slot read, 2 D written.
 #pragma once
 
 #include "common/vec.h"
@@ -40,6 +40,13 @@ template <class C>
 __device__ __forceinline__ int64_t tile_index(const AttentionShape& shape, const BlockTile& block) {
   const int tiles = (shape.T + C::kBlockT - 1) / C::kBlockT;
   return (static_cast<int64_t>(block.batch) * shape.H + block.head) * tiles + block.tile;
+}
+
+// Floats from a slot of sums to the next.
+template <class C>
+__device__ __forceinline__ int64_t slot_floats(const AttentionShape& shape) {
+  const int tiles = (shape.T + C::kBlockT - 1) / C::kBlockT;
+  return static_cast<int64_t>(shape.B) * shape.H * tiles * C::kTileFloats;
 }
 
 // rowsum(dout * out) of query t, in all lanes of a row; 0 behind the last.
@@ -78,18 +85,21 @@ __device__ __forceinline__ float row_lse(const AttentionBackwardParams& p, const
   return lse == kNoScore ? INFINITY : lse;
 }
 
-template <class Element, int kHeadDim, bool kGeneral>
-__global__ void __launch_bounds__(kRowsThreads)
-    attention_bwd_prepare(const RowsParams rows, int batch_first) {
-  using C = BackwardConfig<kHeadDim, kGeneral>;
-  const AttentionBackwardParams& p = rows.p;
-  const BlockTile block = block_tile(false, batch_first);
-  const int64_t tile = tile_index<C>(p.shape, block);
-  auto* gSums = reinterpret_cast<uint4*>(rows.room.dq_sums + tile * C::kTileFloats);
-  for (int i = static_cast<int>(threadIdx.x); i < C::kTileFloats / 4; i += kRowsThreads) {
-    constexpr uint4 kZeros = {0, 0, 0, 0};
-    gSums[i] = kZeros;
-  }
+// Of the queries of `block` that p has; `tile` is where their numbers and sums are.
+template <class Element, class C>
+__device__ __forceinline__ void prepare_tile(const AttentionBackwardParams& p,
+                                             const HopperBackwardRoom& room, const BlockTile& block,
+                                             int64_t tile) {
+  float* gSlot = room.dq_sums + tile * C::kTileFloats;
+  int slot = 0;
+  do {
+    auto* gSums = reinterpret_cast<uint4*>(gSlot);
+    for (int i = static_cast<int>(threadIdx.x); i < C::kTileFloats / 4; i += kRowsThreads) {
+      constexpr uint4 kZeros = {0, 0, 0, 0};
+      gSums[i] = kZeros;
+    }
+    gSlot += slot_floats<C>(p.shape);
+  } while (++slot < room.slots);
   constexpr int kRowsAtOnce = kRowsThreads / kRowLanes, kRounds = C::kBlockT / kRowsAtOnce;
   const int first = static_cast<int>(threadIdx.x) / kRowLanes;
   float lse[kRounds], delta[kRounds];
@@ -107,8 +117,8 @@ __global__ void __launch_bounds__(kRowsThreads)
   }
   const bool any_huge = __syncthreads_or(huge) != 0;
   if (threadIdx.x % kRowLanes != 0) return;
-  float* gNumbers = rows.room.numbers + tile * (C::kLseFloats + C::kBlockT);
-  const float unit = kGeneral || any_huge ? 1.0f : kLog2E;
+  float* gNumbers = room.numbers + tile * (C::kLseFloats + C::kBlockT);
+  const float unit = C::kGeneral || any_huge ? 1.0f : kLog2E;
 #pragma unroll
   for (int i = 0; i < kRounds; ++i) {
     const int row = first + i * kRowsAtOnce;
@@ -116,6 +126,14 @@ __global__ void __launch_bounds__(kRowsThreads)
     gNumbers[C::kLseFloats + row] = delta[i];
   }
   if (first < kHugeFloats) gNumbers[C::kBlockT + first] = any_huge ? 1.0f : 0.0f;
+}
+
+template <class Element, int kHeadDim, bool kGeneral>
+__global__ void __launch_bounds__(kRowsThreads)
+    attention_bwd_prepare(const RowsParams rows, int batch_first) {
+  using C = BackwardConfig<kHeadDim, kGeneral>;
+  const BlockTile block = block_tile(false, batch_first);
+  prepare_tile<Element, C>(rows.p, rows.room, block, tile_index<C>(rows.p.shape, block));
 }
 
 // Rows of dq in shared memory: 16 bytes more than they have, so that the fragments of a warp fall
@@ -145,25 +163,49 @@ __device__ __forceinline__ void put_fragment(DqRows<C>& smem, uint32_t upper, ui
   }
 }
 
-template <class Element, int kHeadDim, bool kGeneral>
-__global__ void __launch_bounds__(kRowsThreads)
-    attention_bwd_finish(const RowsParams rows, int batch_first) {
-  using C = BackwardConfig<kHeadDim, kGeneral>;
+// Fragments first .. of a thread, summed over the slots in their order. Of a slot all are on their
+// way at once.
+template <class C, int kCount>
+__device__ __forceinline__ void add_slots(float4 (&sums)[kCount], const AttentionShape& shape,
+                                          int slots, const float* gFirst) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    sums[i] = *reinterpret_cast<const float4*>(gFirst + i * C::kFragmentStride);
+  }
+#pragma unroll 1
+  for (int slot = 1; slot < slots; ++slot) {
+    gFirst += slot_floats<C>(shape);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float4 more = *reinterpret_cast<const float4*>(gFirst + i * C::kFragmentStride);
+      sums[i].x += more.x, sums[i].y += more.y;
+      sums[i].z += more.z, sums[i].w += more.w;
+    }
+  }
+}
+
+// As prepare_tile.
+template <class Element, class C>
+__device__ __forceinline__ void finish_tile(DqRows<C>& smem, const AttentionBackwardParams& p,
+                                            const HopperBackwardRoom& room, const BlockTile& block,
+                                            int64_t tile) {
   constexpr DType kDType = kDTypeOf<Element>;
-  auto& smem = dynamic_smem<DqRows<C>>();
-  const AttentionBackwardParams& p = rows.p;
-  const BlockTile block = block_tile(false, batch_first);
-  const int64_t tile = tile_index<C>(p.shape, block);
   const int group = static_cast<int>(threadIdx.x) / kGroupThreads;
   const int thread = static_cast<int>(threadIdx.x) % kGroupThreads;
-  const float* gSums = rows.room.dq_sums + tile * C::kTileFloats + group * C::kGroupStride;
+  const float* gSums =
+      room.dq_sums + tile * C::kTileFloats + group * C::kGroupStride + thread * kFragment;
   const float scale = p.score.scale;
+  constexpr int kAtOnce = C::kDq % 8 == 0 ? 8 : 4;
+  static_assert(C::kDq % kAtOnce == 0);
+  for (int first = 0; C::has_dq(group, thread) && first < C::kDq; first += kAtOnce) {
+    float4 sums[kAtOnce];
+    add_slots<C>(sums, p.shape, room.slots, gSums + first * C::kFragmentStride);
 #pragma unroll
-  for (int i = 0; C::has_dq(group, thread) && i < C::kDq; ++i) {
-    const float4 sum =
-        *reinterpret_cast<const float4*>(gSums + i * C::kFragmentStride + thread * kFragment);
-    put_fragment(smem, narrow_pair<kDType>(sum.x * scale, sum.y * scale),
-                 narrow_pair<kDType>(sum.z * scale, sum.w * scale), group, thread, i);
+    for (int i = 0; i < kAtOnce; ++i) {
+      put_fragment(smem, narrow_pair<kDType>(sums[i].x * scale, sums[i].y * scale),
+                   narrow_pair<kDType>(sums[i].z * scale, sums[i].w * scale), group, thread,
+                   first + i);
+    }
   }
   __syncthreads();
   // Eight lanes read at once, and rows are read whole: over the end of one they'd meet in banks.
@@ -178,6 +220,15 @@ __global__ void __launch_bounds__(kRowsThreads)
     if (t >= p.shape.T || first >= p.shape.D) continue;
     *reinterpret_cast<uint4*>(gHead + t * p.dq_strides.row + first) = chunk;
   }
+}
+
+template <class Element, int kHeadDim, bool kGeneral>
+__global__ void __launch_bounds__(kRowsThreads)
+    attention_bwd_finish(const RowsParams rows, int batch_first) {
+  using C = BackwardConfig<kHeadDim, kGeneral>;
+  auto& smem = dynamic_smem<DqRows<C>>();
+  const BlockTile block = block_tile(false, batch_first);
+  finish_tile<Element, C>(smem, rows.p, rows.room, block, tile_index<C>(rows.p.shape, block));
 }
 
 }  // namespace attention_bwd

@@ -7,9 +7,12 @@
 //
 // Why one pass, where attention_bwd_dkdv_sm80.h has two: 5 products instead of 7. The sums of dq
 // are added to by the blocks of all keys, in fp32 and in any order, so the last bits of dq differ
-// from run to run. Who wants them to repeat takes the other kernels.
+// from run to run. Where they have to repeat, this kernel is launched for n tiles of keys at a
+// time, one launch after the other, and each of the n has sums of its own, a slot: no two blocks
+// meet in one, and the slots are added in their order at the end. Still 5 products, and nobody
+// waits for another block. attention_bwd_order_sm90.h chooses n.
 //
-// Three launches: attention_bwd_prepare makes lse and delta of padded rows, and zeros; this one;
+// Before: attention_bwd_prepare makes lse and delta of padded rows, and zeros. Behind:
 // attention_bwd_finish scales and rounds dq (attention_bwd_rows_sm90.h).
 //
 // Grid: one block per (128 keys, key-value head, batch), which walks over the query tiles of all
@@ -49,7 +52,8 @@
 // mostly from the L2, and 4 block_t kD added there; dk and dv once. FLOPs: 10 block_t 128 kD per
 // tile.
 //
-// Sources: Dao 2023 (arXiv:2307.08691) alg. 2; Shah et al. 2024 (arXiv:2407.08608) section 3.
+// Sources: Dao 2023 (arXiv:2307.08691) alg. 2; Shah et al. 2024 (arXiv:2407.08608) section 3; slots
+// as in FlashAttention-2's deterministic backward, whose blocks walk over the keys.
 #pragma once
 
 #include "kernels/attention_bwd_consumer_sm90.h"
@@ -97,11 +101,10 @@ __device__ __forceinline__ void add_tile(const Consumer<C>& own, Sums<C>& dk, Su
 
 template <class Element, class C>
 __device__ __forceinline__ void consume(typename C::SharedStorage& smem,
-                                        const HopperBackwardParams& hopper,
-                                        const QueryWalk<C>& walk, int key_head) {
+                                        const typename C::Params& told, const QueryWalk<C>& walk,
+                                        int key_head) {
   const int group = consumer_group();
-  const Consumer<C> own{smem, hopper, walk, group};
-  const AttentionBackwardParams& p = hopper.p;
+  const Consumer<C> own{smem, told, walk, group};
   Sums<C> dk, dv;
   fill_zero(dk);
   fill_zero(dv);
@@ -112,14 +115,24 @@ __device__ __forceinline__ void consume(typename C::SharedStorage& smem,
       add_tile<Element, C>(own, dk, dv, n, head, t_first);
     });
   }
+  const AttentionBackwardParams& p = own.params();
   ptx::named_barrier_sync(kKeysRead, kGroups * kGroupThreads);
   stage_rows<Element>(smem.v, dv, kept_scale<C>(p), group * kGroupKeys);
   stage_rows<Element>(smem.k, dk, p.score.scale, group * kGroupKeys);
   ptx::fence_proxy_async();
   ptx::named_barrier_sync(kGroupDone + group, kGroupThreads);
-  if (group_thread() != 0 || walk.s_first + group * kGroupKeys >= p.shape.S) return;
-  send_rows<C>(hopper.dv, smem.v, own, p.shape.Dv, key_head);
-  send_rows<C>(hopper.dk, smem.k, own, p.shape.D, key_head);
+  const int first = group * kGroupKeys;
+  if constexpr (C::kPacked) {
+    // A box would reach into the next sequence.
+    if (walk.s_first + first + kGroupKeys > p.shape.S) {
+      store_rows(smem.v, told.dv(smem.packed.sequence, key_head), walk.s_first, first);
+      store_rows(smem.k, told.dk(smem.packed.sequence, key_head), walk.s_first, first);
+      return;
+    }
+  }
+  if (group_thread() != 0 || walk.s_first + first >= p.shape.S) return;
+  send_rows<C>(told.maps.dv, smem.v, own, p.shape.Dv, key_head);
+  send_rows<C>(told.maps.dk, smem.k, own, p.shape.D, key_head);
   ptx::bulk_commit();
   ptx::bulk_wait_read<0>();
 }
@@ -130,8 +143,8 @@ __global__ void __launch_bounds__((HopperConfig<kHeadDim, kGeneral>::kThreads), 
   using C = HopperConfig<kHeadDim, kGeneral>;
   auto& smem = dynamic_smem<typename C::SharedStorage>();
   const BlockTile block = block_tile(false, batch_first);
-  const QueryWalk<C> walk(hopper.p, block);
-  start_block<C>(smem, hopper);
+  const QueryWalk<C> walk(hopper, block);
+  start_block<C>(smem, hopper.maps);
   if (threadIdx.x < kGroupThreads) {
     ptx::registers_decrease<24>();
     const int warp = static_cast<int>(threadIdx.x) / kWarpSize;

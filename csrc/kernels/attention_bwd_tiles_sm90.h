@@ -16,6 +16,22 @@ constexpr int kGroupKeys = 64;      // that its products have
 constexpr int kGroups = 2;          // of consumers
 constexpr int kStages = 2;          // tiles of queries in shared memory
 
+struct Nothing {};
+
+struct HopperBackwardMaps {
+  ptx::TensorMap q, k, v, dout;  // boxes of a tile's rows and a slab's columns
+  ptx::TensorMap dk, dv;         // of a group's rows
+};
+
+// What the main kernel is told.
+struct HopperBackwardParams {
+  HopperBackwardMaps maps;
+  AttentionBackwardParams p;
+  HopperBackwardRoom room;
+  int first_tile;    // of keys, that block 0 of the launch has
+  int slot_batches;  // from the sums of dq of a tile of keys to those of the next; 0: the same
+};
+
 template <int kHeadDim, bool kGeneralScores>
 struct HopperConfig {
   static constexpr int kD = kHeadDim;
@@ -63,7 +79,6 @@ struct HopperConfig {
   using Keys = SlabTile<kBlockS, kD>;
   using Queries = SlabTile<kBlockT, kD>;
   using Gradients = SlabTile<kBlockT, kBlockS>;  // ds [queries, keys]: a slab per group
-  struct NoSums {};
   struct DqSums {
     alignas(16) float group[kGroups][kDqFloats];
   };
@@ -74,19 +89,32 @@ struct HopperConfig {
     uint64_t dout_full[kStages], dout_empty[kStages];
     uint64_t dq_full[kGroups], dq_empty[kGroups];
   };
-  struct SharedStorage {
+  // Packed: what kernels of packed sequences have beside, or nothing.
+  template <class Packed>
+  struct Storage {
     Keys k;  // at the end: dk, each group in its own rows
     Keys v;  // at the end: dv
     Queries q[kStages];
     Queries dout[kStages];
     Gradients ds[2];  // a barrier per tile tells that one is whole, and the one before it read
-    std::conditional_t<kBulkAdds, DqSums, NoSums> dq;
+    std::conditional_t<kBulkAdds, DqSums, Nothing> dq;
     alignas(16) float lse[kStages][kLseFloats];
     alignas(16) float delta[kStages][kBlockT];
     float pinned[kGroups * kGroupThreads];
     Barriers barriers;
+    Packed packed;
   };
+  using SharedStorage = Storage<Nothing>;
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
+
+  // Of packed sequences: attention_varlen_bwd_tiles_sm90.h.
+  static constexpr bool kPacked = false;
+  using Params = HopperBackwardParams;
+  static __device__ __forceinline__ const AttentionBackwardParams& params(const Params& told,
+                                                                          const SharedStorage&) {
+    return told.p;
+  }
+  static __device__ __forceinline__ int heads(const Params& told) { return told.p.shape.H; }
 };
 
 // Named barriers; 0 is __syncthreads.
@@ -96,41 +124,44 @@ enum Barrier : int {
   kGroupDone = 3,         // + group: its rows of dk and dv
 };
 
-// What the main kernel is told.
-struct HopperBackwardParams {
-  ptx::TensorMap q, k, v, dout;  // boxes of a tile's rows and a slab's columns
-  ptx::TensorMap dk, dv;         // of a group's rows
-  AttentionBackwardParams p;
-  HopperBackwardRoom room;
-};
-
 // The tiles of queries that a block's keys are seen by, in every head of its group.
 template <class C>
 struct QueryWalk {
   BandTiles band;
-  int s_first, first_head, end_head, batch;
-  int tiles;    // of queries of a head
-  bool ragged;  // keys end in this block
+  int s_first, first_head, end_head;
+  int batch = 0;
+  int sums_batch = 0;  // of the sums of dq that the block adds to
+  int tiles;           // of queries of a head
+  int first_tile = 0;  // of those the first that is meant
+  int first_key = 0;   // row that key 0 is
+  bool ragged;         // keys end in this block
 
-  __device__ __forceinline__ QueryWalk(const AttentionBackwardParams& p, const BlockTile& block) {
+  // p: of an attention whose queries and keys are counted from 0.
+  __device__ __forceinline__ QueryWalk(const AttentionBackwardParams& p, int key_tile,
+                                       int key_head) {
     const AttentionShape& shape = p.shape;
-    s_first = block.tile * C::kBlockS;
+    s_first = key_tile * C::kBlockS;
     const int s_last = min(s_first + C::kBlockS, shape.S) - 1;
     // From a key's side query t is visible where s - upper <= t <= s - lower.
     band = band_tiles<C::kBlockT>(s_first, s_last, shape.T, -p.score.upper, -p.score.lower);
-    first_head = block.head * shape.group;
+    first_head = key_head * shape.group;
     end_head = first_head + shape.group;
-    batch = block.batch;
     tiles = (shape.T + C::kBlockT - 1) / C::kBlockT;
     ragged = s_first + C::kBlockS > shape.S;
+  }
+  __device__ __forceinline__ QueryWalk(const HopperBackwardParams& hopper, const BlockTile& block)
+      : QueryWalk(hopper.p, hopper.first_tile + block.tile, block.head) {
+    batch = block.batch;
+    sums_batch = block.tile * hopper.slot_batches + batch;
   }
   // A key behind the last has a score of 0, and e^(0 - lse) may be infinite: it is hidden.
   __device__ __forceinline__ bool edge(int t_first) const { return ragged || band.edge(t_first); }
 
-  // Tiles of this head before the one that begins with query t_first, over all heads.
-  __device__ __forceinline__ int64_t index(const AttentionShape& shape, int head,
+  // Tiles before the one of this batch and head that begins with query t_first.
+  __device__ __forceinline__ int64_t index(const typename C::Params& told, int of_batch, int head,
                                            int t_first) const {
-    return (static_cast<int64_t>(batch) * shape.H + head) * tiles + t_first / C::kBlockT;
+    return (static_cast<int64_t>(of_batch) * C::heads(told) + head) * tiles + first_tile +
+           t_first / C::kBlockT;
   }
   // Calls body(number, head, first query) for every tile, of which there is one at least. Two
   // loops, one in the other, or one that might not run at all, cost spills: the sums come from two

@@ -59,6 +59,10 @@ constexpr int hopper_backward_head_dim(int dim) {
 constexpr int kWideBackwardDim = 128;  // above, the kernels of attention_bwd_wide_sm90.h
 // Of a block.
 constexpr int hopper_backward_keys(int head_dim) { return head_dim <= kWideBackwardDim ? 128 : 64; }
+// Of a tile of the plain kernels, as above: what the busiest unit takes.
+constexpr int hopper_backward_tile_clocks(int head_dim) {
+  return head_dim <= kWideBackwardDim ? 3072 : head_dim <= 192 ? 4272 : 5424;
+}
 
 // general: with mask, key mask, bias, softcap, dropout or a scale that isn't positive.
 constexpr HopperBackwardTuning attention_backward_tuning_sm90(int head_dim, bool general) {

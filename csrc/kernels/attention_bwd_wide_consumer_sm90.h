@@ -15,10 +15,12 @@ namespace attention_bwd {
 template <class C>
 struct WideConsumer {
   typename C::SharedStorage& smem;
-  const HopperBackwardParams& hopper;
+  const typename C::Params& told;
   const QueryWalk<C>& walk;
   int group;
 
+  // As Consumer's.
+  __device__ __forceinline__ decltype(auto) params() const { return C::params(told, smem); }
   __device__ __forceinline__ uint64_t queries(unsigned stage) const {
     return advanced(smem.q[0].k_major(group * kGroupQueries), stage * C::Queries::kBytes);
   }
@@ -42,7 +44,7 @@ struct WideConsumer {
   }
   // The values of a lane in a tile of scores.
   __device__ __forceinline__ ScoreTile<false> tile(int head, int t_first) const {
-    const AttentionShape& shape = hopper.p.shape;
+    const AttentionShape& shape = params().shape;
     return {t_first + group * kGroupQueries + row(),
             walk.s_first + fragment_lane(ptx::lane_index()).column,
             shape.T,
@@ -87,7 +89,7 @@ __device__ __forceinline__ void issue_dq_half(Sums<C>& dq, const Packed<C>& ds, 
 template <class C>
 __device__ __forceinline__ void add_dq_half(const WideConsumer<C>& own, const Sums<C>& dq, int half,
                                             int head, int t_first) {
-  float* gSums = dq_sums<C>(own.hopper, own.walk, head, t_first, own.group) +
+  float* gSums = dq_sums<C>(own.told, own.walk, head, t_first, own.group) +
                  half * C::kSums * C::kFragmentStride + own.thread() * kFragment;
 #pragma unroll
   for (int i = 0; i < C::kSums; ++i) ptx::add_quad(gSums + i * C::kFragmentStride, dq[0][i]);
@@ -98,10 +100,13 @@ template <class C>
 __device__ __forceinline__ void store_weights(typename C::Weights& sWeights,
                                               const Packed<C>& packed, int group) {
   const int thread = WideConsumer<C>::thread();
-  const int row = group * kGroupQueries + thread / kWarpSize * kMmaRows + thread % kMmaRows;
+  const int row = thread / kWarpSize * kMmaRows + thread % kMmaRows;
+  static_assert(C::Weights::kSlabs == 1 && kGroupQueries % kAtomRows == 0);
+  const int of_group = group * kGroupQueries * C::Weights::kSlabChunks;
 #pragma unroll
   for (int step = 0; step < C::kBlockS / kProductDepth; ++step) {
-    ptx::stmatrix_x4(sWeights.at(row, 2 * step + thread % kWarpSize / kMmaRows), packed[step]);
+    uint4* sRow = sWeights.at(row, 2 * step + thread % kWarpSize / kMmaRows);
+    ptx::stmatrix_x4(sRow + of_group, packed[step]);
   }
 }
 
@@ -115,7 +120,7 @@ __device__ __forceinline__ void send_tile(const ptx::TensorMap& map, const typen
       const int column = half * C::kHalf + slab * Half::kSlabColumns;
       if (column >= columns) return;
       ptx::tma_store(map, &sRows.halves[half].chunks[slab][0][0],
-                     {column, walk.s_first, key_head, walk.batch});
+                     {column, walk.first_key + walk.s_first, key_head, walk.batch});
     }
   }
 }

@@ -93,10 +93,9 @@ __device__ __forceinline__ void add_wide_tile(const WideConsumer<C>& own, Sums<C
 
 template <class Element, class C>
 __device__ __forceinline__ void consume_wide(typename C::SharedStorage& smem,
-                                             const HopperBackwardParams& hopper,
+                                             const typename C::Params& told,
                                              const QueryWalk<C>& walk, int key_head) {
-  const WideConsumer<C> own{smem, hopper, walk, consumer_group()};
-  const AttentionBackwardParams& p = hopper.p;
+  const WideConsumer<C> own{smem, told, walk, consumer_group()};
   Sums<C> dk, dv;
   fill_zero(dk);
   fill_zero(dv);
@@ -107,16 +106,28 @@ __device__ __forceinline__ void consume_wide(typename C::SharedStorage& smem,
       add_wide_tile<Element, C>(own, dk, dv, n, head, t_first);
     });
   }
+  const AttentionBackwardParams& p = own.params();
   ptx::named_barrier_sync(kTilesRead, kGroups * kGroupThreads);
   stage_rows<Element>(smem.v.halves[own.group], dv, kept_scale<C>(p), 0);
   stage_rows<Element>(smem.k.halves[own.group], dk, p.score.scale, 0);
   ptx::fence_proxy_async();
   ptx::named_barrier_sync(kRowsStaged, kGroups * kGroupThreads);
+  if constexpr (C::kPacked) {
+    // A box would reach into the next sequence.
+    if (walk.s_first + kGroupKeys > p.shape.S) {
+      if (own.group == 0) {
+        store_rows(smem.v, told.dv(smem.packed.sequence, key_head), walk.s_first, 0);
+      } else {
+        store_rows(smem.k, told.dk(smem.packed.sequence, key_head), walk.s_first, 0);
+      }
+      return;
+    }
+  }
   if (own.thread() != 0) return;
   if (own.group == 0) {
-    send_tile<C>(hopper.dv, smem.v, walk, p.shape.Dv, key_head);
+    send_tile<C>(told.maps.dv, smem.v, walk, p.shape.Dv, key_head);
   } else {
-    send_tile<C>(hopper.dk, smem.k, walk, p.shape.D, key_head);
+    send_tile<C>(told.maps.dk, smem.k, walk, p.shape.D, key_head);
   }
   ptx::bulk_commit();
   ptx::bulk_wait_read<0>();
@@ -128,8 +139,8 @@ __global__ void __launch_bounds__((WideConfig<kHeadDim, kGeneral>::kThreads), 1)
   using C = WideConfig<kHeadDim, kGeneral>;
   auto& smem = dynamic_smem<typename C::SharedStorage>();
   const BlockTile block = block_tile(false, batch_first);
-  const QueryWalk<C> walk(hopper.p, block);
-  start_block<C>(smem, hopper);
+  const QueryWalk<C> walk(hopper, block);
+  start_block<C>(smem, hopper.maps);
   if (threadIdx.x < kGroupThreads) {
     ptx::registers_decrease<24>();
     if (threadIdx.x != 0 || walk.empty()) return;

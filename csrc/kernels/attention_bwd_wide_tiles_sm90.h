@@ -73,7 +73,9 @@ struct WideConfig {
     uint64_t q_full[kQueryStages], q_empty[kQueryStages];
     uint64_t dout_full[kDoutStages], dout_empty[kDoutStages];
   };
-  struct SharedStorage {
+  // Packed: what kernels of packed sequences have beside, or nothing.
+  template <class Packed>
+  struct Storage {
     Keys k;  // at the end: dk
     Keys v;  // at the end: dv
     Queries q[kQueryStages];
@@ -83,8 +85,18 @@ struct WideConfig {
     alignas(16) float delta[kDoutStages][kBlockT];
     float pinned[kGroups * kGroupThreads];
     Barriers barriers;
+    Packed packed;
   };
+  using SharedStorage = Storage<Nothing>;
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
+
+  static constexpr bool kPacked = false;
+  using Params = HopperBackwardParams;
+  static __device__ __forceinline__ const AttentionBackwardParams& params(const Params& told,
+                                                                          const SharedStorage&) {
+    return told.p;
+  }
+  static __device__ __forceinline__ int heads(const Params& told) { return told.p.shape.H; }
 };
 
 // Named barriers of all consumers; 0 is __syncthreads.

@@ -3,7 +3,7 @@
 // differs:
 //
 // Grid: a block per multiprocessor, which takes virtual tiles of queries. A tile belongs to one
-// sequence; attention_varlen_tiles_sm90.h says which, from the bounds alone. Lengths are never read
+// sequence; attention_sequences.h says which, from the bounds alone. Lengths are never read
 // on the host, and no kernel before this one counts tiles. Empty ones, at most one per sequence
 // and head, stay with the producer.
 //

@@ -17,13 +17,11 @@ __device__ __forceinline__ void describe(VarlenWork& sWork, const AttentionVarle
   sWork.head = head;
   sWork.q = q;
   sWork.k = k;
-  const int diagonal = p.aligned_at_end ? k.length - q.length : 0;
-  const auto clamped = [&](int bound) { return min(max(bound + diagonal, -q.length), k.length); };
   AttentionForwardParams one{};
   one.shape.T = q.length;
   one.shape.S = k.length;
-  sWork.lower = one.score.lower = clamped(p.lower);
-  sWork.upper = one.score.upper = clamped(p.upper);
+  sWork.lower = one.score.lower = bound_of_sequence(p.lower, q, k, p.aligned_at_end);
+  sWork.upper = one.score.upper = bound_of_sequence(p.upper, q, k, p.aligned_at_end);
   sWork.walk = key_walk<C>(one, tile);
 }
 

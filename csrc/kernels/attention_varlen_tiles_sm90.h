@@ -1,57 +1,14 @@
-// What the warps of the packed forward hand each other: tiles of queries, found without a table of
-// the sequences' tiles, and an attention of one head for each.
+// What the warps of the packed forward hand each other: tiles of queries, and an attention of one
+// head for each.
 #pragma once
 
 #include "kernels/attention_fwd_tiles_sm90.h"
-#include "kernels/attention_varlen.h"
-#include "ptx/lane.h"
+#include "kernels/attention_sequences.h"
 
 namespace fused_lm {
 namespace attention_varlen {
 
 using namespace attention_fwd;
-
-// Rows begin .. begin + length of a packed tensor.
-struct PackedRows {
-  int begin, length;
-};
-
-__device__ __forceinline__ int bound_at(const SequenceBounds& bounds, int i) {
-  const int64_t value = bounds.wide ? static_cast<const int64_t*>(bounds.data)[i]
-                                    : int64_t{static_cast<const int32_t*>(bounds.data)[i]};
-  return static_cast<int>(value < 0 ? 0 : value > bounds.rows ? bounds.rows : value);
-}
-
-__device__ __forceinline__ PackedRows rows_of(const SequenceBounds& bounds, int i) {
-  const int begin = bound_at(bounds, i);
-  return {begin, max(bound_at(bounds, i + 1) - begin, 0)};
-}
-
-// Sequence i has the virtual tiles from begin_i / kBlockT + i on: since ceil(T / kBlockT) <=
-// end / kBlockT - begin / kBlockT + 1, its own end before the next one's begin. At most one per
-// sequence is empty. So the host knows how many there are, and a tile's sequence is the last one
-// that begins at it or before: a search, of 32 parts a round, that all lanes of a warp make.
-template <int kBlockT>
-__device__ __forceinline__ int first_tile(const SequenceBounds& bounds, int sequence) {
-  return bound_at(bounds, sequence) / kBlockT + sequence;
-}
-
-template <int kBlockT>
-__device__ __forceinline__ int sequence_of(const SequenceBounds& bounds, int sequences, int tile) {
-  const int lane = ptx::lane_index();
-  int first = 0, count = sequences;
-#pragma unroll 1
-  while (count > 1) {
-    const int step = (count + kWarpSize - 1) / kWarpSize;
-    const int part = lane * step;
-    const bool before = part < count && first_tile<kBlockT>(bounds, first + part) <= tile;
-    // The first part is taken for granted: bounds that don't rise may say anything.
-    const int last = kWarpSize - 1 - __clz(static_cast<int>(__ballot_sync(kAllLanes, before) | 1u));
-    first += last * step;
-    count = min(step, count - last * step);
-  }
-  return first;
-}
 
 // What a block is told about its next tile of queries. To the code of the dense forward it is a
 // tile of an attention of one head and one batch, whose numbers are 0.

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from fused_lm.cuda import extension
 
+IN_ANY_ORDER, IN_ORDER = 0, -1
+"""How csrc/attention_bwd_sm90.cpp adds up dq on a Hopper; in order, with room by its tuning."""
+
 
 def attention_forward(
     q: Tensor,
@@ -53,15 +56,12 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv, dbias) with dtype and order of their tensors; dbias may be (0,).
 
-    Hopper's kernels add up dq in any order, so torch.use_deterministic_algorithms has the others
-    run.
+    Hopper's kernels add up dq in any order, unless torch.use_deterministic_algorithms is set.
     """
-    name = "attention_bwd"
-    if not torch.are_deterministic_algorithms_enabled():
-        name = "attention_bwd_sm90"
-    return extension.op(name)(
+    dq_slots = IN_ORDER if torch.are_deterministic_algorithms_enabled() else IN_ANY_ORDER
+    return extension.op("attention_bwd_sm90")(
         dout, dlse, q, k, v, out, lse, mask, key_mask, bias, rng,
-        lower, upper, scale, softcap, dropout_p, needs_dbias,
+        lower, upper, scale, softcap, dropout_p, needs_dbias, dq_slots,
     )  # fmt: skip
 
 

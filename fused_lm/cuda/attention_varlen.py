@@ -1,6 +1,5 @@
-"""Attention inside each of several packed sequences by ``csrc/attention_varlen.cpp``: one kernel
-for all of them, which reads the bounds on the GPU. The backward is that of :mod:`.attention`, one
-sequence after the other.
+"""Attention inside each of several packed sequences by ``csrc/attention_varlen.cpp`` and
+``attention_varlen_bwd.cpp``: one kernel for all of them, which reads the bounds on the GPU.
 
 Arguments are those of ``fused_lm.reference.attention_varlen``; the public function refuses what is
 no float16 or bfloat16, head dims that are no multiples of 8 up to 256, and GPUs but Hopper.
@@ -8,8 +7,7 @@ no float16 or bfloat16, head dims that are no multiples of 8 up to 256, and GPUs
 
 from __future__ import annotations
 
-from functools import partial
-
+import torch
 from torch import Tensor
 
 from fused_lm.cuda import extension
@@ -35,5 +33,28 @@ def attention_varlen_forward(
     )
 
 
-attention_varlen_backward = partial(backward_by, attention_backward)
-"""Gradients (dq, dk, dv) with sizes and dtype of their tensors; waits for the bounds."""
+def attention_varlen_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    lower: int | None,
+    upper: int | None,
+    aligned_at_end: bool,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (dq, dk, dv) with sizes and dtype of their tensors.
+
+    The kernel adds up dq in any order. Under torch.use_deterministic_algorithms the backward of
+    :mod:`.attention` has one sequence after the other, and waits for the bounds.
+    """
+    bounds = (cu_seqlens_q, cu_seqlens_k, lower, upper, aligned_at_end, scale, softcap)
+    if torch.are_deterministic_algorithms_enabled():
+        return backward_by(attention_backward, dout, dlse, q, k, v, out, lse, *bounds)
+    return extension.op("attention_varlen_bwd")(dout, dlse, q, k, v, out, lse, *bounds)

@@ -72,8 +72,10 @@ def attention(
         math backend's: lower the loss scale.
         The kernels repeat bitwise, but for dq on a Hopper GPU: there blocks add to it in any order,
         unless ``torch.use_deterministic_algorithms(True)`` is set.
-    Memory: 4*B*H*T bytes beyond the output in the kernels; where dq is added to in any order 4*D
-        bytes more per row, D being the compiled head dim. The reference stores the T x S matrix.
+    Memory: 4*B*H*T bytes beyond the output in the kernels; on a Hopper GPU the backward takes 4*D
+        bytes more per row, D being the compiled head dim, and for bits that repeat n times as much,
+        at most 2 GiB more: enough for n*B*Hkv blocks to fill the GPU. The reference stores the T x
+        S matrix.
     Backends: cuda (Ampere and later; 16 bits, head dims that are multiples of 8 up to 256), triton
         (Ampere and later), pytorch, reference.
     Raises: ValueError on shape or value, TypeError on dtype or device mix, RuntimeError if a forced
@@ -222,7 +224,9 @@ registration.register_fake("attention_bwd", _fake_backward)
 registration.register_fake("attention_weights_fwd", _fake_weights)
 registration.register_fake_of_cuda("attention_fwd", _fake_forward)
 registration.register_fake_of_cuda("attention_bwd", _fake_backward)
-registration.register_fake_of_cuda("attention_bwd_sm90", _fake_backward)
+registration.register_fake(
+    "cuda_attention_bwd_sm90", lambda *arguments: _fake_backward(*arguments[:-1], "cuda")
+)
 registration.register_fake_of_cuda("attention_weights_fwd", _fake_weights)
 registration.register_autograd("attention_fwd", _backward, _setup_context)
 _run = registration.route(

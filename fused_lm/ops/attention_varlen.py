@@ -55,12 +55,14 @@ def attention_varlen(
     On Hopper the CUDA backend is one kernel, which reads the bounds (int32 or int64, on the device
     of q) where they are: no wait for the GPU, and no check of what they hold. Bounds that don't
     rise from 0 to the last row, and ``causal=True`` for a sequence with T != S, then give undefined
-    results, without an access outside of the tensors. Its backward is one per sequence and reads
+    results, without an access outside of the tensors. So is its backward, whose blocks add to dq in
+    any order; under ``torch.use_deterministic_algorithms(True)`` it is one per sequence, and reads
     the bounds on the host. Everywhere else, forward too: bounds are read and checked, and each
     sequence is a call of :func:`fused_lm.attention`, which chooses its backend itself.
 
     Accuracy: |err| <= 2 x the error of the same-dtype torch reference (fused_lm/tolerance.py).
-    Memory: 4*H*N bytes beyond the output in the kernel.
+    Memory: 4*H*N bytes beyond the output in the kernel; its backward takes 4*D*H bytes more per row
+        of q, and for each sequence up to 128 rows, D being the compiled head dim.
     Backends: cuda (Ampere and later, in one kernel on Hopper; 16 bits, head dims that are multiples
         of 8 up to 256), triton (Ampere and later), pytorch, reference.
     Raises: ValueError on shape or value, TypeError on dtype or device mix, RuntimeError if a forced
@@ -156,6 +158,7 @@ registration.implement("attention_varlen_bwd", "attention_varlen", "attention_va
 registration.register_fake("attention_varlen_fwd", _fake_forward)
 registration.register_fake("attention_varlen_bwd", _fake_backward)
 registration.register_fake_of_cuda("attention_varlen_fwd", _fake_forward)
+registration.register_fake_of_cuda("attention_varlen_bwd", _fake_backward)
 registration.register_autograd("attention_varlen_fwd", _backward, _setup_context)
 _run = registration.route(
     "attention_varlen_fwd", 5, reference.attention_varlen_forward, _setup_context, _backward

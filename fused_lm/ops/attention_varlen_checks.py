@@ -216,4 +216,8 @@ records.KERNEL_SOURCES["attention_varlen", "cuda"] = (
     "attention_varlen_fwd_sm90_fp16",
     *(u for u in records.KERNEL_SOURCES["attention", "cuda"] if u.startswith("attention_bwd")),
 )
-records.TRAINING_SOURCES["attention_varlen", "cuda"] = records.TRAINING_SOURCES["attention", "cuda"]
+records.TRAINING_SOURCES["attention_varlen", "cuda"] = (
+    "attention_varlen_bwd_sm90_bf16",
+    "attention_varlen_bwd_sm90_fp16",
+    *records.TRAINING_SOURCES["attention", "cuda"],
+)

@@ -131,14 +131,16 @@ SCHEMAS = {
 
 _IN_CUDA = (
     *("attention_fwd", "attention_bwd", "attention_weights_fwd", "attention_decode_fwd"),
-    "attention_varlen_fwd",
+    *("attention_varlen_fwd", "attention_varlen_bwd"),
     *("layer_norm_fwd", "layer_norm_bwd", "rms_norm_fwd", "rms_norm_bwd"),
     *("linear_act_fwd", "linear_act_bwd", "linear_act_bwd_add"),
     *("cross_entropy_fwd", "cross_entropy_bwd"),
 )
 CUDA_SCHEMAS = {f"cuda_{name}": SCHEMAS[name].replace(", str backend)", ")") for name in _IN_CUDA}
-CUDA_SCHEMAS["cuda_attention_bwd_sm90"] = CUDA_SCHEMAS["cuda_attention_bwd"]
 CUDA_SCHEMAS |= {
+    "cuda_attention_bwd_sm90": CUDA_SCHEMAS["cuda_attention_bwd"].replace(
+        "bool needs_dbias)", "bool needs_dbias, SymInt dq_slots)"
+    ),
     "cuda_ffn_dpre": (
         "(Tensor dy, Tensor weight, Tensor pre, str activation, bool transposed, bool needs_dbias)"
         " -> (Tensor dpre, Tensor dbias)"
@@ -154,7 +156,7 @@ CUDA_SCHEMAS |= {
     "cuda_cross_entropy_scale_in_place": "(Tensor(a!) dlogits, Tensor dloss) -> ()",
 }
 """What the C++ extension implements: the operators above without ``backend``, behind the backend
-``cuda``; the backward of attention a second time, for who doesn't need equal bits in each run; the
+``cuda``; the backward of attention a second time, for Hopper and with the way it adds up dq; the
 part of an ``ffn``'s backward that ``linear_act`` doesn't have; and what overwrites memory, which
 operators call with nobody looking on.
 """

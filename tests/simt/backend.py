@@ -24,7 +24,6 @@ from fused_lm.ops import (
     registration,
 )
 from fused_lm.ops.schemas import CUDA_SCHEMAS
-from fused_lm.reference.attention_varlen import backward_by
 from tests.simt import build, runtime
 
 PREFIX = "simt_"
@@ -74,13 +73,15 @@ def _functions(harness: runtime.Harness) -> dict[str, Callable[..., Any]]:
     rows = partial(call, "cross_entropy_rows_in_place")
     found["linear_cross_entropy_fwd"] = partial(linear_cross_entropy.forward_by, rows)
     found["linear_cross_entropy_bwd"] = partial(linear_cross_entropy.backward_by, rows)
-    found["attention_varlen_bwd"] = partial(backward_by, partial(call, "attention_bwd"))
     return found
 
 
 _INSIDE = {"attention_bwd_sm90", "ffn_dpre", "cross_entropy_rows_in_place"}
 """No operators of their own: the backend ``cuda`` takes them within others."""
-_HOPPER_ALONE = ("attention_varlen_fwd", "linear_act_fwd", "linear_act_bwd", "linear_act_bwd_add")
+_HOPPER_ALONE = (
+    *("attention_varlen_fwd", "attention_varlen_bwd"),
+    *("linear_act_fwd", "linear_act_bwd", "linear_act_bwd_add"),
+)
 """Operators without a kernel for other GPUs."""
 _FFN = {"ffn_fwd": "ffn_forward", "ffn_bwd": "ffn_backward", "ffn_bwd_add": "ffn_backward"}
 

@@ -61,8 +61,10 @@ BUILDS = {
         ),
     )
 }
-PREFIXES = {"kernel": "harness/prefix.h", "harness": "harness/state.h"}
-"""What a kind's sources include first, compiled once: half of the time of a small one."""
+PREFIXES = {"kernel": "harness/prefix.h", "harness": "harness/state.h", "csrc": "heads.h"}
+"""What a kind's sources include first, compiled once: half of the time of a small one. Of host code
+the kind is its folder.
+"""
 COMMON = (
     "-std=c++20 -g1 -fPIC -fvisibility=hidden -fno-gnu-unique -ffp-contract=off -Wall -Wextra "
     "-Wno-unused-parameter -Wno-unknown-pragmas -Wno-psabi -Wno-attributes -Wno-class-memaccess"
@@ -209,7 +211,8 @@ def _ninja_file(build: Build, target: str, kernels: list[Path]) -> str:
         f"  command = g++ -shared -Wl,-Bsymbolic {build.link} $in -o $out -L{torch_root}/lib"
         " -Wl,--no-as-needed -lc10 -ltorch_cpu -ltorch -ldl",
     ]
-    for name, kind in (("kernel", build.kernel), ("harness", build.host)):
+    for name in PREFIXES:
+        kind = build.kernel if name == "kernel" else build.host
         lines += [f"build {name}.h.gch: prefix {name}.h", f"  kind = {kind}"]
     objects = []
     for sources, kind in ((kernels, build.kernel), (host_sources(), build.host)):
@@ -220,7 +223,7 @@ def _ninja_file(build: Build, target: str, kernels: list[Path]) -> str:
             given = f" | {of}.h.gch" if of in PREFIXES else ""
             kind_here = f"{kind} -include {of}.h" if given else kind
             # torch's allocator interface is no part of its stable ABI
-            kind_here += " -UTORCH_TARGET_VERSION" if source.stem == "module" else ""
+            kind_here += " -UTORCH_TARGET_VERSION -O1" if source.stem == "module" else ""
             lines += [f"build {objects[-1]}: compile {source}{given}", f"  kind = {kind_here}"]
     lines.append(f"build {target}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"

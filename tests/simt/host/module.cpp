@@ -10,7 +10,7 @@
 #include "common/device.h"
 #include "common/matrix_descriptor.h"
 #include "harness/operands.h"
-#include "kernels/attention_bwd_tuning_sm90.h"
+#include "kernels/attention_bwd_hopper.h"
 #include "kernels/attention_decode_tuning.h"
 #include "kernels/attention_tuning.h"
 #include "kernels/attention_tuning_sm90.h"
@@ -149,6 +149,22 @@ py::dict attention_bwd_tuning_sm90(int head_dim, bool general) {
       "bulk_adds"_a = tuning.adds == fused_lm::GradientAdds::kBulk, "reason"_a = tuning.reason);
 }
 
+// Of csrc/kernels/attention_bwd_order_sm90.h: slots, and the model's clocks with them and in any
+// order.
+py::dict attention_bwd_slots_sm90(const std::array<int, 7>& shape, int multiprocessors) {
+  const auto [B, H, group, T, S, D, Dv] = shape;
+  const fused_lm::HopperBackwardWork work =
+      fused_lm::hopper_backward_work({B, H, group, T, S, D, Dv});
+  const int slots = fused_lm::hopper_backward_slots(work, multiprocessors);
+  using namespace py::literals;
+  return py::dict(
+      "slots"_a = slots,
+      "clocks"_a =
+          slots == 0 ? 0.0 : fused_lm::hopper_backward_clocks(work, slots, slots, multiprocessors),
+      "in_any_order"_a = fused_lm::hopper_backward_clocks_in_any_order(work, multiprocessors),
+      "bytes"_a = slots * work.slot_bytes);
+}
+
 // Of csrc/kernels/gemm_sm90.h, on the harness' multiprocessors.
 py::dict gemm_tuning_sm90(int M, int N, int K, const std::string& work) {
   const fused_lm::GemmWork of = work == "linear"       ? fused_lm::GemmWork::kLinear
@@ -235,6 +251,8 @@ PYBIND11_MODULE(SIMT_LIBRARY, m) {
         py::arg("work"));
   m.def("attention_bwd_tuning_sm90", &attention_bwd_tuning_sm90, py::arg("head_dim"),
         py::arg("general"));
+  m.def("attention_bwd_slots_sm90", &attention_bwd_slots_sm90, py::arg("shape"),
+        py::arg("multiprocessors"));
   m.attr("HOPPER_BACKWARD_HEAD_DIMS") = std::vector<int>(
       std::begin(fused_lm::kHopperBackwardHeadDims), std::end(fused_lm::kHopperBackwardHeadDims));
   m.def("attention_dkdv_tuning", &attention_dkdv_tuning, py::arg("head_dim"), py::arg("general"));
