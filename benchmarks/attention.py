@@ -8,7 +8,8 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -217,8 +218,23 @@ def _merged(mask: Tensor) -> Tensor:
     return mask.masked_fill(hidden, float("-inf"))
 
 
+@contextmanager
+def in_order() -> Iterator[None]:
+    """Gradients that repeat bitwise. torch would also fill memory that nobody has written to."""
+    before = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[assignment]
+
+
 CONTESTANTS = [
     Contestant("cuda", partial(ours, "cuda")),
+    Contestant("cuda in order", partial(ours, "cuda"), within=in_order),
     Contestant("triton", partial(ours, "triton"), compiles=True),
     *(
         Contestant(f"sdpa-{name}", partial(sdpa, kind))

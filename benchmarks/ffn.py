@@ -123,6 +123,7 @@ def liger(case: Case, values: dict[str, Any]) -> Run:
 
 
 CONTESTANTS = [
+    Contestant("cuda", partial(ours, "cuda")),
     Contestant("triton", partial(ours, "triton"), compiles=True),
     Contestant("pytorch", partial(ours, "pytorch")),
     contest.eager(formula),

@@ -20,7 +20,7 @@ from .record import Record, gpus, roofs_of, slug, times_of
 
 FOLDER = "benchmarks/plots"
 INK, GREY, PALE = "#1f2933", "#7b8794", "#cbd2d9"
-OUR_COLORS = ("#c2410c", "#0f766e", "#7c3aed", "#b45309")
+OUR_COLORS = ("#c2410c", "#0f766e", "#7c3aed", "#b45309", "#9f1239")
 BESIDE: dict[str, Any] = {"textcoords": "offset points", "xycoords": "data"}
 ROOM = 1.08
 """Of an axis, in units of what is highest on it."""

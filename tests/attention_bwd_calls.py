@@ -120,7 +120,7 @@ CALLS = [
     Call("grouped heads", 70, 45, 32, H=6, group=3, B=2, upper=8, dout=Dout.ONE_HEAD),
     Call("one key head, in parts", 37, 45, 192, H=4, group=4, dout=Dout.ONE_ROW),
     Call("one key head, in parts without teams", 37, 45, 192, H=4, group=4, **ALONE),
-    Call("grouped heads, wide teams", 150, 200, 200, H=4, group=2, lower=-40, upper=70),
+    Call("grouped heads, wide teams", 100, 150, 200, H=2, group=2, lower=-40, upper=70),
     Call("grouped heads, few wide teams", 100, 150, 256, H=2, group=2, upper=0, **MEDIUM),
     Call("teams with features of each head", 70, 104, 128, H=4, needs_dbias=False, **OF_EACH_HEAD),
     Call("the same on an A100", 70, 56, 192, needs_dbias=False, **OF_EACH_HEAD, **MEDIUM),

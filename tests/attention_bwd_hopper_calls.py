@@ -28,8 +28,12 @@ INSTANTIATIONS = [
     for D in HEAD_DIMS
     for name in DTYPES
     for kind in ("plain", "general")
+] + [
+    Call(f"no band, {name} 128", 330, 300, 128, dtype=dtype, H=1) for name, dtype in DTYPES.items()
 ]
 """Each of them, with more tiles of queries than stages, and several blocks of keys."""
+LONG_ROWS = 80
+"""Queries of a tile where no band hides a key, at 128 columns; a call has as many at least."""
 EVERY: dict[str, Any] = {
     "B": 2,
     "H": 4,
@@ -58,7 +62,7 @@ HOPPER_CALLS = [
     Call("full tiles alone", 256, 256, 128, H=1, dlse=False),
     Call("one query", 1, 300, 128, B=2),
     Call("one key", 300, 1, 64),
-    Call("heads of a group", 200, 300, 128, H=6, group=3, upper=100),
+    Call("heads of a group", 130, 140, 128, H=4, group=2, upper=100),
     Call("heads of a group, 64 columns", 200, 300, 64, H=4, group=4),
     Call("narrower v", 140, 200, 128, 72),
     Call("wider v", 140, 200, 40, 128, F16),
@@ -77,7 +81,7 @@ HOPPER_CALLS = [
     Call("packed heads", 140, 200, 64, B=2, layout=Layout.PACKED, upper=60),
     Call("scores of 1e5", 140, 200, 128, H=1, size=300.0),
     Call("scores of -1e5: keys behind the last", 70, 70, 64, H=1, size=300.0, scale=2.0),
-    Call("every feature, heads of a group, ragged", 150, 278, 128, 96, **EVERY),
+    Call("every feature, heads of a group, ragged", 150, 278, 128, 96, **{**EVERY, "H": 2}),
     Call("the same of 256 columns", 150, 150, 256, 176, **{**EVERY, "H": 2}),
     Call("the same of 192 columns, wider v", 150, 70, 144, 192, F16, **{**EVERY, "H": 2}),
 ]

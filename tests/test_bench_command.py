@@ -13,6 +13,7 @@ from fused_lm import cli
 from fused_lm.commands import bench
 
 
+@pytest.mark.slow  # tests/test_benchmarks.py runs what it calls
 def test_a_dry_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     table, out, drawn = tmp_path / "all.csv", tmp_path / "out", tmp_path / "drawn"
     drawn.mkdir()

@@ -193,8 +193,14 @@ def test_traced_modules_hold_torchs_operators() -> None:
             assert "fused_lm::" not in str(graph.inlined_graph)
 
 
-@pytest.mark.parametrize("backend", ["auto", "pytorch", "reference"])
-@pytest.mark.parametrize("dynamic", [True, None])
+@pytest.mark.parametrize(
+    ("dynamic", "backend"),
+    [
+        pytest.param(dynamic, backend, marks=[] if backend == "auto" else [pytest.mark.slow])
+        for dynamic in (True, None)
+        for backend in ("auto", "pytorch", "reference")
+    ],
+)
 def test_masked_calls_with_weights_compile(dynamic: bool | None, backend: str) -> None:
     ours = MultiheadAttention(C, H, batch_first=True)
     padding = torch.arange(T).expand(N, T) > 3

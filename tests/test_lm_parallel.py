@@ -235,6 +235,7 @@ def test_a_lost_or_hanging_process_ends_the_other(tmp_path: Path, blow: signal.S
     load_model(out)
 
 
+@pytest.mark.slow
 def test_ctrl_c_under_torchrun_ends_all_and_loses_nothing(tmp_path: Path) -> None:
     out = tmp_path / "run"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

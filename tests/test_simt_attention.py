@@ -223,6 +223,7 @@ def test_more_batches_than_a_grid_has() -> None:
     assert torch.equal(lse, torch.full_like(lse, float("-inf")))
 
 
+@pytest.mark.slow
 def test_every_instantiation_runs() -> None:
     """What nvcc compiles is what runs here, by name."""
     golden = sorted((Path(__file__).parent / "golden").glob("cuda-*.json"))[-1]

@@ -249,6 +249,7 @@ def test_no_mutant_survives() -> None:
     assert hunt.killed, "the kernels synchronise nowhere?"
 
 
+@pytest.mark.slow
 def test_every_instantiation_runs() -> None:
     """What nvcc compiles is what runs here, by name."""
     golden = sorted((Path(__file__).parent / "golden").glob("cuda-*.json"))[-1]

@@ -225,6 +225,7 @@ def test_more_sequences_than_a_grid_has() -> None:
     assert torch.isneginf(lse[:-1]).all() and torch.isfinite(lse[-1])
 
 
+@pytest.mark.slow
 def test_every_instantiation_runs() -> None:
     """What nvcc compiles is what runs here, by name."""
     elements = {"__nv_bfloat16": 2, "__half": 1}

@@ -216,6 +216,7 @@ def test_moves_exactly_its_floor(call: Call) -> None:
     assert counts["shared_wavefronts"] == counts["shared_ideal_wavefronts"]
 
 
+@pytest.mark.slow
 def test_every_instantiation_runs() -> None:
     """What nvcc compiles is what runs here, by name."""
     golden = sorted((Path(__file__).parent / "golden").glob("cuda-*.json"))[-1]

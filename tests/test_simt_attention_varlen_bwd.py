@@ -42,13 +42,13 @@ MUTANT_SCHEDULES = 6
 ROW_LANES, HUGE_BYTES, LANES = 8, 16, 32
 ROWS_WARPS, MAIN_WARPS = 8, 12
 """Of a block: all of them look for its sequence."""
-FEW = ("plain, bf16 64", "plain, bf16 256", "general, bf16 128", "empty ones on both sides")
+FEW = ("plain, bf16 64", "general, bf16 128", "empty ones on both sides")
 """In two schedules."""
 BRANCHES = (
     *("no key at all", "no query at all", "no sequence", "lengths around an edge of 64"),
     *("key tiles that no query sees", "a bound that hides everything", "a window from the end"),
-    *("pairs of heads, softcap", "heads first", "off 16 bytes", "expanded heads", "columns apart"),
-    *("narrower v", "slabs of 32 columns", "scale 0", "scores of 1e5"),
+    *("plain, bf16 256", "heads first", "off 16 bytes", "expanded heads", "columns apart"),
+    *("slabs of 32 columns", "scale 0", "scores of 1e5"),
 )
 """Of the packed kernels, once each; what lies within one sequence is the dense ones' too."""
 
@@ -279,6 +279,7 @@ _MUTATED = [
 ]
 
 
+@pytest.mark.slow
 def test_every_instantiation_runs() -> None:
     """What nvcc compiles is what runs here, by name."""
     golden = sorted((Path(__file__).parent / "golden").glob("cuda-*.json"))[-1]

@@ -348,6 +348,7 @@ def _in_place(harness: runtime.Harness, data: Data) -> list[Tensor]:
     return [loss, logits]
 
 
+@pytest.mark.slow
 def test_every_instantiation_runs() -> None:
     """What nvcc compiles is what runs here, by name."""
     golden = sorted((Path(__file__).parent / "golden").glob("cuda-*.json"))[-1]

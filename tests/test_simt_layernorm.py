@@ -348,6 +348,7 @@ def test_whole_sectors(C: int) -> None:
     assert counts["global_sectors"] == counts["global_ideal_sectors"]
 
 
+@pytest.mark.slow
 def test_every_instantiation_runs() -> None:
     """What nvcc compiles is what runs here, by name."""
     golden = sorted((Path(__file__).parent / "golden").glob("cuda-*.json"))[-1]

@@ -238,6 +238,7 @@ _MUTATED_BACKWARDS = [
 ]
 
 
+@pytest.mark.slow
 def test_every_instantiation_runs() -> None:
     """What nvcc compiles is what runs here, by name."""
     golden = sorted((Path(__file__).parent / "golden").glob("cuda-*.json"))[-1]

@@ -2,6 +2,8 @@
 // warpgroup, and the values of a tile in its registers. The story is in attention_bwd_sm90.h.
 #pragma once
 
+#include <cstddef>
+
 #include "kernels/attention_bwd_group_sm90.h"
 #include "kernels/attention_bwd_producer_sm90.h"
 #include "ptx/barrier.h"
@@ -42,7 +44,8 @@ __device__ __forceinline__ void issue_dq(DqTile<C>& dq, uint64_t k, uint64_t ds)
 // What a consumer knows all along.
 template <class C>
 struct Consumer {
-  typename C::SharedStorage& smem;
+  using SharedStorage = typename C::SharedStorage;
+  SharedStorage& smem;
   const typename C::Params& told;
   const QueryWalk<C>& walk;
   int group;
@@ -53,7 +56,7 @@ struct Consumer {
     return smem.k.k_major(group * kGroupKeys);
   }
   __device__ __forceinline__ uint64_t own_values() const {
-    return smem.v.k_major(group * kGroupKeys);
+    return advanced(own_keys(), offsetof(SharedStorage, v) - offsetof(SharedStorage, k));
   }
   // k^T, all keys of the group's columns.
   __device__ __forceinline__ uint64_t turned_keys() const {
@@ -63,14 +66,21 @@ struct Consumer {
   __device__ __forceinline__ uint64_t queries(unsigned stage) const {
     return advanced(smem.q[0].k_major(0), stage * C::Queries::kBytes);
   }
+  // The other tiles of queries from the first ones, v from k: an addition, where a descriptor made
+  // from an address of its own is four instructions, in every tile of queries.
   __device__ __forceinline__ uint64_t douts(unsigned stage) const {
-    return advanced(smem.dout[0].k_major(0), stage * C::Queries::kBytes);
+    return advanced(queries(stage), offsetof(SharedStorage, dout) - offsetof(SharedStorage, q));
   }
   __device__ __forceinline__ uint64_t turned_queries(unsigned stage) const {
-    return advanced(smem.q[0].mn_major(), stage * C::Queries::kBytes);
+    return queries(stage) + turn();
   }
   __device__ __forceinline__ uint64_t turned_douts(unsigned stage) const {
-    return advanced(smem.dout[0].mn_major(), stage * C::Queries::kBytes);
+    return douts(stage) + turn();
+  }
+  // From k_major of a tile of queries to mn_major, which has a distance of slabs.
+  static __device__ __forceinline__ uint64_t turn() {
+    constexpr uint32_t kNotRead = 16;  // what k_major has there
+    return uint64_t{C::Queries::kSlabBytes - kNotRead} >> 4 << 16;
   }
   __device__ __forceinline__ uint64_t gradients(unsigned buffer) const {
     return advanced(smem.ds[0].k_major(C::dq_query(group)), buffer * C::Gradients::kBytes);

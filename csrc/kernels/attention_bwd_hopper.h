@@ -32,8 +32,11 @@ template <class TilesOf>
 HopperBackwardSizes hopper_backward_sizes(const AttentionShape& shape, const TilesOf& tiles_of) {
   const int head_dim = hopper_backward_head_dim(shape);
   HopperBackwardSizes most{0, 0};
-  for (const bool general : {false, true}) {
-    const int block_t = attention_backward_tuning_sm90(head_dim, general).block_t;
+  for (const HopperBackwardTuning& tuning :
+       {attention_backward_tuning_sm90(head_dim, false),
+        attention_backward_tuning_sm90(head_dim, true),
+        attention_backward_tuning_sm90(head_dim, false, head_dim == 128)}) {
+    const int block_t = tuning.block_t;
     const int64_t tiles = tiles_of(block_t);
     const int64_t numbers = tiles * (2 * block_t + kHugeFloats);
     const int64_t dq_sums = tiles * block_t * head_dim;

@@ -53,10 +53,10 @@ Status map_tensors(HopperBackwardMaps& maps, const AttentionBackwardParams& p) {
 }
 
 // `kernel` is the main one.
-template <class Element, int kD, bool kGeneral>
+template <class Element, int kD, bool kGeneral, bool kLong = false>
 Status launch_hopper(void (*kernel)(HopperBackwardParams, int), const AttentionBackwardParams& p,
                      const HopperBackwardRoom& room, Stream stream) {
-  using C = BackwardConfig<kD, kGeneral>;
+  using C = BackwardConfig<kD, kGeneral, kLong>;
   const AttentionShape& shape = p.shape;
   HopperBackwardParams hopper{};
   hopper.p = p;
@@ -70,8 +70,8 @@ Status launch_hopper(void (*kernel)(HopperBackwardParams, int), const AttentionB
                                 int threads, size_t smem_bytes) {
     return launch_grid(made, params, tiles, heads, shape.B, threads, smem_bytes, stream);
   };
-  status = launch_tiles(attention_bwd_prepare<Element, kD, kGeneral>, rows, query_tiles, shape.H,
-                        kRowsThreads, 0);
+  status = launch_tiles(attention_bwd_prepare<Element, kD, kGeneral, kLong>, rows, query_tiles,
+                        shape.H, kRowsThreads, 0);
   if (status != kOk) return status;
   const int64_t at_once = room.slots == 0 ? key_tiles : room.slots;
   hopper.slot_batches = room.slots == 0 ? 0 : shape.B;
@@ -81,8 +81,8 @@ Status launch_hopper(void (*kernel)(HopperBackwardParams, int), const AttentionB
                           shape.H / shape.group, C::kThreads, sizeof(typename C::SharedStorage));
     if (status != kOk) return status;
   }
-  return launch_tiles(attention_bwd_finish<Element, kD, kGeneral>, rows, query_tiles, shape.H,
-                      kRowsThreads, sizeof(DqRows<C>));
+  return launch_tiles(attention_bwd_finish<Element, kD, kGeneral, kLong>, rows, query_tiles,
+                      shape.H, kRowsThreads, sizeof(DqRows<C>));
 }
 
 // Calls launch<head dim, whether general>(), which are constants, for the head dim of these that
@@ -103,8 +103,17 @@ template <class Element>
 Status launch_hopper_backward(const AttentionBackwardParams& p, const HopperBackwardRoom& room,
                               Stream stream) {
   return with_backward_kernel<64, 96, 128>(p, [&](auto dim, auto general) {
-    return launch_hopper<Element, dim(), general()>(attention_bwd_sm90<Element, dim(), general()>,
-                                                    p, room, stream);
+    constexpr int kD = dim();
+    constexpr bool kGeneral = general();
+    if constexpr (kD == 128 && !kGeneral) {
+      const bool has_band = p.score.lower > -p.shape.T || p.score.upper < p.shape.S;
+      if (!has_band && hopper_backward_takes_long(kD, p.shape.T)) {
+        return launch_hopper<Element, kD, false, true>(attention_bwd_sm90<Element, kD, false, true>,
+                                                       p, room, stream);
+      }
+    }
+    return launch_hopper<Element, kD, kGeneral>(attention_bwd_sm90<Element, kD, kGeneral, false>, p,
+                                                room, stream);
   });
 }
 

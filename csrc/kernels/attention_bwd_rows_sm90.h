@@ -30,10 +30,10 @@ struct RowsParams {
   HopperBackwardRoom room;
 };
 
-template <int kHeadDim, bool kGeneral>
+template <int kHeadDim, bool kGeneral, bool kLong = false>
 using BackwardConfig =
     std::conditional_t<(kHeadDim > kWideBackwardDim), WideConfig<kHeadDim, kGeneral>,
-                       HopperConfig<kHeadDim, kGeneral>>;
+                       HopperConfig<kHeadDim, kGeneral, kLong>>;
 
 // Of all batches and heads.
 template <class C>
@@ -100,13 +100,16 @@ __device__ __forceinline__ void prepare_tile(const AttentionBackwardParams& p,
     }
     gSlot += slot_floats<C>(p.shape);
   } while (++slot < room.slots);
-  constexpr int kRowsAtOnce = kRowsThreads / kRowLanes, kRounds = C::kBlockT / kRowsAtOnce;
+  constexpr int kRowsAtOnce = kRowsThreads / kRowLanes;
+  constexpr int kRounds = (C::kBlockT + kRowsAtOnce - 1) / kRowsAtOnce;
   const int first = static_cast<int>(threadIdx.x) / kRowLanes;
   float lse[kRounds], delta[kRounds];
   bool huge = false;
 #pragma unroll
   for (int i = 0; i < kRounds; ++i) {
-    const int t = block.tile * C::kBlockT + first + i * kRowsAtOnce;
+    const int row = first + i * kRowsAtOnce;
+    // Behind the tile as behind the last query.
+    const int t = row < C::kBlockT ? block.tile * C::kBlockT + row : p.shape.T;
     delta[i] = row_delta<Element>(p, block, t);
     lse[i] = row_lse(p, block, t);
     huge |= fabsf(lse[i]) > kHugeLse && lse[i] != INFINITY;
@@ -122,16 +125,17 @@ __device__ __forceinline__ void prepare_tile(const AttentionBackwardParams& p,
 #pragma unroll
   for (int i = 0; i < kRounds; ++i) {
     const int row = first + i * kRowsAtOnce;
+    if (row >= C::kBlockT) break;
     gNumbers[row] = lse[i] * unit;
     gNumbers[C::kLseFloats + row] = delta[i];
   }
   if (first < kHugeFloats) gNumbers[C::kBlockT + first] = any_huge ? 1.0f : 0.0f;
 }
 
-template <class Element, int kHeadDim, bool kGeneral>
+template <class Element, int kHeadDim, bool kGeneral, bool kLong>
 __global__ void __launch_bounds__(kRowsThreads)
     attention_bwd_prepare(const RowsParams rows, int batch_first) {
-  using C = BackwardConfig<kHeadDim, kGeneral>;
+  using C = BackwardConfig<kHeadDim, kGeneral, kLong>;
   const BlockTile block = block_tile(false, batch_first);
   prepare_tile<Element, C>(rows.p, rows.room, block, tile_index<C>(rows.p.shape, block));
 }
@@ -195,7 +199,7 @@ __device__ __forceinline__ void finish_tile(DqRows<C>& smem, const AttentionBack
   const float* gSums =
       room.dq_sums + tile * C::kTileFloats + group * C::kGroupStride + thread * kFragment;
   const float scale = p.score.scale;
-  constexpr int kAtOnce = C::kDq % 8 == 0 ? 8 : 4;
+  constexpr int kAtOnce = C::kDq % 8 == 0 ? 8 : C::kDq % 5 == 0 ? 5 : 4;
   static_assert(C::kDq % kAtOnce == 0);
   for (int first = 0; C::has_dq(group, thread) && first < C::kDq; first += kAtOnce) {
     float4 sums[kAtOnce];
@@ -222,10 +226,10 @@ __device__ __forceinline__ void finish_tile(DqRows<C>& smem, const AttentionBack
   }
 }
 
-template <class Element, int kHeadDim, bool kGeneral>
+template <class Element, int kHeadDim, bool kGeneral, bool kLong>
 __global__ void __launch_bounds__(kRowsThreads)
     attention_bwd_finish(const RowsParams rows, int batch_first) {
-  using C = BackwardConfig<kHeadDim, kGeneral>;
+  using C = BackwardConfig<kHeadDim, kGeneral, kLong>;
   auto& smem = dynamic_smem<DqRows<C>>();
   const BlockTile block = block_tile(false, batch_first);
   finish_tile<Element, C>(smem, rows.p, rows.room, block, tile_index<C>(rows.p.shape, block));

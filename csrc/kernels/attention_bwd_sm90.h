@@ -137,10 +137,10 @@ __device__ __forceinline__ void consume(typename C::SharedStorage& smem,
   ptx::bulk_wait_read<0>();
 }
 
-template <class Element, int kHeadDim, bool kGeneral>
-__global__ void __launch_bounds__((HopperConfig<kHeadDim, kGeneral>::kThreads), 1)
+template <class Element, int kHeadDim, bool kGeneral, bool kLong>
+__global__ void __launch_bounds__((HopperConfig<kHeadDim, kGeneral, kLong>::kThreads), 1)
     attention_bwd_sm90(const __grid_constant__ HopperBackwardParams hopper, int batch_first) {
-  using C = HopperConfig<kHeadDim, kGeneral>;
+  using C = HopperConfig<kHeadDim, kGeneral, kLong>;
   auto& smem = dynamic_smem<typename C::SharedStorage>();
   const BlockTile block = block_tile(false, batch_first);
   const QueryWalk<C> walk(hopper, block);

@@ -32,11 +32,13 @@ struct HopperBackwardParams {
   int slot_batches;  // from the sums of dq of a tile of keys to those of the next; 0: the same
 };
 
-template <int kHeadDim, bool kGeneralScores>
+template <int kHeadDim, bool kGeneralScores, bool kLong = false>
 struct HopperConfig {
   static constexpr int kD = kHeadDim;
   static constexpr bool kGeneral = kGeneralScores;
-  static constexpr HopperBackwardTuning kTuning = attention_backward_tuning_sm90(kD, kGeneral);
+  static constexpr bool kHasBand = !kLong;
+  static constexpr HopperBackwardTuning kTuning =
+      attention_backward_tuning_sm90(kD, kGeneral, kLong);
   static constexpr int kBlockT = kTuning.block_t;
   static constexpr int kBlockS = hopper_backward_keys(kD);
   static constexpr int kQueryStages = kStages, kDoutStages = kStages;
@@ -89,8 +91,8 @@ struct HopperConfig {
     uint64_t dout_full[kStages], dout_empty[kStages];
     uint64_t dq_full[kGroups], dq_empty[kGroups];
   };
-  // Packed: what kernels of packed sequences have beside, or nothing.
-  template <class Packed>
+  // PackedPart: what kernels of packed sequences have beside, or nothing.
+  template <class PackedPart>
   struct Storage {
     Keys k;  // at the end: dk, each group in its own rows
     Keys v;  // at the end: dv
@@ -102,7 +104,7 @@ struct HopperConfig {
     alignas(16) float delta[kStages][kBlockT];
     float pinned[kGroups * kGroupThreads];
     Barriers barriers;
-    Packed packed;
+    PackedPart packed;
   };
   using SharedStorage = Storage<Nothing>;
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
@@ -155,7 +157,9 @@ struct QueryWalk {
     sums_batch = block.tile * hopper.slot_batches + batch;
   }
   // A key behind the last has a score of 0, and e^(0 - lse) may be infinite: it is hidden.
-  __device__ __forceinline__ bool edge(int t_first) const { return ragged || band.edge(t_first); }
+  __device__ __forceinline__ bool edge(int t_first) const {
+    return ragged || (C::kHasBand && band.edge(t_first));
+  }
 
   // Tiles before the one of this batch and head that begins with query t_first.
   __device__ __forceinline__ int64_t index(const typename C::Params& told, int of_batch, int head,

@@ -36,6 +36,7 @@ template <int kHeadDim, bool kGeneralScores>
 struct WideConfig {
   static constexpr int kD = kHeadDim;
   static constexpr bool kGeneral = kGeneralScores;
+  static constexpr bool kHasBand = true;
   static constexpr HopperBackwardTuning kTuning = attention_backward_tuning_sm90(kD, kGeneral);
   static constexpr int kBlockT = kTuning.block_t;
   static constexpr int kBlockS = hopper_backward_keys(kD);
@@ -73,8 +74,8 @@ struct WideConfig {
     uint64_t q_full[kQueryStages], q_empty[kQueryStages];
     uint64_t dout_full[kDoutStages], dout_empty[kDoutStages];
   };
-  // Packed: what kernels of packed sequences have beside, or nothing.
-  template <class Packed>
+  // PackedPart: what kernels of packed sequences have beside, or nothing.
+  template <class PackedPart>
   struct Storage {
     Keys k;  // at the end: dk
     Keys v;  // at the end: dv
@@ -85,7 +86,7 @@ struct WideConfig {
     alignas(16) float delta[kDoutStages][kBlockT];
     float pinned[kGroups * kGroupThreads];
     Barriers barriers;
-    Packed packed;
+    PackedPart packed;
   };
   using SharedStorage = Storage<Nothing>;
   static_assert(sizeof(SharedStorage) <= 227 * 1024);

@@ -8,8 +8,7 @@
 namespace fused_lm {
 namespace attention_bwd {
 
-// How many rows of the tile that begins with row `first` are of the sequence, and whether that is
-// not all of them.
+// Whether a sequence ends in the tile that begins with its row `first`.
 __device__ __forceinline__ bool ends_inside(const PackedRows& rows, int first, int tile_rows) {
   return first + tile_rows > rows.length;
 }

@@ -66,12 +66,12 @@ one_sequence(const AttentionVarlenBackwardParams& packed, const BlockSequence& s
 // a barrier of the warp that cuts it off.
 template <class Dense>
 struct PackedConfig : Dense {
-  struct Packed {
+  struct PackedPart {
     BlockSequence sequence;
     uint64_t k_raw, v_raw;
     uint64_t q_raw[Dense::kQueryStages], dout_raw[Dense::kDoutStages];
   };
-  using SharedStorage = typename Dense::template Storage<Packed>;
+  using SharedStorage = typename Dense::template Storage<PackedPart>;
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 
   static constexpr bool kPacked = true;

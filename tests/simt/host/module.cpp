@@ -140,9 +140,10 @@ py::dict attention_tuning_sm90(int head_dim, bool general) {
 }
 
 // Of csrc/kernels/attention_bwd_sm90.h.
-py::dict attention_bwd_tuning_sm90(int head_dim, bool general) {
+py::dict attention_bwd_tuning_sm90(int head_dim, bool general, int queries) {
+  const bool is_long = !general && fused_lm::hopper_backward_takes_long(head_dim, queries);
   const fused_lm::HopperBackwardTuning tuning =
-      fused_lm::attention_backward_tuning_sm90(head_dim, general);
+      fused_lm::attention_backward_tuning_sm90(head_dim, general, is_long);
   using namespace py::literals;
   return py::dict(
       "block_t"_a = tuning.block_t, "block_s"_a = fused_lm::hopper_backward_keys(head_dim),
@@ -250,7 +251,7 @@ PYBIND11_MODULE(SIMT_LIBRARY, m) {
   m.def("gemm_tuning_sm90", &gemm_tuning_sm90, py::arg("M"), py::arg("N"), py::arg("K"),
         py::arg("work"));
   m.def("attention_bwd_tuning_sm90", &attention_bwd_tuning_sm90, py::arg("head_dim"),
-        py::arg("general"));
+        py::arg("general"), py::arg("queries_without_band") = 0);
   m.def("attention_bwd_slots_sm90", &attention_bwd_slots_sm90, py::arg("shape"),
         py::arg("multiprocessors"));
   m.attr("HOPPER_BACKWARD_HEAD_DIMS") = std::vector<int>(
