@@ -44,6 +44,16 @@ def fp16_later(calls: Iterable[Any], kernels: Sequence[Any]) -> list[Any]:
     ]
 
 
+def a_third(calls: Iterable[Any]) -> list[Any]:
+    """Calls of which two of three wait for `make test-all`: for a second test of what a first one
+    runs all of.
+    """
+    return [
+        pytest.param(call, id=call.why, marks=[pytest.mark.slow] if i % 3 else [])
+        for i, call in enumerate(calls)
+    ]
+
+
 def shared_bytes() -> int:
     """What a block may have here; 0 without a GPU."""
     if not HAS_GPU:

@@ -257,7 +257,14 @@ def test_cases_have_names_of_their_own(module: ModuleType) -> None:
     assert len({contestant.name for contestant in module.CONTESTANTS}) == len(module.CONTESTANTS)
 
 
-@pytest.mark.parametrize("module", RACES, ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module",
+    [
+        pytest.param(m, marks=[] if m in (attention, layernorm, train) else [pytest.mark.slow])
+        for m in RACES
+    ],
+    ids=lambda module: module.__name__,
+)
 def test_every_adapter_runs_or_says_why_not(module: ModuleType) -> None:
     """In one sentence; of what comes with PyTorch, all that runs on a CPU is right."""
     case = module.grid(True)[0]

@@ -121,7 +121,7 @@ def test_parity_sees_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, device: tor
     assert not result.ok and result.worst == "dweight" and "worst at" in str(result.problem)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_parity_of_the_triton_kernels(dtype: str, device: torch.device) -> None:
     for case in SMALL[::3]:
         result = parity_run.run_case(case, "triton", dtype, device)

@@ -32,7 +32,7 @@ from tests.attention_calls import (
     data_of,
     in_fp64,
 )
-from tests.gpu import fp16_later
+from tests.gpu import a_third, fp16_later
 from tests.simt import backend as simt
 from tests.simt import mutants, runtime
 
@@ -144,7 +144,7 @@ def _counts(call: Call) -> dict[str, int]:
 
 
 @needs_race
-@pytest.mark.parametrize("call", fp16_later(CALLS, KERNELS))
+@pytest.mark.parametrize("call", a_third(CALLS))
 def test_moves_exactly_its_floor(call: Call) -> None:
     """q once, the keys that a query tile sees, no bank conflict, whole sectors."""
     harness = runtime.load("race")

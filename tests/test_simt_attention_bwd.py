@@ -37,7 +37,7 @@ from tests.attention_calls import (
     RNG,
     TEAM_WARPS,
 )
-from tests.gpu import fp16_later
+from tests.gpu import a_third, fp16_later
 from tests.simt import backend as simt
 from tests.simt import mutants, runtime
 
@@ -186,7 +186,7 @@ COUNTED = [*BIASES[::5], *(call for call in CALLS if call.dtype == BF16 and call
 
 
 @needs_race
-@pytest.mark.parametrize("call", COUNTED, ids=lambda call: call.why)
+@pytest.mark.parametrize("call", a_third(COUNTED))
 def test_moves_exactly_its_floor(call: Call) -> None:
     """By the formulas above, without a bank conflict, and whole sectors."""
     harness = runtime.load("race")

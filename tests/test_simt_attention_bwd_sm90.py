@@ -29,11 +29,10 @@ from tests.attention_bwd_hopper_calls import (
     INSTANTIATIONS,
     LONG_ROWS,
     SMALL_CALLS,
-    WIDE,
     operands_of_group,
 )
 from tests.attention_calls import BF16
-from tests.gpu import fp16_later
+from tests.gpu import a_third, fp16_later
 from tests.simt import backend as simt
 from tests.simt import mutants, runtime
 
@@ -245,17 +244,7 @@ _MUTATED = [
     Call("wide: one tile, keys that no query sees", 40, 100, 192, H=1, upper=0),
 ]
 
-SLOW = [
-    call
-    for call in HOPPER_CALLS
-    if call.dtype != BF16 or (max(call.D, call.values) > WIDE and call not in INSTANTIATIONS)
-]
-"""Other types move the same bytes, and the wide kernels walk over tiles as the others do."""
-PLAIN = [
-    pytest.param(call, marks=[pytest.mark.slow] if call in SLOW else [], id=call.why)
-    for call in HOPPER_CALLS
-    if not call.general
-]
+PLAIN = [call for call in HOPPER_CALLS if not call.general]
 
 
 def _tiles(call: Call, block_t: int, block_s: int) -> list[tuple[int, list[int]]]:
@@ -274,7 +263,7 @@ def test_slots_are_written_and_read_once_more() -> None:
 
 
 @needs_race
-@pytest.mark.parametrize("call", PLAIN)
+@pytest.mark.parametrize("call", a_third(PLAIN))
 def test_moves_exactly_its_floor(call: Call) -> None:
     """By the formulas at the top of the kernels."""
     _check_floor(call, IN_ANY_ORDER)

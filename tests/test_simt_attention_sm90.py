@@ -22,7 +22,7 @@ from tests import test_simt_attention_extremes as extremes
 from tests.attention_bwd_calls import Call as BackwardCall
 from tests.attention_calls import BF16, DTYPES, Call, data_of, in_fp64
 from tests.attention_hopper_calls import HEAD_DIMS, HOPPER_CALLS, INSTANTIATIONS, SMALL_CALLS
-from tests.gpu import fp16_later
+from tests.gpu import a_third, fp16_later
 from tests.simt import backend as simt
 from tests.simt import mutants, runtime
 
@@ -80,7 +80,7 @@ def test_one_schedule_gives_the_right_numbers(call: Call, harness: runtime.Harne
     _check(harness, call, (11,))
 
 
-@pytest.mark.parametrize("call", SMALL_CALLS, ids=lambda call: call.why)
+@pytest.mark.parametrize("call", a_third(SMALL_CALLS))
 def test_every_feature(call: Call, harness: runtime.Harness) -> None:
     _check(harness, call, (7,))
 
@@ -190,7 +190,7 @@ PLAIN = [call for call in HOPPER_CALLS if not call.general]
 
 
 @needs_race
-@pytest.mark.parametrize("call", fp16_later(PLAIN, INSTANTIATIONS))
+@pytest.mark.parametrize("call", a_third(PLAIN))
 def test_moves_exactly_its_floor(call: Call) -> None:
     """q once, the keys that a query tile sees, out and lse once; the products of whole tiles, which
     read k, v and q where wgmma reads them; no bank conflict.
