@@ -259,10 +259,7 @@ def test_cases_have_names_of_their_own(module: ModuleType) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [
-        pytest.param(m, marks=[] if m in (attention, layernorm, train) else [pytest.mark.slow])
-        for m in RACES
-    ],
+    [pytest.param(m, marks=[] if m in (layernorm, train) else [pytest.mark.slow]) for m in RACES],
     ids=lambda module: module.__name__,
 )
 def test_every_adapter_runs_or_says_why_not(module: ModuleType) -> None:

@@ -355,6 +355,7 @@ def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow  # three processes
 def test_environment_variables() -> None:
     call = "import torch, fused_lm; q = torch.ones(1, 1, 2, 4); fused_lm.attention(q, q, q)"
     logged = _python(call + "; fused_lm.attention(q, q, q)", FUSED_LM_LOG="1").stderr

@@ -201,9 +201,8 @@ def run_and_kill(out: Path, steps: int, after_s: float | None, from_start: bool 
         process.kill()
 
 
-@pytest.mark.parametrize(
-    ("kills", "steps"), [(1, 120), pytest.param(20, 2000, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kills", "steps"), [(1, 120), (20, 2000)])
 def test_killed_at_random_moments(tmp_path: Path, kills: int, steps: int) -> None:
     moments = random.Random(kills)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
