@@ -2,7 +2,6 @@
 // What fused_lm/reference/attention_varlen.py computes one sequence after the other.
 #include "kernels/attention_varlen_bwd.h"
 
-#include <array>
 #include <tuple>
 
 #include "attention_varlen_ops.h"

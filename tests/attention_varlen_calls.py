@@ -141,8 +141,31 @@ POISONED = [
 """Sequences of which some are to hold anything."""
 
 
+ANY_BOUNDS = [
+    ([-(2**40), 30, 2**40], [0, 2**40, -7]),
+    ([200, 230, 0, 90], [130, 150, 20, 77]),
+    ([300, 300, 300], [300, 0, 10]),
+    ([0, 20, 20], [0, 20, 20]),
+]
+"""Of 300 queries and 200 keys, hardly any as they should be."""
+LANES = 32
+"""Of a warp, which looks for a tile's sequence."""
+
+
 def bounds_of(lengths: tuple[int, ...], dtype: torch.dtype = I32) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
+
+
+def sought(bounds: list[int], tile: int, block_t: int) -> tuple[int, int]:
+    """The sequence of a virtual tile, and how many bounds a warp reads until it knows."""
+    first, count, read = 0, len(bounds) - 1, 0
+    while count > 1:
+        step = -(-count // LANES)
+        parts = [lane * step for lane in range(LANES) if lane * step < count]
+        last = max(p for p in parts if p == 0 or bounds[first + p] // block_t + first + p <= tile)
+        read += len(parts)
+        first, count = first + last, min(step, count - last)
+    return first, read
 
 
 def lay_out(t: Tensor, layout: Layout) -> Tensor:

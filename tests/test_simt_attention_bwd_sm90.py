@@ -177,12 +177,12 @@ TRAINING = [
 
 @pytest.mark.parametrize("B, H, T, D", TRAINING)
 def test_ordered_sums_cost_a_tenth_at_most_by_arithmetic(B: int, H: int, T: int, D: int) -> None:
-    """Of all of the backward, at the sizes of the benchmarks; above 128 columns a fifth, since
+    """Of all of the backward, at the sizes of the benchmarks; above 128 columns a seventh, since
     half the columns of a width are half the heads, which need twice the slots.
     """
     found = runtime.load(runtime.ONE).module.attention_bwd_slots_sm90([B, H, 1, T, T, D, D], H200)
     assert found["slots"] > 0
-    assert found["clocks"] <= (1.1 if D <= 128 else 1.2) * found["in_any_order"]
+    assert found["clocks"] <= (1.1 if D <= 128 else 1.15) * found["in_any_order"]
     assert found["bytes"] <= 3 << 30
 
 

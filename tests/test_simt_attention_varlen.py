@@ -18,10 +18,12 @@ from build_tools.cubin import short_name
 from fused_lm.reference import attention_varlen as reference
 from fused_lm.tolerance import check_close
 from tests.attention_varlen_calls import (
+    ANY_BOUNDS,
     BF16,
     CALLS,
     HEAD_DIMS,
     KERNELS,
+    LANES,
     POISONED,
     SPARSE,
     TINY,
@@ -30,6 +32,7 @@ from tests.attention_varlen_calls import (
     check_neighbours,
     data_of,
     formula,
+    sought,
     span_of,
     visible,
 )
@@ -41,7 +44,6 @@ pytestmark = pytest.mark.skipif(not simt.BACKENDS, reason=str(simt.PROBLEM))
 needs_race = pytest.mark.skipif("simt_race" not in simt.BACKENDS, reason="needs the race build")
 MUTANT_SCHEDULES = 6
 GROUP_ROWS = 64
-LANES = 32
 BLOCKS = 2
 """Multiprocessors of the harness, which the grid has blocks for."""
 _RACED = (
@@ -98,16 +100,7 @@ def test_a_sequence_has_the_bits_that_it_has_alone(harness: runtime.Harness) -> 
         assert torch.equal(lse[:, rows], of_dense[1][0])
 
 
-@pytest.mark.parametrize(
-    ("bounds_q", "bounds_k"),
-    [
-        ([-(2**40), 30, 2**40], [0, 2**40, -7]),
-        ([200, 230, 0, 90], [130, 150, 20, 77]),
-        ([300, 300, 300], [300, 0, 10]),
-        ([0, 20, 20], [0, 20, 20]),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("bounds_q", "bounds_k"), ANY_BOUNDS, ids=str)
 def test_any_bounds_are_safe(
     bounds_q: list[int], bounds_k: list[int], harness: runtime.Harness
 ) -> None:
@@ -163,18 +156,6 @@ def _tuning(call: Call) -> dict[str, Any]:
     return found
 
 
-def _sought(bounds: list[int], tile: int, block_t: int) -> tuple[int, int]:
-    """The sequence of a virtual tile, and how many bounds a warp reads until it knows."""
-    first, count, read = 0, len(bounds) - 1, 0
-    while count > 1:
-        step = -(-count // LANES)
-        parts = [lane * step for lane in range(LANES) if lane * step < count]
-        last = max(p for p in parts if p == 0 or bounds[first + p] // block_t + first + p <= tile)
-        read += len(parts)
-        first, count = first + last, min(step, count - last)
-    return first, read
-
-
 def _counts(call: Call) -> dict[str, int]:
     """By the formulas at the top of ``attention_varlen_fwd_sm90.h``. Boxes are read as far as the
     tensor goes; products are those of whole tiles, without those that are passed over.
@@ -186,7 +167,7 @@ def _counts(call: Call) -> dict[str, int]:
     tiles = N // block_t + len(call.T)
     reads = products = 0
     for virtual in range(tiles):
-        i, searched = _sought(begins_q, virtual, block_t)
+        i, searched = sought(begins_q, virtual, block_t)
         reads += integer * (searched + 2 * LANES)
         tile = virtual - begins_q[i] // block_t - i
         if tile * block_t >= call.T[i]:
@@ -296,5 +277,5 @@ def test_every_instantiation_runs() -> None:
 def test_search_rounds_are_those_of_the_calls() -> None:
     """None, one, two and three of 32 parts each."""
     lengths = [(9,), (9, 9), TINY, SPARSE]
-    sought = [_sought(bounds_of(each).tolist(), 0, 128)[1] for each in lengths]
-    assert sought[0] == 0 < sought[1] == 2 and len(TINY) > LANES and len(SPARSE) > LANES**2
+    read = [sought(bounds_of(each).tolist(), 0, 128)[1] for each in lengths]
+    assert read[0] == 0 < read[1] == 2 and len(TINY) > LANES and len(SPARSE) > LANES**2

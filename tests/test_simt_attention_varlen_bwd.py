@@ -22,13 +22,16 @@ from fused_lm.tolerance import check_close
 from tests.attention_bwd_hopper_calls import GROUPS, operands_of_group
 from tests.attention_varlen_bwd_calls import CALLS, Data
 from tests.attention_varlen_calls import (
+    ANY_BOUNDS,
     BF16,
     HEAD_DIMS,
     KERNELS,
+    LANES,
     POISONED,
     Call,
     Layout,
     bounds_of,
+    sought,
     span_of,
     visible,
 )
@@ -39,7 +42,7 @@ pytestmark = pytest.mark.skipif(not simt.BACKENDS, reason=str(simt.PROBLEM))
 needs_race = pytest.mark.skipif("simt_race" not in simt.BACKENDS, reason="needs the race build")
 NAMES = ("dq", "dk", "dv")
 MUTANT_SCHEDULES = 6
-ROW_LANES, HUGE_BYTES, LANES = 8, 16, 32
+ROW_LANES, HUGE_BYTES = 8, 16
 ROWS_WARPS, MAIN_WARPS = 8, 12
 """Of a block: all of them look for its sequence."""
 FEW = ("plain, bf16 64", "general, bf16 128", "empty ones on both sides")
@@ -133,16 +136,7 @@ def test_a_sequence_has_the_bits_that_it_has_alone(harness: runtime.Harness) -> 
             assert torch.equal(packed[j][place].transpose(0, 1), of_dense[j][0]), NAMES[j]
 
 
-@pytest.mark.parametrize(
-    ("bounds_q", "bounds_k"),
-    [
-        ([-(2**40), 30, 2**40], [0, 2**40, -7]),
-        ([200, 230, 0, 90], [130, 150, 20, 77]),
-        ([300, 300, 300], [300, 0, 10]),
-        ([0, 20, 20], [0, 20, 20]),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("bounds_q", "bounds_k"), ANY_BOUNDS, ids=str)
 def test_any_bounds_are_safe(
     bounds_q: list[int], bounds_k: list[int], harness: runtime.Harness
 ) -> None:
@@ -182,24 +176,12 @@ def test_wrong_pointers_are_refused(
         _run(harness, tuple(arguments))
 
 
-def _searched(bounds: list[int], tile: int, block: int) -> tuple[int, int]:
-    """The sequence of a virtual tile, and how many bounds a warp reads until it knows."""
-    first, count, read = 0, len(bounds) - 1, 0
-    while count > 1:
-        step = -(-count // LANES)
-        parts = [lane * step for lane in range(LANES) if lane * step < count]
-        last = max(p for p in parts if p == 0 or bounds[first + p] // block + first + p <= tile)
-        read += len(parts)
-        first, count = first + last, min(step, count - last)
-    return first, read
-
-
 def _seeks(bounds: list[int], block: int, warps: int) -> int:
     """Bounds that the blocks of a head read: a warp's search, and those of its sequence by every
     lane.
     """
     tiles = bounds[-1] // block + len(bounds) - 1
-    return warps * sum(_searched(bounds, tile, block)[1] + 2 * LANES for tile in range(tiles))
+    return warps * sum(sought(bounds, tile, block)[1] + 2 * LANES for tile in range(tiles))
 
 
 MOVED = [

@@ -81,15 +81,15 @@ def _main_loop(kernel: Kernel) -> list[Instruction]:
     return min((way for way in ways if any(i.base == "HGMMA" for i in way)), key=len)
 
 
-@pytest.mark.parametrize("units", [MAIN, PACKED], ids=["one length", "packed"])
-@pytest.mark.parametrize(("head_dim", "kind"), MOST_INSTRUCTIONS)
-def test_the_main_loop(head_dim: int, kind: str, units: tuple[str, ...]) -> None:
+LOOPS = [(MAIN, *each) for each in MOST_INSTRUCTIONS]
+LOOPS += [(PACKED, head_dim, kind) for head_dim, kind in MOST_INSTRUCTIONS if kind != LONG]
+
+
+@pytest.mark.parametrize(("units", "head_dim", "kind"), LOOPS)
+def test_the_main_loop(units: tuple[str, ...], head_dim: int, kind: str) -> None:
     """As many products and exponentials as there must be, no descriptor that is moved to a uniform
     register for each product, and in the plain kernels all exponentials beside dP.
     """
-    if (head_dim, kind) not in _kernels(units):
-        assert kind == LONG and units == PACKED
-        return
     code = _main_loop(_kernels(units)[head_dim, kind])
     tuning = _tuning(head_dim, kind)
     block_t, block_s = tuning["block_t"], tuning["block_s"]

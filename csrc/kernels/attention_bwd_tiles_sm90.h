@@ -133,9 +133,9 @@ struct QueryWalk {
   int s_first, first_head, end_head;
   int batch = 0;
   int sums_batch = 0;  // of the sums of dq that the block adds to
-  int tiles;           // of queries of a head
-  int first_tile = 0;  // of those the first that is meant
-  int first_key = 0;   // row that key 0 is
+  int tiles;           // of queries of a head, of all sequences where they lie packed
+  int first_tile = 0;  // of those, where the sequence begins
+  int first_key = 0;   // the row of the tensors that is its key 0
   bool ragged;         // keys end in this block
 
   // p: of an attention whose queries and keys are counted from 0.
