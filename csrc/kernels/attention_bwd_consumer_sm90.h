@@ -7,6 +7,7 @@
 #include "kernels/attention_bwd_group_sm90.h"
 #include "kernels/attention_bwd_producer_sm90.h"
 #include "ptx/barrier.h"
+#include "ptx/wgmma_n48.h"
 
 namespace fused_lm {
 namespace attention_bwd {
@@ -95,6 +96,23 @@ struct Consumer {
   static __device__ __forceinline__ const float* numbers(const float* sNumbers) { return sNumbers; }
 };
 
+// Issues a group's scores of tile n, or its dP, as soon as what they are made of has come.
+template <class Element, class C>
+__device__ __forceinline__ void issue_scores(const Consumer<C>& own, Scores<C>& score, unsigned n) {
+  const unsigned stage = n % kStages;
+  ptx::mbarrier_wait(&own.smem.barriers.q_full[stage], n / kStages % 2);
+  issue_transposed<Element, typename C::Keys, typename C::Queries>(score[0], own.own_keys(),
+                                                                   own.queries(stage));
+}
+
+template <class Element, class C>
+__device__ __forceinline__ void issue_dp(const Consumer<C>& own, Scores<C>& dp, unsigned n) {
+  const unsigned stage = n % kStages;
+  ptx::mbarrier_wait(&own.smem.barriers.dout_full[stage], n / kStages % 2);
+  issue_transposed<Element, typename C::Keys, typename C::Queries>(dp[0], own.own_values(),
+                                                                   own.douts(stage));
+}
+
 // ds^T of a group's keys to its slab of ds [queries, keys].
 template <class C>
 __device__ __forceinline__ void store_gradients(typename C::Gradients& sDs, const Packed<C>& ds,
@@ -111,24 +129,31 @@ __device__ __forceinline__ void store_gradients(typename C::Gradients& sDs, cons
   ptx::fence_proxy_async();
 }
 
-// A group's part of a tile of dq is on its way to the sums.
+// A group's part of dq of tile n to the thread that adds it.
+template <class C>
+__device__ __forceinline__ void hand_over_dq(const Consumer<C>& own, const DqTile<C>& dq,
+                                             unsigned n) {
+  auto& barriers = own.smem.barriers;
+  ptx::mbarrier_wait(&barriers.dq_empty[own.group], n % 2 ^ 1u);
+  auto* sDq = reinterpret_cast<uint4*>(own.smem.dq.group[own.group]) + group_thread();
+#pragma unroll
+  for (int i = 0; i < C::kDq; ++i) {
+    const uint4 quad = {__float_as_uint(dq[i][0]), __float_as_uint(dq[i][1]),
+                        __float_as_uint(dq[i][2]), __float_as_uint(dq[i][3])};
+    sDq[i * kGroupThreads] = quad;
+  }
+  ptx::fence_proxy_async();
+  release(&barriers.dq_full[own.group]);
+}
+
+// The same part is on its way to the sums.
 template <class C>
 __device__ __forceinline__ void add_dq(const Consumer<C>& own, const DqTile<C>& dq, unsigned n,
                                        int head, int t_first) {
-  const int thread = group_thread();
   if constexpr (C::kBulkAdds) {
-    auto& barriers = own.smem.barriers;
-    ptx::mbarrier_wait(&barriers.dq_empty[own.group], n % 2 ^ 1u);
-    auto* sDq = reinterpret_cast<uint4*>(own.smem.dq.group[own.group]) + thread;
-#pragma unroll
-    for (int i = 0; i < C::kDq; ++i) {
-      const uint4 quad = {__float_as_uint(dq[i][0]), __float_as_uint(dq[i][1]),
-                          __float_as_uint(dq[i][2]), __float_as_uint(dq[i][3])};
-      sDq[i * kGroupThreads] = quad;
-    }
-    ptx::fence_proxy_async();
-    release(&barriers.dq_full[own.group]);
+    hand_over_dq<C>(own, dq, n);
   } else {
+    const int thread = group_thread();
     if (!C::has_dq(own.group, thread)) return;
     float* gSums = dq_sums<C>(own.told, own.walk, head, t_first, own.group) + thread * kFragment;
 #pragma unroll

@@ -146,18 +146,24 @@ __device__ __forceinline__ void pin(float* pinned, const Scores<C>& value) {
   ptx::store_pinned(pinned, __uint_as_float(all));
 }
 
-template <class C, class Consumer>
-__device__ __forceinline__ void plain_tile(const Consumer& own, Scores<C>& score, Scores<C>& dp,
-                                           const float* sLse, const float* sDelta, int head,
-                                           int t_first) {
-  ptx::wgmma_wait<1>();
+// Scores that have come become P, while kPending batches that were issued later are under way.
+template <class C, int kPending, class Consumer>
+__device__ __forceinline__ void plain_scores(const Consumer& own, Scores<C>& score,
+                                             const float* sLse, int head, int t_first) {
+  ptx::wgmma_wait<kPending>();
   ptx::registers_fence(score[0]);
   if (own.walk.edge(t_first)) {
     hide_ends<C>(score, own.tile(head, t_first), own.params().score);
   }
   plain_probabilities<C>(score, own.numbers(sLse), sLse[C::kBlockT] != 0.0f, own.params().score);
-  // Without it ptxas waits for dP before the exponentials.
+  // Without it ptxas waits for what is under way before the exponentials.
   pin<C>(&own.smem.pinned[threadIdx.x - kGroupThreads], score);
+}
+
+// dP, the last that is under way, becomes ds.
+template <class C, class Consumer>
+__device__ __forceinline__ void plain_gradients(const Consumer& own, const Scores<C>& score,
+                                                Scores<C>& dp, const float* sDelta) {
   ptx::wgmma_wait<0>();
   ptx::registers_fence(dp[0]);
   for_each_query<C>(own.numbers(sDelta), [&](int m, int n, int e, float delta) {
@@ -202,7 +208,8 @@ __device__ __forceinline__ void tile_gradients(const Consumer& own, Scores<C>& s
   if constexpr (C::kGeneral) {
     general_tile<C>(own, score, dp, sLse, sDelta, head, t_first);
   } else {
-    plain_tile<C>(own, score, dp, sLse, sDelta, head, t_first);
+    plain_scores<C, 1>(own, score, sLse, head, t_first);
+    plain_gradients<C>(own, score, dp, sDelta);
   }
 }
 

@@ -12,7 +12,7 @@ namespace attention_bwd {
 
 template <class C>
 __device__ __forceinline__ void init_barriers(typename C::Barriers& barriers) {
-  constexpr int kWarps = kGroups * kGroupThreads / kWarpSize;
+  constexpr int kWarps = kConsumers / kWarpSize;
   ptx::mbarrier_init(&barriers.k_full, 1);
   ptx::mbarrier_init(&barriers.v_full, 1);
   for (int i = 0; i < C::kQueryStages; ++i) {

@@ -188,6 +188,12 @@ __device__ __forceinline__ void add_slots(float4 (&sums)[kCount], const Attentio
   }
 }
 
+// Up to 8 of kCount loads, so that all rounds are whole.
+template <int kCount, int kMost = 8>
+constexpr int kLoadsAtOnce = kCount % kMost == 0 ? kMost : kLoadsAtOnce<kCount, kMost - 1>;
+template <int kCount>
+constexpr int kLoadsAtOnce<kCount, 1> = 1;
+
 // As prepare_tile.
 template <class Element, class C>
 __device__ __forceinline__ void finish_tile(DqRows<C>& smem, const AttentionBackwardParams& p,
@@ -199,8 +205,7 @@ __device__ __forceinline__ void finish_tile(DqRows<C>& smem, const AttentionBack
   const float* gSums =
       room.dq_sums + tile * C::kTileFloats + group * C::kGroupStride + thread * kFragment;
   const float scale = p.score.scale;
-  constexpr int kAtOnce = C::kDq % 8 == 0 ? 8 : C::kDq % 5 == 0 ? 5 : 4;
-  static_assert(C::kDq % kAtOnce == 0);
+  constexpr int kAtOnce = kLoadsAtOnce<C::kDq>;
   for (int first = 0; C::has_dq(group, thread) && first < C::kDq; first += kAtOnce) {
     float4 sums[kAtOnce];
     add_slots<C>(sums, p.shape, room.slots, gSums + first * C::kFragmentStride);

@@ -30,6 +30,8 @@
 //   issue s, dP | exponentials [dP] | ds, pack | issue dv | ds to shared memory [dv] |
 //   both groups have written | issue dq, dk | add dq [dk] | wait for dk
 //
+// but those of 64 columns, which hold dq and dk back: attention_bwd_held_back_sm90.h.
+//
 // The general kernels wait for dP too before they look at scores, since the cap's derivative meets
 // it where it is made.
 //
@@ -42,11 +44,13 @@
 //   dq_full + g     group g: a lane per warp           thread that adds for g: its part of dq
 //   dq_empty + g    that thread                        group g: the place of its part
 //   kGradientsWritten  all consumers                   all consumers: ds is whole
+//   kProductsIssued group 0, where groups are skewed   group 1: it issues s and dP now
 //   kKeysRead       all consumers                      all consumers: dk may take the place of k
 //   kGroupDone + g  group g                            its first thread: rows to be stored
 // clang-format on
 //
 // ds has two places: who passes kGradientsWritten of the next tile has waited for dq of this one.
+// So group 0 comes to kProductsIssued of a tile when group 1 has passed that of the tile before.
 //
 // Bytes: k and v once, 256 (D + Dv); per tile and block 2 block_t (D + Dv) + 8 block_t + 16 read,
 // mostly from the L2, and 4 block_t kD added there; dk and dv once. FLOPs: 10 block_t 128 kD per
@@ -56,7 +60,7 @@
 // as in FlashAttention-2's deterministic backward, whose blocks walk over the keys.
 #pragma once
 
-#include "kernels/attention_bwd_consumer_sm90.h"
+#include "kernels/attention_bwd_held_back_sm90.h"
 #include "ptx/launch.h"
 #include "ptx/registers.h"
 
@@ -67,17 +71,19 @@ namespace attention_bwd {
 template <class Element, class C>
 __device__ __forceinline__ void add_tile(const Consumer<C>& own, Sums<C>& dk, Sums<C>& dv,
                                          unsigned n, int head, int t_first) {
-  using Keys = typename C::Keys;
-  using Queries = typename C::Queries;
   auto& barriers = own.smem.barriers;
-  const unsigned stage = n % kStages, parity = n / kStages % 2;
+  const unsigned stage = n % kStages;
   Packed<C> probs, gradients;
   {
     Scores<C> score, dp;
-    ptx::mbarrier_wait(&barriers.q_full[stage], parity);
-    issue_transposed<Element, Keys, Queries>(score[0], own.own_keys(), own.queries(stage));
-    ptx::mbarrier_wait(&barriers.dout_full[stage], parity);
-    issue_transposed<Element, Keys, Queries>(dp[0], own.own_values(), own.douts(stage));
+    if constexpr (C::kSkews) {
+      if (own.group == 1) ptx::named_barrier_sync(kProductsIssued, kConsumers);
+    }
+    issue_scores<Element, C>(own, score, n);
+    issue_dp<Element, C>(own, dp, n);
+    if constexpr (C::kSkews) {
+      if (own.group == 0) ptx::named_barrier_arrive(kProductsIssued, kConsumers);
+    }
     tile_gradients<C>(own, score, dp, own.smem.lse[stage], own.smem.delta[stage], head, t_first);
     // Packed earlier, P would be held twice.
     pack<Element, C>(probs, score);
@@ -85,7 +91,7 @@ __device__ __forceinline__ void add_tile(const Consumer<C>& own, Sums<C>& dk, Su
   }
   issue_sums<Element, C>(dv, probs, own.turned_douts(stage));
   store_gradients<C>(own.smem.ds[n % 2], gradients, own.group);
-  ptx::named_barrier_sync(kGradientsWritten, kGroups * kGroupThreads);
+  ptx::named_barrier_sync(kGradientsWritten, kConsumers);
   DqTile<C> dq;
   issue_dq<Element, C>(dq, own.turned_keys(), own.gradients(n % 2));
   issue_sums<Element, C>(dk, gradients, own.turned_queries(stage));
@@ -111,12 +117,16 @@ __device__ __forceinline__ void consume(typename C::SharedStorage& smem,
   if (!walk.empty()) {
     ptx::mbarrier_wait(&smem.barriers.k_full, 0);
     ptx::mbarrier_wait(&smem.barriers.v_full, 0);
-    walk.for_each([&](unsigned n, int head, int t_first) {
-      add_tile<Element, C>(own, dk, dv, n, head, t_first);
-    });
+    if constexpr (C::kHoldsBack) {
+      add_tiles_held_back<Element, C>(own, dk, dv);
+    } else {
+      walk.for_each([&](unsigned n, int head, int t_first) {
+        add_tile<Element, C>(own, dk, dv, n, head, t_first);
+      });
+    }
   }
   const AttentionBackwardParams& p = own.params();
-  ptx::named_barrier_sync(kKeysRead, kGroups * kGroupThreads);
+  ptx::named_barrier_sync(kKeysRead, kConsumers);
   stage_rows<Element>(smem.v, dv, kept_scale<C>(p), group * kGroupKeys);
   stage_rows<Element>(smem.k, dk, p.score.scale, group * kGroupKeys);
   ptx::fence_proxy_async();

@@ -11,10 +11,11 @@
 namespace fused_lm {
 namespace attention_bwd {
 
-constexpr int kGroupThreads = 128;  // a warpgroup
-constexpr int kGroupKeys = 64;      // that its products have
-constexpr int kGroups = 2;          // of consumers
-constexpr int kStages = 2;          // tiles of queries in shared memory
+constexpr int kGroupThreads = 128;                   // a warpgroup
+constexpr int kGroupKeys = 64;                       // that its products have
+constexpr int kGroups = 2;                           // of consumers
+constexpr int kConsumers = kGroups * kGroupThreads;  // threads
+constexpr int kStages = 2;                           // tiles of queries in shared memory
 
 struct Nothing {};
 
@@ -44,6 +45,8 @@ struct HopperConfig {
   static constexpr int kQueryStages = kStages, kDoutStages = kStages;
   static constexpr bool kQueriesFirst = false;  // to be released, and to come
   static constexpr bool kBulkAdds = kTuning.adds == GradientAdds::kBulk;
+  static constexpr bool kSkews = kTuning.schedule == BackwardSchedule::kSkewed;
+  static constexpr bool kHoldsBack = kTuning.schedule == BackwardSchedule::kHeldBack;
   static constexpr int kThreads = (1 + kGroups) * kGroupThreads;
   static constexpr int kM = 1;
   static constexpr int kScores = kBlockT / kMmaColumns;
@@ -102,7 +105,7 @@ struct HopperConfig {
     std::conditional_t<kBulkAdds, DqSums, Nothing> dq;
     alignas(16) float lse[kStages][kLseFloats];
     alignas(16) float delta[kStages][kBlockT];
-    float pinned[kGroups * kGroupThreads];
+    float pinned[kConsumers];
     Barriers barriers;
     PackedPart packed;
   };
@@ -124,6 +127,7 @@ enum Barrier : int {
   kGradientsWritten = 1,  // all consumers: ds of a tile
   kKeysRead = 2,          // all consumers: k and v, by the last products
   kGroupDone = 3,         // + group: its rows of dk and dv
+  kProductsIssued = 5,    // the second group, where it is skewed: scores and dP of the first
 };
 
 // The tiles of queries that a block's keys are seen by, in every head of its group.
@@ -172,14 +176,20 @@ struct QueryWalk {
   // places then.
   template <class Body>
   __device__ __forceinline__ void for_each(const Body& body) const {
-    const unsigned count = band.count * (end_head - first_head);
+    const unsigned all = count();
     int head = first_head, i = 0;
     unsigned n = 0;
 #pragma unroll 1
     do {
-      body(n, head, band.start<C::kBlockT>(i));
-      if (++i == band.count) i = 0, ++head;
-    } while (++n < count);
+      body(n, head, first_query(i));
+      advance(head, i);
+    } while (++n < all);
+  }
+  // The same for who walks himself, over tile i of a head.
+  __device__ __forceinline__ unsigned count() const { return band.count * (end_head - first_head); }
+  __device__ __forceinline__ int first_query(int i) const { return band.start<C::kBlockT>(i); }
+  __device__ __forceinline__ void advance(int& head, int& i) const {
+    if (++i == band.count) i = 0, ++head;
   }
   __device__ __forceinline__ bool empty() const { return band.count == 0; }
 };

@@ -10,12 +10,24 @@
 // operands of scores, dP and dq there, 64 KB each, one of dv and dk, 32 KB each; ds is written, 16
 // KB; q and dout come in, 32 KB, lse and delta are read, 16 KB; and dq, as floats, is written and
 // read, 64 KB, if it is added from there. So shared memory binds: 3072 clocks, or 2560 if dq is
-// added from registers; what threads do besides is 144 more. Exponentials take 512, or 1024 at 64
-// columns.
+// added from registers; what threads do besides is 144 more. Exponentials take 512.
 //
 // Of 80 queries the tensor cores have 3200 clocks to do, shared memory 3648: 5 % less per query
 // than of 64. Where a band ends in tiles more of them is in vain; so attentions without one take
 // 80, at 128 columns, unless too many are behind the last query.
+//
+// Of 64 columns and 128 queries exponentials take 1024 clocks of 3072, and while both groups make
+// them the tensor cores have nothing but dP to do. With dq and dk of the tile before held back they
+// have enough; their registers leave room for 96 queries: 1920 clocks of the tensor cores, 2432 of
+// shared memory, 768 of exponentials. A model of both groups, clock by clock with 40 for each
+// latency, has the tensor cores busy for 78 % of the time so, and for 69 % with 128 queries that
+// hold nothing back. At 128 columns the sums leave no room for it.
+//
+// There the groups may be skewed instead: the second issues its scores and dP when the first has
+// issued its own, so that the exponentials of the one run beside products of the other, rather than
+// all of them at once. It costs a barrier per tile that only the second group waits at. The same
+// model has it at 97 % instead of 87; no GPU has told yet, so tiles of 80 queries do it, and those
+// of 64 don't.
 //
 // Of 96 columns dq^T is made as 128: a quarter of this product is wasted, so the tensor cores have
 // 3072 clocks to do for 96 queries, shared memory 2848, and 3424 if dq were added from there; for
@@ -46,9 +58,17 @@ enum class GradientAdds : int {
   kRegisters,  // red.v4: what fence.proxy.async waits for afterwards is longer under way
 };
 
+// When a group's products of a tile of queries are made.
+enum class BackwardSchedule : int {
+  kTogether,  // both groups' at the same time
+  kSkewed,    // scores and dP of the second group behind those of the first
+  kHeldBack,  // dq and dk beside the exponentials of the next tile
+};
+
 struct HopperBackwardTuning {
   int block_t;  // queries per tile
   GradientAdds adds;
+  BackwardSchedule schedule;
   const char* reason;
 };
 
@@ -65,7 +85,10 @@ constexpr int kWideBackwardDim = 128;  // above, the kernels of attention_bwd_wi
 constexpr int hopper_backward_keys(int head_dim) { return head_dim <= kWideBackwardDim ? 128 : 64; }
 // Of a tile of the plain kernels, as above: what the busiest unit takes.
 constexpr int hopper_backward_tile_clocks(int head_dim) {
-  return head_dim <= kWideBackwardDim ? 3072 : head_dim <= 192 ? 4272 : 5424;
+  return head_dim <= 64                 ? 2432
+         : head_dim <= kWideBackwardDim ? 3072
+         : head_dim <= 192              ? 4272
+                                        : 5424;
 }
 
 // Whether tiles of 80 queries are better where no band hides a key. T: queries of a head.
@@ -79,34 +102,40 @@ constexpr bool hopper_backward_takes_long(int head_dim, int T) {
 // general, and hopper_backward_takes_long.
 constexpr HopperBackwardTuning attention_backward_tuning_sm90(int head_dim, bool general,
                                                               bool is_long = false) {
+  using Adds = GradientAdds;
+  using Schedule = BackwardSchedule;
   if (is_long) {
-    return {80, GradientAdds::kBulk,
+    return {80, Adds::kBulk, Schedule::kSkewed,
             "227 KB; scores 40, dP 40, sums 128. No band: 5 % less to read"};
   }
   if (head_dim <= 64) {
     if (general) {
-      return {64, GradientAdds::kRegisters, "81 KB; 64 queries are the 32 bits of a dropout word"};
+      return {64, Adds::kRegisters, Schedule::kTogether,
+              "81 KB; 64 queries are the 32 bits of a dropout word"};
     }
-    return {128, GradientAdds::kBulk,
-            "195 KB; scores 64, dP 64, sums 64; from registers it spills"};
+    return {96, Adds::kBulk, Schedule::kHeldBack,
+            "155 KB; scores 48, dP 48, ds 24, dq 24, sums 64. 128 held back spill"};
   }
   if (head_dim <= 96) {
     if (general) {
-      return {64, GradientAdds::kRegisters, "130 KB; 64 queries are the 32 bits of a dropout word"};
+      return {64, Adds::kRegisters, Schedule::kTogether,
+              "130 KB; 64 queries are the 32 bits of a dropout word"};
     }
-    return {96, GradientAdds::kRegisters,
+    return {96, Adds::kRegisters, Schedule::kTogether,
             "171 KB; scores 48, dP 48, sums 96. As fast as 64 by arithmetic, fewer barriers"};
   }
   if (head_dim > 192) {
-    return {128, GradientAdds::kRegisters,
+    return {128, Adds::kRegisters, Schedule::kTogether,
             "227 KB, one place for q and one for dout; scores 32, dP 32, sums 128, dq 64"};
   }
   if (head_dim > 128) {
-    return {128, GradientAdds::kRegisters,
+    return {128, Adds::kRegisters, Schedule::kTogether,
             "227 KB, two places for q and one for dout; scores 32, dP 32, sums 96, dq 48"};
   }
-  if (general) return {64, GradientAdds::kBulk, "194 KB; scores 32, dP 32, sums 128"};
-  return {64, GradientAdds::kBulk,
+  if (general) {
+    return {64, Adds::kBulk, Schedule::kTogether, "194 KB; scores 32, dP 32, sums 128"};
+  }
+  return {64, Adds::kBulk, Schedule::kTogether,
           "194 KB; scores 32, dP 32, sums 128. 80 would waste more on the diagonal"};
 }
 

@@ -73,7 +73,7 @@ __device__ __forceinline__ void add_wide_tile(const WideConsumer<C>& own, Sums<C
   ptx::fence_proxy_async();
   Sums<C> dq;
   issue_dq_half<Element, C>(dq, gradients, smem.k.halves[0].mn_major());
-  ptx::named_barrier_sync(kWeightsWritten, kGroups * kGroupThreads);
+  ptx::named_barrier_sync(kWeightsWritten, kConsumers);
   issue_half<Element, C>(dk, smem.ds, own.turned_queries(q_stage));
   issue_half<Element, C>(dv, smem.probs, own.turned_douts(dout_stage));
   ptx::wgmma_wait<2>();
@@ -107,11 +107,11 @@ __device__ __forceinline__ void consume_wide(typename C::SharedStorage& smem,
     });
   }
   const AttentionBackwardParams& p = own.params();
-  ptx::named_barrier_sync(kTilesRead, kGroups * kGroupThreads);
+  ptx::named_barrier_sync(kTilesRead, kConsumers);
   stage_rows<Element>(smem.v.halves[own.group], dv, kept_scale<C>(p), 0);
   stage_rows<Element>(smem.k.halves[own.group], dk, p.score.scale, 0);
   ptx::fence_proxy_async();
-  ptx::named_barrier_sync(kRowsStaged, kGroups * kGroupThreads);
+  ptx::named_barrier_sync(kRowsStaged, kConsumers);
   if constexpr (C::kPacked) {
     // A box would reach into the next sequence.
     if (walk.s_first + kGroupKeys > p.shape.S) {

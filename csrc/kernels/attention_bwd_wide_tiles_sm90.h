@@ -84,7 +84,7 @@ struct WideConfig {
     Weights probs, ds;
     alignas(16) float lse[kQueryStages][kLseFloats];
     alignas(16) float delta[kDoutStages][kBlockT];
-    float pinned[kGroups * kGroupThreads];
+    float pinned[kConsumers];
     Barriers barriers;
     PackedPart packed;
   };

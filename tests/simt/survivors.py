@@ -8,6 +8,10 @@ _PASSED_OVER = (
     "group is as many tiles ahead of another as there are places. The wait says so itself, and the "
     "record of an H200 is of the kernel that has it; it may go with that kernel's next change."
 )
+_ORDER = (
+    "It decides when products are issued, not what they read: the second group's behind the "
+    "first's, so that they run beside its exponentials. Without it all numbers are the same, later."
+)
 _ASKED = "It is there for its result, which the harness leaves it; no memory is ordered by it."
 SURVIVORS: dict[tuple[str, str, int], str] = {
     (
@@ -21,7 +25,12 @@ SURVIVORS: dict[tuple[str, str, int], str] = {
         "kernels/attention_bwd_rows_sm90.h",
         "const bool any_huge = __syncthreads_or(huge) != 0;",
         1,
-    ): _ASKED
+    ): _ASKED,
+    (
+        "kernels/attention_bwd_sm90.h",
+        "if (own.group == 1) ptx::named_barrier_sync(kProductsIssued, kConsumers);",
+        1,
+    ): _ORDER,
 }
 """(path below csrc, the source line without indentation, which of the file's lines that read so)
 -> why the hardware needs it. An entry that no call needs any more fails the tests."""
