@@ -30,13 +30,14 @@ std::tuple<Tensor, Tensor> ffn_dpre(const Tensor& given_dy, const Tensor& weight
   params.K = static_cast<int>(given_dy.size(1));
   params.a = dy.operand;
   params.b = b.operand;
-  params.activation = activation_of(activation);
-  STD_TORCH_CHECK(params.activation != Activation::kNone, "there is no activation to go through");
-  params.source = pre.operand.data;
-  params.out = mutable_rows(dpre);
+  params.layer.activation = activation_of(activation);
+  STD_TORCH_CHECK(params.layer.activation != Activation::kNone,
+                  "there is no activation to go through");
+  params.layer.source = pre.operand.data;
+  params.layer.out = mutable_rows(dpre);
   const Tensor partial =
       empty_rows(given_dy, needs_dbias ? gemm_row_tiles(params.M) : 0, F, ScalarType::Float);
-  params.partial = needs_dbias ? static_cast<float*>(partial.mutable_data_ptr()) : nullptr;
+  params.layer.partial = needs_dbias ? static_cast<float*>(partial.mutable_data_ptr()) : nullptr;
   run_gemm(params, given_dy);
   if (needs_dbias) add_strips(dbias, partial);
   return {dpre, dbias};

@@ -77,7 +77,8 @@ void add_product(const Tensor& total, const Tensor& left, const Tensor& right) {
   const Tensor held = takes_total(total) ? total : torch::stable::clone(total);
   const Tensor rows = takes_total(held) ? held : torch::stable::contiguous(held);
   GemmParams params = turned_product(left, right);
-  params.total = {rows.mutable_data_ptr(), row_stride(rows), kernel_dtype(rows, "weight_grad")};
+  params.layer.total = {rows.mutable_data_ptr(), row_stride(rows),
+                        kernel_dtype(rows, "weight_grad")};
   run_gemm(params, left);
   Tensor target = total;
   if (rows.const_data_ptr() != total.const_data_ptr()) torch::stable::copy_(target, rows);
@@ -88,7 +89,7 @@ void store_product(const Tensor& out, const Tensor& left, const Tensor& right) {
   const bool by_rows = out.size(0) == 1 || out.stride(1) == 1;
   if (!by_rows) return store_product(turned(out), right, left);
   GemmParams params = turned_product(left, right);
-  params.out = mutable_rows(out);
+  params.layer.out = mutable_rows(out);
   run_gemm(params, left);
 }
 
@@ -125,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, c
     params.M = static_cast<int>(N), params.N = static_cast<int>(C), params.K = static_cast<int>(F);
     params.a = lines_along(found.dpre, 1).operand;
     params.b = b.operand;
-    params.out = mutable_rows(dx);
+    params.layer.out = mutable_rows(dx);
     run_gemm(params, x);
   }
   if (!needs_dweight && !weight_grad) return {dx, dweight, found.dbias};
@@ -162,10 +163,10 @@ std::tuple<Tensor, Tensor> linear_act_fwd(const Tensor& x, const Tensor& weight,
   params.K = static_cast<int>(x.size(1));
   params.a = a.operand;
   params.b = b.operand;
-  params.bias = data_or_null<uint16_t>(added);
-  params.activation = activation_of(activation);
-  params.pre = keep_pre ? mutable_rows(pre) : nullptr;
-  params.out = mutable_rows(y);
+  params.layer.bias = data_or_null<uint16_t>(added);
+  params.layer.activation = activation_of(activation);
+  params.layer.pre = keep_pre ? mutable_rows(pre) : nullptr;
+  params.layer.out = mutable_rows(y);
   run_gemm(params, x);
   return {y, pre};
 }

@@ -5,6 +5,7 @@
 
 #include "common/device.h"
 #include "kernels/activation_bwd.h"
+#include "kernels/gemm_tuning_sm90.h"
 #include "matrices.h"
 #include "shared_memory.h"
 
@@ -60,6 +61,8 @@ inline void run_gemm(const GemmParams& params, const Tensor& like) {
   const DeviceScope scope(device_index);
   GemmParams placed = params;
   placed.sms = multiprocessors(device_index);
+  const Tensor parts = empty_vector(like, gemm_part_floats(placed), ScalarType::Float);
+  placed.parts = static_cast<float*>(parts.mutable_data_ptr());
   const bool bf16 = like.scalar_type() == ScalarType::BFloat16;
   const Stream stream = current_stream(device_index);
   raise_if_failed(bf16 ? gemm_bf16(placed, stream) : gemm_fp16(placed, stream));

@@ -1,5 +1,5 @@
 """Linear layers that reach every branch of Hopper's products, each with what it is there for: a
-table for the harness' tests. The harness has two multiprocessors, by which schedules are chosen.
+table for the harness' tests. The harness has few multiprocessors, by which schedules are chosen.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class Call:
     keep_pre: bool = False
     total: torch.dtype | None = None
     scale: float = 1.0
+    sms: int = 2
+    """Multiprocessors of the harness."""
 
     @property
     def work(self) -> str:
@@ -153,8 +155,41 @@ INSTANTIATIONS = [
     for call in KINDS
     for name, dtype in DTYPES.items()
 ]
+SHARED = [
+    *(
+        Call(f"shared, {name}{turned}", 40, 1000, 72, "gelu", dtype, transposed, keep_pre=True,
+             sms=8)
+        for name, dtype in DTYPES.items()
+        for turned, transposed in (("", False), (", turned weight", True))
+    ),
+    Call("shared, a linear layer", 40, 1000, 72, sms=8),
+    Call("shared, two tiles, no bias", 200, 1200, 40, "relu", bias=False, sms=12),
+    Call("shared, two columns of tiles, nothing kept", 20, 1200, 296, "silu", sms=12),
+    Call("shared, a step each", 8, 1600, 8, sms=64),
+    Call("whole tiles, and one that is shared", 640, 1600, 136),
+]
+"""By all blocks."""
+SHARED_BACK_THROUGH = [
+    *(
+        Call(f"shared, back through, {name}{turned}", 40, 700, 72, "silu", dtype, transposed, sms=8)
+        for name, dtype in DTYPES.items()
+        for turned, transposed in (("", False), (", turned weight", True))
+    ),
+    Call("shared, back through, two tiles, no sums", 200, 1000, 40, "gelu", bias=False, sms=12),
+]
+SHARED_BACKWARDS = [
+    *(
+        Call(f"shared, gradients, {name}{added}", 1000, 72, 40, "silu", dtype, total=total, sms=8)
+        for name, dtype in DTYPES.items()
+        for added, total in (("", None), (", added into fp32", F32))
+    ),
+    Call("shared, added into 16 bits, turned weight", 1111, 72, 40, total=BF16, transposed=True,
+         sms=8),
+    Call("shared, gradients of two tiles", 1200, 40, 200, sms=12),
+]  # fmt: skip
 FORWARDS = [
     *INSTANTIATIONS,
+    *SHARED,
     *(Call(f"{name}, kept", 40, 72, 48, name, keep_pre=True) for name in ACTIVATIONS),
     Call("one row", 1, 64, 64, "gelu"),
     Call("eight of everything", 8, 8, 8, "silu", keep_pre=True),
@@ -170,6 +205,7 @@ FORWARDS = [
          scale=1e4),
 ]  # fmt: skip
 BACK_THROUGH = [
+    *SHARED_BACK_THROUGH,
     *(Call(f"back through {name}", 40, 72, 48, name) for name in ACTIVATIONS[1:]),
     *(
         Call(f"back through, {name}{turned}", 520, 264, 184, "silu", dtype, transposed)
@@ -181,6 +217,7 @@ BACK_THROUGH = [
 ]
 """N rows, C outputs of the layer that is gone back through, F inputs."""
 BACKWARDS = [
+    *SHARED_BACKWARDS,
     Call("gradients of wide tiles", 200, 248, 200, "silu"),
     Call("gradients of wide tiles, fp16", 200, 248, 200, "silu", F16),
     Call("gradients of small tiles", 70, 72, 48, "gelu", F16),

@@ -25,6 +25,9 @@ from tests.linear_act_hopper_calls import (
     INSTANTIATIONS,
     KINDS,
     LINEAR,
+    SHARED,
+    SHARED_BACK_THROUGH,
+    SHARED_BACKWARDS,
     Call,
     Data,
     check_backward,
@@ -43,28 +46,39 @@ BLOCK_M, BLOCK_K, PRODUCT_ROWS, GROUP_THREADS = 128, 64, 64, 128
 """Of csrc/kernels/gemm_tiles_sm90.h."""
 WORD = 4
 """Bytes of bias that a thread reads at once."""
-FEW = [call for call in FORWARDS if call.N <= 40 or (call in INSTANTIATIONS and call.dtype == BF16)]
-FEW_BACKWARDS = [call for call in BACKWARDS if call.N <= 130 or call.total is not None]
+FEW = [
+    call
+    for call in FORWARDS
+    if (call.N <= 40 and call not in SHARED[2:4]) or (call in INSTANTIATIONS and call.dtype == BF16)
+]
+FEW_BACKWARDS = [
+    call
+    for call in BACKWARDS
+    if call.N <= 130 or (call.total is not None and call not in SHARED_BACKWARDS)
+]
+FEW_BACK_THROUGH = [
+    call for call in BACK_THROUGH if call not in SHARED_BACK_THROUGH or call.dtype == BF16
+]
 """In `make test`."""
 
 
-def _call(harness: runtime.Harness, op: str, *arguments: Any) -> Sequence[Tensor]:
-    with harness.choosing(**HOPPER):
+def _call(harness: runtime.Harness, op: str, *arguments: Any, sms: int = 2) -> Sequence[Tensor]:
+    with harness.choosing(**HOPPER, multiprocessors=sms):
         found: Sequence[Tensor] = harness.call(op, *arguments)
     return found
 
 
 def _forward(harness: runtime.Harness, data: Data) -> Sequence[Tensor]:
-    return _call(harness, "linear_act_fwd", *data.forward)
+    return _call(harness, "linear_act_fwd", *data.forward, sms=data.call.sms)
 
 
 def _backward(harness: runtime.Harness, data: Data) -> Sequence[Tensor]:
     """dx, dweight or the total that it was added to, dbias."""
-    arguments = data.backward(data.saved())
+    arguments, sms = data.backward(data.saved()), data.call.sms
     if data.call.total is None:
-        return _call(harness, "linear_act_bwd", *arguments)
+        return _call(harness, "linear_act_bwd", *arguments, sms=sms)
     total = total_of(data)
-    dx, none, dbias = _call(harness, "linear_act_bwd_add", *arguments[:-1], False, total)
+    dx, none, dbias = _call(harness, "linear_act_bwd_add", *arguments[:-1], False, total, sms=sms)
     assert none.numel() == 0
     return dx, total, dbias
 
@@ -107,7 +121,7 @@ def test_backward(call: Call, harness: runtime.Harness) -> None:
     check_backward(data, found)
 
 
-@pytest.mark.parametrize("call", BACK_THROUGH, ids=lambda call: call.why)
+@pytest.mark.parametrize("call", parameters(BACK_THROUGH, FEW_BACK_THROUGH))
 def test_back_through_an_activation(call: Call, harness: runtime.Harness) -> None:
     data = Data.of(call)
     found = _in_schedules(harness, _dpre, data)
@@ -115,7 +129,7 @@ def test_back_through_an_activation(call: Call, harness: runtime.Harness) -> Non
 
 
 def _dpre(harness: runtime.Harness, data: Data) -> Sequence[Tensor]:
-    return _call(harness, "ffn_dpre", *data.dpre)
+    return _call(harness, "ffn_dpre", *data.dpre, sms=data.call.sms)
 
 
 def test_weights_that_lie_otherwise(harness: runtime.Harness) -> None:
@@ -185,15 +199,36 @@ def test_other_gpus_are_refused(harness: runtime.Harness) -> None:
         harness.call("linear_act_fwd", *Data.of(Call("another GPU", 8, 8, 8)).forward)
 
 
+def _counted(call: Call) -> tuple[dict[str, int], dict[str, Any]]:
+    """What a forward moves, and how its tiles are dealt out."""
+    harness = runtime.load("race")
+    with harness.counting(**HOPPER, multiprocessors=call.sms) as counts:
+        harness.call("linear_act_fwd", *Data.of(call).forward)
+    plan = harness.module.gemm_plan_sm90(call.N, call.F, call.C, call.work, call.sms)
+    return counts, plan
+
+
+@needs_race
+@pytest.mark.parametrize("call", [SHARED[0], SHARED[4]], ids=lambda call: call.why)
+def test_shared_tiles_move_their_parts_besides(call: Call) -> None:
+    """Once written, once read, whatever lies outside of the matrix left out."""
+    counts, plan = _counted(call)
+    M, N, K = call.N, call.F, call.C
+    assert plan["whole"] == 0 and plan["blocks"] == plan["slots"] == call.sms
+    sums = 4 * M * N * plan["slots"]
+    assert counts["global_read_bytes"] == 2 * (M * K + N * K) + sums + 2 * M * N
+    assert counts["global_write_bytes"] == 2 * M * N * (1 + call.keep_pre) + sums
+    products = -(-K // BLOCK_K)
+    assert counts["wgmma_flops"] == products * 2 * BLOCK_M * plan["block_n"] * BLOCK_K
+    assert counts["shared_wavefronts"] == counts["shared_ideal_wavefronts"]
+
+
 @needs_race
 @pytest.mark.parametrize("call", KINDS, ids=lambda call: call.why)
 def test_moves_exactly_its_floor(call: Call) -> None:
     """By the formulas at the top of the kernel."""
-    harness = runtime.load("race")
-    with harness.counting(**HOPPER) as counts:
-        harness.call("linear_act_fwd", *Data.of(call).forward)
+    counts, tuning = _counted(call)
     M, N, K = call.N, call.F, call.C
-    tuning = harness.module.gemm_tuning_sm90(M, N, K, call.work)
     block_n = tuning["block_n"]
     tiles_m, tiles_n, k_tiles = -(-M // BLOCK_M), -(-N // block_n), -(-K // BLOCK_K)
     threads = GROUP_THREADS * (1 if tuning["ping_pong"] else 2)
@@ -230,8 +265,12 @@ _MUTATED = [
     Call("ping-pong, four tiles a block, both kept", 900, 400, 200, "silu", keep_pre=True),
     Call("ping-pong, an odd number of slabs", 900, 72, 184, "silu"),
     Call("small ping-pong", 900, 72, 120, "gelu", keep_pre=True),
+    Call("shared", 200, 1200, 40, "silu", keep_pre=True, sms=12),
 ]
-_MUTATED_BACK_THROUGH = [Call("back through", 900, 72, 184, "silu")]
+_MUTATED_BACK_THROUGH = [
+    Call("back through", 900, 72, 184, "silu"),
+    Call("shared, back through", 200, 1000, 40, "silu", sms=12),
+]
 _MUTATED_BACKWARDS = [
     Call("gradients", 200, 264, 200, "silu"),
     Call("added", 300, 200, 264, total=torch.float32),
@@ -248,7 +287,7 @@ def test_every_instantiation_runs() -> None:
         if place.split(" ")[1].startswith(("gemm_sm90", "activation_bwd"))
     }
     harness = runtime.load(runtime.ONE)
-    for call in INSTANTIATIONS:
+    for call in [*INSTANTIATIONS, *SHARED[:4]]:
         _forward(harness, Data.of(call))
     for call in BACKWARDS:
         _backward(harness, Data.of(call))
@@ -260,11 +299,34 @@ def test_every_instantiation_runs() -> None:
 
 def test_schedules_are_chosen_for_their_clocks() -> None:
     """By the model in gemm_tuning_sm90.h, on two multiprocessors."""
-    tuning = runtime.load(runtime.ONE).module.gemm_tuning_sm90
-    assert tuning(4096, 4096, 4096, "linear")["block_n"] == 256
-    assert tuning(4096, 4096, 4096, "activation")["block_n"] == 192
-    assert tuning(4096, 128, 4096, "linear")["block_n"] == 128
-    assert tuning(4096, 128, 4096, "activation")["block_n"] == 128
-    assert tuning(64, 64, 4096, GRADIENT)["block_n"] == 192
+    plan = runtime.load(runtime.ONE).module.gemm_plan_sm90
+    assert plan(4096, 4096, 4096, "linear")["block_n"] == 256
+    assert plan(4096, 4096, 4096, "activation")["block_n"] == 192
+    assert plan(4096, 128, 4096, "linear")["block_n"] == 128
+    assert plan(4096, 128, 4096, "activation")["block_n"] == 128
+    assert plan(64, 64, 1024, GRADIENT)["block_n"] == 192
     works = (LINEAR, ACTIVATION, GRADIENT, "backward")
-    assert all(tuning(8, 8, 8, work)["reason"] for work in works)
+    assert all(plan(8, 8, 8, work)["reason"] for work in works)
+
+
+H200 = 132
+"""Multiprocessors."""
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "work", "whole", "slots"),
+    [
+        (3072, 768, 16384, LINEAR, 0, 203),  # GPT-2's weights: 72 tiles
+        (3072, 768, 16384, GRADIENT, 0, 203),
+        (6400, 1600, 16384, LINEAR, 264, 217),  # two waves, and 86 tiles
+        (16, 768, 3072, LINEAR, 0, 134),  # a few new tokens
+        (16384, 3072, 768, ACTIVATION, 2048, 0),  # waves enough
+        (16384, 768, 3072, LINEAR, 384, 0),
+    ],
+)
+def test_tiles_that_do_not_come_out_even_are_shared(
+    M: int, N: int, K: int, work: str, whole: int, slots: int
+) -> None:
+    plan = runtime.load(runtime.ONE).module.gemm_plan_sm90(M, N, K, work, H200)
+    assert (plan["whole"], plan["slots"]) == (whole, slots)
+    assert plan["blocks"] == (H200 if slots else 0)

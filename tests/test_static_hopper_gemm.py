@@ -23,7 +23,7 @@ BLOCK_N = {
     "(GemmSchedule)2": 128,
     "(GemmSchedule)3": 192,
 }
-COOPERATIVE = "(GemmSchedule)0"
+COOPERATIVE, PARTS = "(GemmSchedule)0", "sums to a slot"
 """Of csrc/kernels/gemm_tuning_sm90.h."""
 MOST_OTHERS = {
     "(GemmSchedule)0": 9.25,
@@ -47,8 +47,13 @@ def _kernels() -> dict[tuple[str, str, str], Kernel]:
     for kernel in compiled.compiled(toolkit, compiled.KERNELS / "gemm_sm90_bf16.cu", "90a").kernels:
         if kernel.sass is None:
             pytest.skip("no cuobjdump, neither nvcc's nor Triton's")
-        _, schedule, layout, epilogue = kernel.name[:-1].split("<", 1)[1].split(", ")
-        found[schedule, layout, epilogue.removeprefix("gemm::")] = kernel
+        name, parameters = kernel.name[:-1].split("<", 1)
+        if name == "gemm::gemm_sm90":
+            _, schedule, layout, epilogue = parameters.split(", ")
+            found[schedule, layout, epilogue.removeprefix("gemm::")] = kernel
+        elif name == "gemm::gemm_parts_sm90":
+            _, layout = parameters.split(", ")
+            found[COOPERATIVE, layout, PARTS] = kernel
     return found
 
 

@@ -22,11 +22,8 @@ struct GemmTotal {
   DType dtype;
 };
 
-// Whole numbers of 8 elements wherever elements are adjacent: N, and K or the rows of an operand.
-struct GemmParams {
-  int M, N, K;           // all at least 1
-  GemmOperand a;         // [M, K], turned only if b is
-  GemmOperand b;         // [N, K]
+// What is done with the sums of a product [M, N].
+struct GemmLayer {
   const uint16_t* bias;  // [N], 4-byte aligned, or null
   Activation activation;
   uint16_t* pre;  // [M, N] contiguous, 16-byte aligned, or null
@@ -34,7 +31,16 @@ struct GemmParams {
   GemmTotal total;
   const uint16_t* source;  // [M, N] like pre: out = a b^T act'(source); or null
   float* partial;          // with a source: [gemm_row_tiles(M), N], sums over each tile's rows
-  int sms;                 // of the GPU: blocks that run at once
+};
+
+// Whole numbers of 8 elements wherever elements are adjacent: N, and K or the rows of an operand.
+struct GemmParams {
+  int M, N, K;    // all at least 1
+  GemmOperand a;  // [M, K], turned only if b is
+  GemmOperand b;  // [N, K]
+  GemmLayer layer;
+  float* parts;  // gemm_part_floats of gemm_tuning_sm90.h, 16-byte aligned
+  int sms;       // of the GPU: blocks that run at once
 };
 
 constexpr int kGemmStep = 8;  // elements of 16 bytes, which TMA counts in

@@ -72,7 +72,7 @@ struct ActivationBackwardEpilogue {
 #pragma unroll
     for (int slab = 0; slab < C::kSlabs; ++slab) {
       const int first = column + slab * kSlabColumns;
-      with_activation(args.activation,
+      with_activation(args.layer.activation,
                       [&](const auto& formula) { slab_back<C>(own, sums, formula, slab); });
       ptx::fence_proxy_async();
       ptx::named_barrier_sync(kSlabWritten + own.group, kGroupThreads);
@@ -80,7 +80,7 @@ struct ActivationBackwardEpilogue {
         ptx::tma_store(args.out, &own.smem.slabs[own.group][slab].chunks[0][0][0], {first, row});
         ptx::bulk_commit();
       }
-      if (args.partial != nullptr) store_sums<C>(own, slab, row, first);
+      if (args.layer.partial != nullptr) store_sums<C>(own, slab, row, first);
     }
     if (Consumer<C>::thread() == 0) {
       ptx::bulk_wait_read<0>();
@@ -111,7 +111,7 @@ struct ActivationBackwardEpilogue {
     if (thread >= kSlabColumns || at >= own.args.N) return;
     const auto& sSums = own.smem.sums.warp[own.group][slab];
     const float sum = (sSums[0][thread] + sSums[1][thread]) + (sSums[2][thread] + sSums[3][thread]);
-    own.args.partial[int64_t{row / kGemmBlockM} * own.args.N + at] = sum;
+    own.args.layer.partial[int64_t{row / kGemmBlockM} * own.args.N + at] = sum;
   }
 };
 

@@ -32,21 +32,22 @@ struct ActivationEpilogue {
   __device__ __forceinline__ void operator()(Consumer<C>& own, Sums<C>& sums, int row,
                                              int column) const {
     const Arguments& args = own.args;
+    const bool keeps_pre = args.layer.pre != nullptr;
 #pragma unroll
     for (int slab = 0; slab < C::kSlabs; ++slab) {
-      if (args.bias != nullptr) add_bias<C>(sums, args, slab, column);
+      if (args.layer.bias != nullptr) add_bias<C>(sums, args, slab, column);
       Packed<C> packed;
       pack<C>(packed, sums, slab);
-      if (args.keeps_pre) own.send(args.pre, packed, 0, row, column + slab * kSlabColumns);
-      if (args.activation != Activation::kNone) {
-        with_activation(args.activation,
+      if (keeps_pre) own.send(args.pre, packed, 0, row, column + slab * kSlabColumns);
+      if (args.layer.activation != Activation::kNone) {
+        with_activation(args.layer.activation,
                         [&](const auto& formula) { activate<C>(packed, formula); });
       }
-      own.send(args.out, packed, args.keeps_pre ? 1 : slab % C::kPlaces, row,
+      own.send(args.out, packed, keeps_pre ? 1 : slab % C::kPlaces, row,
                column + slab * kSlabColumns);
     }
     if constexpr (C::kSlabs % C::kPlaces != 0) {
-      if (!args.keeps_pre) own.wait_for_slabs();
+      if (!keeps_pre) own.wait_for_slabs();
     }
   }
 };

@@ -84,15 +84,15 @@ struct Consumer {
     ptx::wgmma_commit();
   }
 
-  // sums = a b^T of a tile. A batch stays under way while the stage of the one before it goes back;
-  // `issued` is called when the last one is. The first stands apart: it defines the sums, and what
-  // they were is not kept through the epilogue before.
+  // sums = a b^T over so many steps of K. A batch stays under way while the stage of the one before
+  // it goes back; `issued` is called when the last one is. The first stands apart: it defines the
+  // sums, and what they were is not kept through the epilogue before.
   template <class Issued>
-  __device__ __forceinline__ void multiply(Sums<C>& sums, uint64_t a, uint64_t b,
+  __device__ __forceinline__ void multiply(Sums<C>& sums, uint64_t a, uint64_t b, int steps,
                                            const Issued& issued) {
     issue<false>(sums, a, b);
 #pragma unroll 2
-    for (int rest = k_tile_count(args) - 1; rest > 0; --rest) {
+    for (int step = 1; step < steps; ++step) {
       const int before = ring.stage;
       ring.next();
       issue<true>(sums, a, b);

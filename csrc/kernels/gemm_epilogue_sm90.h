@@ -17,13 +17,34 @@ __device__ __forceinline__ void add_bias(Sums<C>& sums, const Arguments& args, i
 #pragma unroll
   for (int n = 0; n < kSlabFragments; ++n) {
     const int at = first + n * kFragmentColumns;
-    const uint32_t word = at < args.N ? *reinterpret_cast<const uint32_t*>(args.bias + at) : 0u;
+    const uint32_t word =
+        at < args.N ? *reinterpret_cast<const uint32_t*>(args.layer.bias + at) : 0u;
     float bias[2];
     widen_pair<kDTypeOf<typename C::Element>>(bias, word);
 #pragma unroll
     for (int m = 0; m < C::kM; ++m) {
 #pragma unroll
       for (int e = 0; e < kFragment; ++e) sums[m][slab * kSlabFragments + n][e] += bias[e % 2];
+    }
+  }
+}
+
+// Calls body(rows further down, number of the fragment, two adjacent sums) for all that a lane has
+// inside of the matrix; row and column: where its first ones belong.
+template <class C, class Body>
+__device__ __forceinline__ void for_each_pair(const Arguments& args, const Sums<C>& sums, int row,
+                                              int column, const Body& body) {
+#pragma unroll
+  for (int m = 0; m < C::kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int down = m * kProductRows + half * 8;
+      if (row + down >= args.M) continue;
+#pragma unroll
+      for (int n = 0; n < C::kN; ++n) {
+        if (column + n * kFragmentColumns >= args.N) continue;
+        body(down, n, &sums[m][n][2 * half]);
+      }
     }
   }
 }

@@ -1,6 +1,7 @@
 // Hopper's matrix product: the maps of its matrices, its schedule, the launch.
 #pragma once
 
+#include "kernels/gemm_parts_sm90.h"
 #include "kernels/gemm_sm90.h"
 
 namespace fused_lm {
@@ -22,40 +23,90 @@ inline Status map_operand(ptx::TensorMap& map, const GemmOperand& operand, DType
                         : map_matrix(map, operand.data, dtype, K, rows, operand.stride, block_rows);
 }
 
-template <class Element, GemmSchedule kSchedule, Layout kLayout, class Epilogue>
-Status launch_gemm(const GemmParams& p, Stream stream) {
+template <class Element, GemmSchedule kSchedule, Layout kLayout>
+Status make_arguments(Arguments& args, const GemmParams& p) {
   using C = Config<Element, kSchedule, kLayout>;
   constexpr DType kDType = kDTypeOf<Element>;
-  Arguments args{};
   args.M = p.M, args.N = p.N, args.K = p.K;
   args.tiles_m = gemm_row_tiles(p.M),
   args.tiles_n = static_cast<int>((int64_t{p.N} + C::kBlockN - 1) / C::kBlockN);
   args.group = C::kTuning.group;
-  args.activation = p.activation;
-  args.keeps_pre = p.pre != nullptr;
-  args.bias = p.bias;
-  args.total = p.total;
-  args.partial = p.partial;
-  const uint16_t* pre = C::kLoads ? p.source : p.pre;
+  args.layer = p.layer;
+  args.parts = p.parts;
+  const uint16_t* pre = C::kLoads ? p.layer.source : p.layer.pre;
   const Status statuses[] = {
       map_operand(args.a, p.a, kDType, p.M, p.K, kGemmBlockM),
       map_operand(args.b, p.b, kDType, p.N, p.K, C::kBlockN),
-      p.out != nullptr ? map_matrix(args.out, p.out, kDType, p.N, p.M, p.N, C::kRows) : kOk,
+      p.layer.out != nullptr ? map_matrix(args.out, p.layer.out, kDType, p.N, p.M, p.N, C::kRows)
+                             : kOk,
       pre != nullptr ? map_matrix(args.pre, pre, kDType, p.N, p.M, p.N, C::kRows) : kOk,
   };
   for (const Status status : statuses) {
     if (status != kOk) return status;
   }
-  const int64_t count = int64_t{args.tiles_m} * args.tiles_n;
+  return kOk;
+}
+
+inline LaunchConfig launch_of(int64_t blocks, int threads, size_t smem_bytes, Stream stream) {
+  return {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), smem_bytes,
+          stream};
+}
+
+// The first `whole` tiles, or all.
+template <class Element, GemmSchedule kSchedule, Layout kLayout, class Epilogue>
+Status launch_gemm(const GemmParams& p, Stream stream, int64_t whole = INT32_MAX) {
+  using C = Config<Element, kSchedule, kLayout>;
+  Arguments args{};
+  const Status status = make_arguments<Element, kSchedule, kLayout>(args, p);
+  if (status != kOk) return status;
+  const int64_t tiles = int64_t{args.tiles_m} * args.tiles_n;
+  const int64_t count = tiles < whole ? tiles : whole;
   if (count > INT32_MAX - p.sms) return "a matrix product has at most 2^31 tiles";
-  const LaunchConfig config{dim3(static_cast<unsigned>(count < p.sms ? count : p.sms)),
-                            dim3(kThreads), sizeof(typename C::SharedStorage), stream};
-  return launch(gemm_sm90<Element, kSchedule, kLayout, Epilogue>, config, args);
+  args.whole = static_cast<int>(count);
+  return launch(
+      gemm_sm90<Element, kSchedule, kLayout, Epilogue>,
+      launch_of(count < p.sms ? count : p.sms, kThreads, sizeof(typename C::SharedStorage), stream),
+      args);
+}
+
+// The tiles that blocks share, and what is done with their sums.
+template <class Element, Layout kLayout>
+Status launch_shared(const GemmParams& p, GemmWork work, const GemmPlan& plan, Stream stream) {
+  using C = PartConfig<Element, kLayout>;
+  Arguments args{};
+  Status status = make_arguments<Element, kPartSchedule, kLayout>(args, p);
+  if (status != kOk) return status;
+  args.whole = static_cast<int>(plan.whole);
+  args.shares = {static_cast<int>(plan.steps / plan.blocks),
+                 static_cast<int>(plan.steps % plan.blocks)};
+  status =
+      launch(gemm_parts_sm90<Element, kLayout>,
+             launch_of(plan.blocks, kThreads, sizeof(typename C::SharedStorage), stream), args);
+  if (status != kOk) return status;
+  const int64_t shared = int64_t{args.tiles_m} * args.tiles_n - plan.whole;
+  const bool sums = work == GemmWork::kBackward;
+  const auto join = work == GemmWork::kGradient ? gemm_add_parts<Element, FinishGradient>
+                    : sums                      ? gemm_add_parts<Element, FinishActivationBackward>
+                                                : gemm_add_parts<Element, FinishActivation>;
+  return launch(
+      join, launch_of(shared * C::kSlabs, kJoinThreads, sums ? sizeof(JoinSums) : 0, stream), args);
+}
+
+// All of a product, if tiles are shared.
+template <class Element, Layout kLayout>
+Status launch_plan(const GemmParams& p, GemmWork work, const GemmPlan& plan, Stream stream) {
+  if (plan.whole > 0) {
+    const Status status =
+        launch_gemm<Element, kPartSchedule, kLayout, LinearEpilogue>(p, stream, plan.whole);
+    if (status != kOk) return status;
+  }
+  return launch_shared<Element, kLayout>(p, work, plan, stream);
 }
 
 // Of the schedules that are compiled for the work, the one that is done first.
 template <class Element, Layout kLayout>
-Status launch_layer(const GemmParams& p, GemmWork work, GemmSchedule schedule, Stream stream) {
+Status launch_layer(const GemmParams& p, GemmWork work, const GemmPlan& plan, Stream stream) {
+  if (plan.blocks > 0) return launch_plan<Element, kLayout>(p, work, plan, stream);
   constexpr GemmSchedule kWide = GemmSchedule::kCooperative256;
   constexpr GemmSchedule kHidden = GemmSchedule::kPingPong192;
   constexpr GemmSchedule kFew = GemmSchedule::kPingPong128;
@@ -63,7 +114,7 @@ Status launch_layer(const GemmParams& p, GemmWork work, GemmSchedule schedule, S
     return launch_gemm<Element, GemmSchedule::kPingPong192Loads, kLayout,
                        ActivationBackwardEpilogue>(p, stream);
   }
-  if (schedule == kFew) {
+  if (plan.tuning.schedule == kFew) {
     return launch_gemm<Element, kFew, kLayout, ActivationEpilogue>(p, stream);
   }
   return work == GemmWork::kLinear
@@ -73,12 +124,13 @@ Status launch_layer(const GemmParams& p, GemmWork work, GemmSchedule schedule, S
 
 // The gradient of a weight, or its sums added to a total.
 template <class Element>
-Status launch_gradient(const GemmParams& p, GemmWork work, GemmSchedule schedule, Stream stream) {
+Status launch_gradient(const GemmParams& p, GemmWork work, const GemmPlan& plan, Stream stream) {
   constexpr Layout kLayout = Layout::kBothTurned;
+  if (plan.blocks > 0) return launch_plan<Element, kLayout>(p, work, plan, stream);
   if (work == GemmWork::kGradient) {
     return launch_gemm<Element, GemmSchedule::kPingPong192, kLayout, GradientEpilogue>(p, stream);
   }
-  return schedule == GemmSchedule::kPingPong128
+  return plan.tuning.schedule == GemmSchedule::kPingPong128
              ? launch_gemm<Element, GemmSchedule::kPingPong128, kLayout, LinearEpilogue>(p, stream)
              : launch_gemm<Element, GemmSchedule::kCooperative256, kLayout, LinearEpilogue>(p,
                                                                                             stream);
@@ -86,20 +138,17 @@ Status launch_gradient(const GemmParams& p, GemmWork work, GemmSchedule schedule
 
 template <class Element>
 Status launch_any(const GemmParams& p, Stream stream) {
-  const bool activates = p.activation != Activation::kNone || p.pre != nullptr;
-  const GemmWork work = p.total.data != nullptr ? GemmWork::kGradient
-                        : p.source != nullptr   ? GemmWork::kBackward
-                        : activates             ? GemmWork::kActivation
-                                                : GemmWork::kLinear;
-  const GemmSchedule schedule = gemm_tuning_sm90(p.M, p.N, p.K, work, p.sms).schedule;
+  const GemmWork work = gemm_work(p);
+  const GemmPlan plan = gemm_plan_sm90(p.M, p.N, p.K, work, p.sms);
+  if (plan.slots > 0 && p.parts == nullptr) return "there is no room for the sums of parts";
   if (p.a.turned) {
-    if (!p.b.turned || activates || p.source != nullptr)
+    if (!p.b.turned || work == GemmWork::kActivation || work == GemmWork::kBackward)
       return "only a weight's gradient has both operands turned";
-    return launch_gradient<Element>(p, work, schedule, stream);
+    return launch_gradient<Element>(p, work, plan, stream);
   }
   if (work == GemmWork::kGradient) return "only a weight's gradient is added to a total";
-  return p.b.turned ? launch_layer<Element, Layout::kRightTurned>(p, work, schedule, stream)
-                    : launch_layer<Element, Layout::kNoneTurned>(p, work, schedule, stream);
+  return p.b.turned ? launch_layer<Element, Layout::kRightTurned>(p, work, plan, stream)
+                    : launch_layer<Element, Layout::kNoneTurned>(p, work, plan, stream);
 }
 
 }  // namespace gemm

@@ -9,6 +9,31 @@
 namespace fused_lm {
 namespace gemm {
 
+template <class C>
+__device__ __forceinline__ void init_barriers(typename C::Barriers& barriers) {
+  for (int stage = 0; stage < C::kStages; ++stage) {
+    ptx::mbarrier_init(&barriers.full[stage], 1);
+    ptx::mbarrier_init(&barriers.empty[stage], C::kReleases);
+  }
+  for (int group = 0; C::kLoads && group < kGroups; ++group) {
+    ptx::mbarrier_init(&barriers.source_full[group], 1);
+    ptx::mbarrier_init(&barriers.source_empty[group], 1);
+  }
+  ptx::fence_mbarrier_init();
+}
+
+// What all threads do first.
+template <class C>
+__device__ __forceinline__ void start_block(typename C::SharedStorage& smem,
+                                            const Arguments& args) {
+  if (threadIdx.x == 0) {
+    ptx::tma_prefetch(args.a);
+    ptx::tma_prefetch(args.b);
+    init_barriers<C>(smem.barriers);
+  }
+  __syncthreads();
+}
+
 // 64 of K of an operand's rows, in one box; of a turned one in a box per slab.
 template <bool kTurned, class Tile>
 __device__ __forceinline__ void load_operand(Tile& sTile, const ptx::TensorMap& map, uint64_t* full,
@@ -24,22 +49,29 @@ __device__ __forceinline__ void load_operand(Tile& sTile, const ptx::TensorMap& 
   }
 }
 
+// A tile's operands from k on up to `end`.
+template <class C>
+__device__ __forceinline__ void load_steps(typename C::SharedStorage& smem, const Arguments& args,
+                                           Ring<C::kStages>& ring, const TileAt& at, int k,
+                                           int end) {
+#pragma unroll 1
+  for (; k < end; k += kGemmBlockK) {
+    auto& stage = smem.stages[ring.stage];
+    uint64_t* full = &smem.barriers.full[ring.stage];
+    ptx::mbarrier_wait(&smem.barriers.empty[ring.stage], ring.parity ^ 1u);
+    ptx::mbarrier_arrive_expect_tx(full, C::A::kBytes + C::B::kBytes);
+    load_operand<C::kTurnedA>(stage.a, args.a, full, at.row, k);
+    load_operand<C::kTurnedB>(stage.b, args.b, full, at.column, k);
+    ring.next();
+  }
+}
+
 template <class C>
 __device__ __forceinline__ void produce(typename C::SharedStorage& smem, const Arguments& args) {
   Ring<C::kStages> ring;
 #pragma unroll 1
-  for (int tile = blockIdx.x; tile < tile_count(args); tile += gridDim.x) {
-    const TileAt at = tile_at<C>(args, tile);
-#pragma unroll 1
-    for (int k = 0; k < args.K; k += kGemmBlockK) {
-      auto& stage = smem.stages[ring.stage];
-      uint64_t* full = &smem.barriers.full[ring.stage];
-      ptx::mbarrier_wait(&smem.barriers.empty[ring.stage], ring.parity ^ 1u);
-      ptx::mbarrier_arrive_expect_tx(full, C::A::kBytes + C::B::kBytes);
-      load_operand<C::kTurnedA>(stage.a, args.a, full, at.row, k);
-      load_operand<C::kTurnedB>(stage.b, args.b, full, at.column, k);
-      ring.next();
-    }
+  for (int tile = blockIdx.x; tile < args.whole; tile += gridDim.x) {
+    load_steps<C>(smem, args, ring, tile_at<C>(args, tile), 0, args.K);
   }
 }
 
@@ -52,7 +84,7 @@ __device__ __forceinline__ void produce_sources(typename C::SharedStorage& smem,
   int group = 0;
   uint32_t free = 1;
 #pragma unroll 1
-  for (int tile = blockIdx.x; tile < tile_count(args); tile += gridDim.x) {
+  for (int tile = blockIdx.x; tile < args.whole; tile += gridDim.x) {
     const TileAt at = tile_at<C>(args, tile);
     uint64_t* full = &smem.barriers.source_full[group];
     ptx::mbarrier_wait(&smem.barriers.source_empty[group], free);

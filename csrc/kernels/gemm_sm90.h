@@ -29,6 +29,8 @@
 //                                                        the group: the other slab is free
 // clang-format on
 //
+// Where tiles don't fill the GPU, or its last wave, blocks share them: gemm_parts_sm90.h.
+//
 // Operands lie in memory either way (common/matrix_descriptor.h): wgmma reads K-major rows as well
 // as turned ones, so no product needs a transpose of its own.
 //
@@ -53,25 +55,12 @@
 namespace fused_lm {
 namespace gemm {
 
-template <class C>
-__device__ __forceinline__ void init_barriers(typename C::Barriers& barriers) {
-  for (int stage = 0; stage < C::kStages; ++stage) {
-    ptx::mbarrier_init(&barriers.full[stage], 1);
-    ptx::mbarrier_init(&barriers.empty[stage], C::kReleases);
-  }
-  for (int group = 0; C::kLoads && group < kGroups; ++group) {
-    ptx::mbarrier_init(&barriers.source_full[group], 1);
-    ptx::mbarrier_init(&barriers.source_empty[group], 1);
-  }
-  ptx::fence_mbarrier_init();
-}
-
 template <class C, class Epilogue>
 __device__ __forceinline__ void consume(typename C::SharedStorage& smem, const Arguments& args,
                                         int group) {
   Consumer<C> own(smem, args, group);
   const uint64_t a = own.left(), b = own.right();
-  const int tiles = tile_count(args), step = static_cast<int>(gridDim.x);
+  const int tiles = args.whole, step = static_cast<int>(gridDim.x);
   const int other = 1 - group;
   int tile = static_cast<int>(blockIdx.x);
   if constexpr (C::kPingPong) {
@@ -87,7 +76,7 @@ __device__ __forceinline__ void consume(typename C::SharedStorage& smem, const A
     if constexpr (C::kPingPong) {
       ptx::named_barrier_sync(kTurn + group, kGroups * kGroupThreads);
     }
-    own.multiply(sums, a, b, [&] {
+    own.multiply(sums, a, b, k_tile_count(args), [&] {
       if constexpr (C::kPingPong) {
         if (tile + step < tiles) {
           ptx::named_barrier_arrive(kTurn + other, kGroups * kGroupThreads);
@@ -106,16 +95,8 @@ template <class Element, GemmSchedule kSchedule, Layout kLayout, class Epilogue>
 __global__ void __launch_bounds__(kThreads, 1) gemm_sm90(const __grid_constant__ Arguments args) {
   using C = Config<Element, kSchedule, kLayout>;
   auto& smem = dynamic_smem<typename C::SharedStorage>();
-  // By a shuffle the compiler learns that a warp's lanes agree, and keeps descriptors once per
-  // warp.
-  const int warpgroup = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
-  if (threadIdx.x == 0) {
-    ptx::tma_prefetch(args.a);
-    ptx::tma_prefetch(args.b);
-    ptx::tma_prefetch(args.out);
-    init_barriers<C>(smem.barriers);
-  }
-  __syncthreads();
+  const int warpgroup = own_warpgroup();
+  start_block<C>(smem, args);
   if (warpgroup == 0) {
     ptx::registers_decrease<24>();
     if (threadIdx.x == 0) produce<C>(smem, args);

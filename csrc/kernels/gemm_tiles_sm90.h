@@ -91,17 +91,27 @@ using Sums = float[C::kM][C::kN][kFragment];
 template <class C>
 using Packed = uint32_t[C::kM][kSlabBlocks][4];
 
-// What the kernel is told.
+// How the steps of K of shared tiles are dealt out: each block has so many, the first ones one
+// more.
+struct Shares {
+  int steps, longer;
+};
+
+// What the kernels are told.
 struct Arguments {
   ptx::TensorMap a, b, pre, out;  // pre: stored, or loaded as the source of an activation's slope
   int M, N, K;
   int tiles_m, tiles_n, group;
-  Activation activation;
-  bool keeps_pre;
-  const uint16_t* bias;
-  GemmTotal total;
-  float* partial;
+  int whole;  // tiles that a block each makes; those behind them are shared
+  Shares shares;
+  GemmLayer layer;
+  float* parts;
 };
+
+// By a shuffle the compiler learns that a warp's lanes agree, and keeps descriptors once per warp.
+__device__ __forceinline__ int own_warpgroup() {
+  return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
+}
 
 struct TileAt {
   int row, column;  // its first
@@ -115,10 +125,6 @@ __device__ __forceinline__ TileAt tile_at(const Arguments& args, int tile) {
   const int first = tile / panel * args.group, inside = tile % panel;
   const int rows = min(args.group, args.tiles_m - first);
   return {(first + inside % rows) * kGemmBlockM, inside / rows * C::kBlockN};
-}
-
-__device__ __forceinline__ int tile_count(const Arguments& args) {
-  return args.tiles_m * args.tiles_n;
 }
 
 __device__ __forceinline__ int k_tile_count(const Arguments& args) {

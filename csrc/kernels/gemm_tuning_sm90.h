@@ -12,7 +12,15 @@
 // ("cooperative") hold 128 sums per thread at 256 columns, and both run the epilogue while the
 // tensor cores wait. Two that have a tile each ("ping-pong") hold 192 at 192 columns, and the
 // epilogue of one runs beside the products of the other: it costs nothing from a K of 576 on.
+//
+// Tiles come in waves of as many as there are multiprocessors. The gradient of a weight [3072, 768]
+// has 72 of 128 x 256, or 144 of 128 x 128, which is 12 more than an H200 takes at once: either way
+// it takes 262 thousand clocks for 16384 tokens, or 1.8 times what all multiprocessors together
+// would. Shared out, 203 parts in slots of 128 KB, it takes 143 thousand, and 24 more for their
+// sums. What is done first is decided by these clocks.
 #pragma once
+
+#include <initializer_list>
 
 #include "kernels/gemm.h"
 
@@ -79,6 +87,79 @@ constexpr GemmTuning gemm_tuning_sm90(int M, int N, int K, GemmWork work, int sm
     least = clocks;
   }
   return best;
+}
+
+// What is done with the sums of a call.
+constexpr GemmWork gemm_work(const GemmParams& p) {
+  return p.layer.total.data != nullptr                                       ? GemmWork::kGradient
+         : p.layer.source != nullptr                                         ? GemmWork::kBackward
+         : p.layer.activation != Activation::kNone || p.layer.pre != nullptr ? GemmWork::kActivation
+                                                                             : GemmWork::kLinear;
+}
+
+// How tiles are dealt out: the first `whole` to a block each, the others, of 128 x 256, in equal
+// shares to `blocks` of them (gemm_parts_sm90.h).
+struct GemmPlan {
+  GemmTuning tuning;  // of the whole tiles
+  int64_t whole;
+  int blocks;     // 0: all tiles are whole
+  int64_t steps;  // of 64 of K that are shared
+  int64_t slots;  // for the sums of parts, a tile each
+};
+
+constexpr int kPartColumns = 256;
+constexpr double kJoinClocks = 4000;       // 2 us: of one more launch, and of its blocks' ends
+constexpr double kPartClocks = 600;        // in which a block stores the sums of a part
+constexpr double kSlotBytesPerClock = 20;  // of the GPU's memory, per multiprocessor
+constexpr int64_t kMostSlots = 4096;       // 512 MB
+
+// If all tiles behind `whole` are shared.
+constexpr GemmPlan gemm_shared_plan(int M, int N, int K, int sms, bool keeps_whole) {
+  GemmPlan plan{kGemmTunings[0], 0, 0, 0, 0};
+  const int64_t tiles = ((int64_t{M} + kGemmBlockM - 1) / kGemmBlockM) *
+                        ((int64_t{N} + kPartColumns - 1) / kPartColumns);
+  plan.whole = keeps_whole ? tiles / sms * sms : 0;
+  plan.steps = (tiles - plan.whole) * ((int64_t{K} + kGemmBlockK - 1) / kGemmBlockK);
+  plan.blocks = static_cast<int>(plan.steps < sms ? plan.steps : sms);
+  plan.slots = tiles - plan.whole + plan.blocks - 1;
+  return plan;
+}
+
+constexpr int64_t gemm_shared_clocks(const GemmPlan& plan, int M, int N, int K, int sms) {
+  const int64_t k_tiles = (int64_t{K} + kGemmBlockK - 1) / kGemmBlockK;
+  const int64_t shared = plan.steps / k_tiles;
+  const int64_t whole =
+      plan.whole / sms * (k_tiles * plan.tuning.k_tile_clocks + plan.tuning.linear_clocks);
+  const int64_t products = (plan.steps + plan.blocks - 1) / plan.blocks * plan.tuning.k_tile_clocks;
+  const double parts = kPartClocks * static_cast<double>((shared - 1) / plan.blocks + 2);
+  const int64_t sums =
+      int64_t{M < kGemmBlockM ? M : kGemmBlockM} * (N < kPartColumns ? N : kPartColumns);
+  const double moved = 2.0 * 4.0 * static_cast<double>(plan.slots * sums);
+  return whole + products +
+         static_cast<int64_t>(kJoinClocks + parts + moved / (kSlotBytesPerClock * sms));
+}
+
+// The schedule that is done first, with all tiles whole, with all of them shared, or where a linear
+// layer's tiles are 128 x 256 too, with those of the last wave.
+constexpr GemmPlan gemm_plan_sm90(int M, int N, int K, GemmWork work, int sms) {
+  const GemmTuning tuning = gemm_tuning_sm90(M, N, K, work, sms);
+  const int64_t tiles = ((int64_t{M} + kGemmBlockM - 1) / kGemmBlockM) *
+                        ((int64_t{N} + tuning.block_n - 1) / tuning.block_n);
+  GemmPlan best{tuning, tiles, 0, 0, 0};
+  int64_t least = gemm_clocks(tuning, M, N, K, sms);
+  for (const bool keeps_whole : {false, true}) {
+    if (keeps_whole && work != GemmWork::kLinear) break;
+    const GemmPlan plan = gemm_shared_plan(M, N, K, sms, keeps_whole);
+    if (plan.steps == 0 || plan.steps >= INT32_MAX || plan.slots > kMostSlots) continue;
+    const int64_t clocks = gemm_shared_clocks(plan, M, N, K, sms);
+    if (clocks < least) best = plan, least = clocks;
+  }
+  return best;
+}
+
+// Room for the sums of parts.
+constexpr int64_t gemm_part_floats(const GemmParams& p) {
+  return gemm_plan_sm90(p.M, p.N, p.K, gemm_work(p), p.sms).slots * kGemmBlockM * kPartColumns;
 }
 
 constexpr GemmTuning gemm_tuning_of(GemmSchedule schedule) {

@@ -41,7 +41,8 @@ class Schedule:
     is (file, line) of a synchronisation that does nothing. A thread that makes more than
     ``most_accesses`` to memory without waiting for anybody spins. No block has more than
     ``max_smem_bytes`` of shared memory, which some kernels are chosen by; with ``hopper`` those for
-    sm_90a run where there are any.
+    sm_90a run where there are any. ``multiprocessors`` are few, and more than one, so that
+    persistent grids have several blocks with several tiles.
     """
 
     order: str = "round_robin"
@@ -51,6 +52,7 @@ class Schedule:
     most_accesses: int = 50_000_000
     max_smem_bytes: int = LARGE_SHARED
     hopper: bool = False
+    multiprocessors: int = 2
     dropped: tuple[str, int] = ("", 0)
 
     @classmethod

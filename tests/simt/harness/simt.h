@@ -57,6 +57,7 @@ struct Config {
   uint64_t seed = 0;  // of kRandom, and of the order of blocks where it isn't 0
   uint32_t max_smem_bytes = 227 * 1024;
   bool hopper = false;                  // whether kernels for sm_90a run where there are any
+  int multiprocessors = 2;              // that launches count on
   bool count_transactions = false;      // sectors and wavefronts (race build)
   Location dropped{nullptr, 0};         // this synchronisation does nothing: a mutant
   uint64_t most_accesses = 50'000'000;  // of a thread that waits for nobody (race build)

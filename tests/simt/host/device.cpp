@@ -10,8 +10,7 @@ DeviceScope::~DeviceScope() = default;
 
 Stream current_stream(int) { return nullptr; }
 
-// Small, and more than one, so that persistent grids have several blocks with several tiles.
-int multiprocessors(int) { return 2; }
+int multiprocessors(int) { return simt::config.multiprocessors; }
 
 size_t shared_bytes_per_block(int) { return simt::config.max_smem_bytes; }
 

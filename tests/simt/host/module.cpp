@@ -66,7 +66,8 @@ Choice choice(const std::string& name, const std::map<std::string, Choice>& choi
 
 void configure(const std::string& order, const std::string& timing, uint64_t seed,
                bool count_transactions, uint64_t most_accesses, uint32_t max_smem_bytes,
-               bool hopper, const std::string& dropped_file, int dropped_line) {
+               bool hopper, int multiprocessors, const std::string& dropped_file,
+               int dropped_line) {
   simt::Config fresh;
   fresh.order = choice<simt::Order>(order, {{"round_robin", simt::Order::kRoundRobin},
                                             {"reverse", simt::Order::kReverse},
@@ -80,6 +81,7 @@ void configure(const std::string& order, const std::string& timing, uint64_t see
   fresh.most_accesses = most_accesses;
   fresh.max_smem_bytes = max_smem_bytes;
   fresh.hopper = hopper;
+  fresh.multiprocessors = multiprocessors;
   if (dropped_line > 0) fresh.dropped = {interned(dropped_file), dropped_line};
   simt::config = fresh;
 }
@@ -166,17 +168,17 @@ py::dict attention_bwd_slots_sm90(const std::array<int, 7>& shape, int multiproc
       "bytes"_a = slots * work.slot_bytes);
 }
 
-// Of csrc/kernels/gemm_sm90.h, on the harness' multiprocessors.
-py::dict gemm_tuning_sm90(int M, int N, int K, const std::string& work) {
+// Of csrc/kernels/gemm_sm90.h and gemm_parts_sm90.h.
+py::dict gemm_plan_sm90(int M, int N, int K, const std::string& work, int multiprocessors) {
   const fused_lm::GemmWork of = work == "linear"       ? fused_lm::GemmWork::kLinear
                                 : work == "activation" ? fused_lm::GemmWork::kActivation
                                 : work == "gradient"   ? fused_lm::GemmWork::kGradient
                                                        : fused_lm::GemmWork::kBackward;
-  const fused_lm::GemmTuning tuning =
-      fused_lm::gemm_tuning_sm90(M, N, K, of, fused_lm::multiprocessors(0));
+  const fused_lm::GemmPlan plan = fused_lm::gemm_plan_sm90(M, N, K, of, multiprocessors);
   using namespace pybind11::literals;
-  return py::dict("block_n"_a = tuning.block_n, "ping_pong"_a = tuning.ping_pong,
-                  "stages"_a = tuning.stages, "reason"_a = tuning.reason);
+  return py::dict("block_n"_a = plan.tuning.block_n, "ping_pong"_a = plan.tuning.ping_pong,
+                  "stages"_a = plan.tuning.stages, "reason"_a = plan.tuning.reason,
+                  "whole"_a = plan.whole, "blocks"_a = plan.blocks, "slots"_a = plan.slots);
 }
 
 py::dict backward_tuning(const fused_lm::AttentionBackwardTuning& tuning) {
@@ -234,7 +236,8 @@ PYBIND11_MODULE(SIMT_LIBRARY, m) {
   m.attr("RACE_BUILD") = simt::kRaceBuild;
   m.def("configure", &configure, py::arg("order"), py::arg("timing"), py::arg("seed"),
         py::arg("count_transactions"), py::arg("most_accesses"), py::arg("max_smem_bytes"),
-        py::arg("hopper"), py::arg("dropped_file"), py::arg("dropped_line"));
+        py::arg("hopper"), py::arg("multiprocessors"), py::arg("dropped_file"),
+        py::arg("dropped_line"));
   m.def("counters", &counters);
   m.def("reset_counters", [] { simt::counters = {}; });
   m.def("sites", &sites);
@@ -248,8 +251,8 @@ PYBIND11_MODULE(SIMT_LIBRARY, m) {
   m.def("attention_tuning_sm90", &attention_tuning_sm90, py::arg("head_dim"), py::arg("general"));
   m.attr("HOPPER_HEAD_DIMS") =
       std::vector<int>(std::begin(fused_lm::kHopperHeadDims), std::end(fused_lm::kHopperHeadDims));
-  m.def("gemm_tuning_sm90", &gemm_tuning_sm90, py::arg("M"), py::arg("N"), py::arg("K"),
-        py::arg("work"));
+  m.def("gemm_plan_sm90", &gemm_plan_sm90, py::arg("M"), py::arg("N"), py::arg("K"),
+        py::arg("work"), py::arg("multiprocessors") = simt::Config{}.multiprocessors);
   m.def("attention_bwd_tuning_sm90", &attention_bwd_tuning_sm90, py::arg("head_dim"),
         py::arg("general"), py::arg("queries_without_band") = 0);
   m.def("attention_bwd_slots_sm90", &attention_bwd_slots_sm90, py::arg("shape"),
