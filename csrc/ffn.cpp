@@ -1,4 +1,4 @@
-// The feed-forward network on Hopper: checks, allocation, launches of the product whose epilogue
+// The feed-forward network: checks, allocation, launches of the product whose epilogue
 // goes back through the activation.
 #include "ffn_ops.h"
 

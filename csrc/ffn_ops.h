@@ -1,4 +1,4 @@
-// The feed-forward network on Hopper, what linear_act_ops.h doesn't have of it.
+// The feed-forward network, what linear_act_ops.h doesn't have of it.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -1,4 +1,4 @@
-// Linear layers with their activation on Hopper: checks, allocation, launches. What
+// Linear layers with their activation: checks, allocation, launches. What
 // fused_lm/triton_kernels/linear_act.py is for the Triton kernels.
 #include "linear_act_ops.h"
 

@@ -56,16 +56,18 @@ inline uint16_t* mutable_rows(const Tensor& t) {
 
 inline void run_gemm(const GemmParams& params, const Tensor& like) {
   const auto device_index = like.get_device_index();
-  STD_TORCH_CHECK(gemm_bf16 != nullptr && is_hopper(device_index),
-                  "the CUDA kernels of linear layers are built for Hopper (sm_90a) alone");
   const DeviceScope scope(device_index);
+  const Stream stream = current_stream(device_index);
+  const bool bf16 = like.scalar_type() == ScalarType::BFloat16;
+  if (gemm_sm90_bf16 == nullptr || !is_hopper(device_index)) {
+    raise_if_failed(bf16 ? gemm_sm80_bf16(params, stream) : gemm_sm80_fp16(params, stream));
+    return;
+  }
   GemmParams placed = params;
   placed.sms = multiprocessors(device_index);
   const Tensor parts = empty_vector(like, gemm_part_floats(placed), ScalarType::Float);
   placed.parts = static_cast<float*>(parts.mutable_data_ptr());
-  const bool bf16 = like.scalar_type() == ScalarType::BFloat16;
-  const Stream stream = current_stream(device_index);
-  raise_if_failed(bf16 ? gemm_bf16(placed, stream) : gemm_fp16(placed, stream));
+  raise_if_failed(bf16 ? gemm_sm90_bf16(placed, stream) : gemm_sm90_fp16(placed, stream));
 }
 
 // out [N] = the sums of the strips' sums [strips, N].

@@ -141,14 +141,12 @@ def test_attention_varlen_backward(call: varlen_calls.Call) -> None:
             assert i == 0 or same_bits(results[i], runs[0][i]), f"two runs differ in {name}"
 
 
-@pytest.mark.skipif(not gpu.is_hopper(), reason="the kernels are for Hopper")
 @pytest.mark.parametrize("call", linear_calls.FORWARDS, ids=_ids)
 def test_linear_act(call: linear_calls.Call) -> None:
     data = linear_calls.Data.of(call)
     linear_calls.check_forward(data, *_repeated(lambda: gpu.call("linear_act_fwd", *data.forward)))
 
 
-@pytest.mark.skipif(not gpu.is_hopper(), reason="the kernels are for Hopper")
 @pytest.mark.parametrize("call", [c for c in linear_calls.BACKWARDS if not c.total], ids=_ids)
 def test_linear_act_backward(call: linear_calls.Call) -> None:
     data = linear_calls.Data.of(call)
@@ -157,7 +155,6 @@ def test_linear_act_backward(call: linear_calls.Call) -> None:
     linear_calls.check_backward(data, found)
 
 
-@pytest.mark.skipif(not gpu.is_hopper(), reason="the kernels are for Hopper")
 @pytest.mark.parametrize("call", linear_calls.BACK_THROUGH, ids=_ids)
 def test_back_through_an_activation(call: linear_calls.Call) -> None:
     data = linear_calls.Data.of(call)

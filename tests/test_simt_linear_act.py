@@ -5,14 +5,12 @@ bytes moved, and every synchronisation dropped in turn.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from build_tools.cubin import short_name
 from tests.linear_act_hopper_calls import (
@@ -35,13 +33,14 @@ from tests.linear_act_hopper_calls import (
     check_forward,
     total_of,
 )
+from tests.linear_act_runs import Products, in_schedules, parameters, same_bits
 from tests.simt import backend as simt
 from tests.simt import mutants, runtime
 
 pytestmark = pytest.mark.skipif(not simt.BACKENDS, reason=str(simt.PROBLEM))
 needs_race = pytest.mark.skipif("simt_race" not in simt.BACKENDS, reason="needs the race build")
 MUTANT_SCHEDULES = 6
-HOPPER = {"hopper": True}
+PRODUCTS = Products(hopper=True)
 BLOCK_M, BLOCK_K, PRODUCT_ROWS, GROUP_THREADS = 128, 64, 64, 128
 """Of csrc/kernels/gemm_tiles_sm90.h."""
 WORD = 4
@@ -62,74 +61,25 @@ FEW_BACK_THROUGH = [
 """In `make test`."""
 
 
-def _call(harness: runtime.Harness, op: str, *arguments: Any, sms: int = 2) -> Sequence[Tensor]:
-    with harness.choosing(**HOPPER, multiprocessors=sms):
-        found: Sequence[Tensor] = harness.call(op, *arguments)
-    return found
-
-
-def _forward(harness: runtime.Harness, data: Data) -> Sequence[Tensor]:
-    return _call(harness, "linear_act_fwd", *data.forward, sms=data.call.sms)
-
-
-def _backward(harness: runtime.Harness, data: Data) -> Sequence[Tensor]:
-    """dx, dweight or the total that it was added to, dbias."""
-    arguments, sms = data.backward(data.saved()), data.call.sms
-    if data.call.total is None:
-        return _call(harness, "linear_act_bwd", *arguments, sms=sms)
-    total = total_of(data)
-    dx, none, dbias = _call(harness, "linear_act_bwd_add", *arguments[:-1], False, total, sms=sms)
-    assert none.numel() == 0
-    return dx, total, dbias
-
-
-def parameters(calls: Sequence[Call], few: Sequence[Call]) -> list[Any]:
-    """Beyond a few they wait for `make test-all`."""
-    return [
-        pytest.param(call, id=call.why, marks=[] if call in few else [pytest.mark.slow])
-        for call in calls
-    ]
-
-
-def _in_schedules(harness: runtime.Harness, run: Any, data: Data) -> Sequence[Tensor]:
-    """What all schedules agree on, to the bit."""
-    results = {}
-    for seed in (0, 11):
-        harness.configure(runtime.Schedule.of_seed(seed))
-        results[seed] = run(harness, data)
-    first = results[0]
-    equal = all(_same_bits(a, b) for a, b in zip(first, results[11], strict=True))
-    assert equal, "two schedules differ"
-    return first
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
 @pytest.mark.parametrize("call", parameters(FORWARDS, FEW))
 def test_forward(call: Call, harness: runtime.Harness) -> None:
     data = Data.of(call)
-    y, pre = _in_schedules(harness, _forward, data)
+    y, pre = in_schedules(harness, PRODUCTS.forward, data)
     check_forward(data, y, pre)
 
 
 @pytest.mark.parametrize("call", parameters(BACKWARDS, FEW_BACKWARDS))
 def test_backward(call: Call, harness: runtime.Harness) -> None:
     data = Data.of(call)
-    found = _in_schedules(harness, _backward, data)
+    found = in_schedules(harness, PRODUCTS.backward, data)
     check_backward(data, found)
 
 
 @pytest.mark.parametrize("call", parameters(BACK_THROUGH, FEW_BACK_THROUGH))
 def test_back_through_an_activation(call: Call, harness: runtime.Harness) -> None:
     data = Data.of(call)
-    found = _in_schedules(harness, _dpre, data)
+    found = in_schedules(harness, PRODUCTS.back_through, data)
     check_dpre(data, found)
-
-
-def _dpre(harness: runtime.Harness, data: Data) -> Sequence[Tensor]:
-    return _call(harness, "ffn_dpre", *data.dpre, sms=data.call.sms)
 
 
 def test_weights_that_lie_otherwise(harness: runtime.Harness) -> None:
@@ -137,7 +87,7 @@ def test_weights_that_lie_otherwise(harness: runtime.Harness) -> None:
     are apart and bias at an odd address are copied. All equal to their copies, to the bit.
     """
     data = Data.of(Call("lies otherwise", 70, 72, 48, "silu"))
-    plain = [*_forward(harness, data), *_backward(harness, data)]
+    plain = [*PRODUCTS.forward(harness, data), *PRODUCTS.backward(harness, data)]
     wide = torch.zeros(48, 80, dtype=BF16)
     wide[:, :72] = data.weight
     for weight in (data.weight.T.contiguous().T, wide[:, :72]):
@@ -145,8 +95,8 @@ def test_weights_that_lie_otherwise(harness: runtime.Harness) -> None:
         assert data.bias is not None
         bias = torch.cat([data.bias[:1], data.bias])[1:]
         other = Data(data.call, x, weight, bias, data.dy)
-        found = [*_forward(harness, other), *_backward(harness, other)]
-        assert all(_same_bits(a, b) for a, b in zip(plain, found, strict=True))
+        found = [*PRODUCTS.forward(harness, other), *PRODUCTS.backward(harness, other)]
+        assert all(same_bits(a, b) for a, b in zip(plain, found, strict=True))
         assert found[3].stride() == torch.empty_like(weight).stride()
 
 
@@ -158,15 +108,15 @@ def test_totals_that_lie_otherwise(total: str, harness: runtime.Harness) -> None
     other = torch.zeros(48, 73)[:, 1:] if total == "odd" else torch.zeros(72, 48).T
     other.copy_(plain)
     for weight_grad in (plain, other):
-        _call(harness, "linear_act_bwd_add", *arguments, False, weight_grad)
+        PRODUCTS.call(harness, "linear_act_bwd_add", *arguments, False, weight_grad)
     assert torch.equal(plain, other)
 
 
 def test_no_rows(harness: runtime.Harness) -> None:
     data = Data.of(Call("no rows", 0, 72, 48, "silu", keep_pre=True))
-    y, pre = _forward(harness, data)
+    y, pre = PRODUCTS.forward(harness, data)
     assert y.shape == pre.shape == (0, 48)
-    dx, dweight, dbias = _call(harness, "linear_act_bwd", *data.backward(pre))
+    dx, dweight, dbias = PRODUCTS.call(harness, "linear_act_bwd", *data.backward(pre))
     assert dx.shape == (0, 72) and not dweight.any() and not dbias.any()
     assert dweight.shape == (48, 72) and dbias.shape == (48,)
 
@@ -175,7 +125,7 @@ def test_nan_stays_in_its_row(harness: runtime.Harness) -> None:
     for activation in ("relu", "silu", "gelu"):
         data = Data.of(Call("nan", 140, 72, 48, activation))
         data.x[7, 3] = float("nan")
-        y, _ = _forward(harness, data)
+        y, _ = PRODUCTS.forward(harness, data)
         assert y[7].isnan().all() and y.isnan().sum() == 48
 
 
@@ -191,18 +141,13 @@ def test_nan_stays_in_its_row(harness: runtime.Harness) -> None:
 def test_refuses(changed: dict[str, Any], says: str, harness: runtime.Harness) -> None:
     sizes = {"N": 16, "C": 16, "F": 16} | changed
     with pytest.raises(RuntimeError, match=says):
-        _forward(harness, Data.of(Call("refused", **sizes)))
-
-
-def test_other_gpus_are_refused(harness: runtime.Harness) -> None:
-    with pytest.raises(RuntimeError, match="Hopper"):
-        harness.call("linear_act_fwd", *Data.of(Call("another GPU", 8, 8, 8)).forward)
+        PRODUCTS.forward(harness, Data.of(Call("refused", **sizes)))
 
 
 def _counted(call: Call) -> tuple[dict[str, int], dict[str, Any]]:
     """What a forward moves, and how its tiles are dealt out."""
     harness = runtime.load("race")
-    with harness.counting(**HOPPER, multiprocessors=call.sms) as counts:
+    with harness.counting(hopper=True, multiprocessors=call.sms) as counts:
         harness.call("linear_act_fwd", *Data.of(call).forward)
     plan = harness.module.gemm_plan_sm90(call.N, call.F, call.C, call.work, call.sms)
     return counts, plan
@@ -248,11 +193,11 @@ def test_no_mutant_survives() -> None:
     """Every synchronisation of the kernels, dropped in turn from the calls that pass it."""
     hunt = mutants.Hunt(runtime.load("race"), MUTANT_SCHEDULES)
     for call in _MUTATED:
-        hunt.drop_each(call.why, partial(_forward, hunt.harness, Data.of(call)))
+        hunt.drop_each(call.why, partial(PRODUCTS.forward, hunt.harness, Data.of(call)))
     for call in _MUTATED_BACK_THROUGH:
-        hunt.drop_each(call.why, partial(_dpre, hunt.harness, Data.of(call)))
+        hunt.drop_each(call.why, partial(PRODUCTS.back_through, hunt.harness, Data.of(call)))
     for call in _MUTATED_BACKWARDS:
-        hunt.drop_each(call.why, partial(_backward, hunt.harness, Data.of(call)))
+        hunt.drop_each(call.why, partial(PRODUCTS.backward, hunt.harness, Data.of(call)))
     sources = mutants.sources_of("gemm_sm90*") | mutants.sources_of("activation_bwd*")
     hunt.alive = {key: calls for key, calls in hunt.alive.items() if key not in hunt.killed}
     problems = hunt.problems(sources - {mutants.CSRC / "common/warp.h"})
@@ -288,11 +233,11 @@ def test_every_instantiation_runs() -> None:
     }
     harness = runtime.load(runtime.ONE)
     for call in [*INSTANTIATIONS, *SHARED[:4]]:
-        _forward(harness, Data.of(call))
+        PRODUCTS.forward(harness, Data.of(call))
     for call in BACKWARDS:
-        _backward(harness, Data.of(call))
+        PRODUCTS.backward(harness, Data.of(call))
     for call in BACK_THROUGH:
-        _dpre(harness, Data.of(call))
+        PRODUCTS.back_through(harness, Data.of(call))
     ran = {short_name(name) for name in harness.module.kernels_run()}
     assert compiled and not compiled - ran, f"no call reaches {sorted(compiled - ran)}"
 

@@ -34,9 +34,7 @@ constexpr int activation_strips(int M, int N, int sms) {
   return wanted < rows ? wanted : rows;
 }
 
-__attribute__((weak)) Status activation_bwd(const ActivationBackwardParams& params, DType dtype,
-                                            Stream stream);
-__attribute__((weak)) Status column_sums(const ColumnSumsParams& params, DType dtype,
-                                         Stream stream);
+Status activation_bwd(const ActivationBackwardParams& params, DType dtype, Stream stream);
+Status column_sums(const ColumnSumsParams& params, DType dtype, Stream stream);
 
 }  // namespace fused_lm

@@ -1,5 +1,8 @@
-// Matrix products whose epilogue is a layer: out = act(a b^T + bias), pre = a b^T + bias.
+// Matrix products whose epilogue is a layer: out = act(a b^T + bias), pre = a b^T + bias; and what
+// the kernels of all GPUs share.
 #pragma once
+
+#include <type_traits>
 
 #include "common/types.h"
 
@@ -43,6 +46,33 @@ struct GemmParams {
   int sms;       // of the GPU: blocks that run at once
 };
 
+// What is done with the sums of a call.
+enum class GemmWork : int {
+  kLinear,      // adds a bias, if anything
+  kActivation,  // a bias and an activation, one or two outputs
+  kGradient,    // adds the sums to what is in global memory
+  kBackward,    // multiplies by an activation's slope
+};
+
+constexpr GemmWork gemm_work(const GemmLayer& layer) {
+  return layer.total.data != nullptr                                     ? GemmWork::kGradient
+         : layer.source != nullptr                                       ? GemmWork::kBackward
+         : layer.activation != Activation::kNone || layer.pre != nullptr ? GemmWork::kActivation
+                                                                         : GemmWork::kLinear;
+}
+
+// Why no kernel is compiled for a call, if none is.
+inline Status gemm_refusal(const GemmParams& p, GemmWork work) {
+  const bool stores = work == GemmWork::kLinear;
+  if (p.a.turned && !(p.b.turned && (stores || work == GemmWork::kGradient))) {
+    return "only a weight's gradient has both operands turned";
+  }
+  if (!p.a.turned && work == GemmWork::kGradient) {
+    return "only a weight's gradient is added to a total";
+  }
+  return kOk;
+}
+
 constexpr int kGemmStep = 8;  // elements of 16 bytes, which TMA counts in
 constexpr int kGemmBlockM = 128;
 
@@ -50,8 +80,20 @@ constexpr int gemm_row_tiles(int M) {
   return static_cast<int>((int64_t{M} + kGemmBlockM - 1) / kGemmBlockM);
 }
 
-// Weak: a build for other GPUs alone has none.
-__attribute__((weak)) Status gemm_bf16(const GemmParams& params, Stream stream);
-__attribute__((weak)) Status gemm_fp16(const GemmParams& params, Stream stream);
+// On every GPU since Ampere; parts are not used.
+Status gemm_sm80_bf16(const GemmParams& params, Stream stream);
+Status gemm_sm80_fp16(const GemmParams& params, Stream stream);
+
+// Hopper's. Weak: a build for other GPUs alone has none.
+__attribute__((weak)) Status gemm_sm90_bf16(const GemmParams& params, Stream stream);
+__attribute__((weak)) Status gemm_sm90_fp16(const GemmParams& params, Stream stream);
+
+namespace gemm {
+
+// Which operands are turned: those of a forward; b, where a gradient goes back through a weight;
+// both, where two activations give a weight's gradient.
+enum class Layout : int { kNoneTurned, kRightTurned, kBothTurned };
+
+}  // namespace gemm
 
 }  // namespace fused_lm

@@ -7,6 +7,7 @@
 
 #include "common/vec.h"
 #include "kernels/activation.h"
+#include "kernels/gemm_order.h"
 
 namespace fused_lm {
 namespace gemm {

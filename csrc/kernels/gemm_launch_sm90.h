@@ -138,15 +138,12 @@ Status launch_gradient(const GemmParams& p, GemmWork work, const GemmPlan& plan,
 
 template <class Element>
 Status launch_any(const GemmParams& p, Stream stream) {
-  const GemmWork work = gemm_work(p);
+  const GemmWork work = gemm_work(p.layer);
+  const Status refusal = gemm_refusal(p, work);
+  if (refusal != kOk) return refusal;
   const GemmPlan plan = gemm_plan_sm90(p.M, p.N, p.K, work, p.sms);
   if (plan.slots > 0 && p.parts == nullptr) return "there is no room for the sums of parts";
-  if (p.a.turned) {
-    if (!p.b.turned || work == GemmWork::kActivation || work == GemmWork::kBackward)
-      return "only a weight's gradient has both operands turned";
-    return launch_gradient<Element>(p, work, plan, stream);
-  }
-  if (work == GemmWork::kGradient) return "only a weight's gradient is added to a total";
+  if (p.a.turned) return launch_gradient<Element>(p, work, plan, stream);
   return p.b.turned ? launch_layer<Element, Layout::kRightTurned>(p, work, plan, stream)
                     : launch_layer<Element, Layout::kNoneTurned>(p, work, plan, stream);
 }

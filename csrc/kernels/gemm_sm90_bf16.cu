@@ -3,7 +3,7 @@
 
 namespace fused_lm {
 
-Status gemm_bf16(const GemmParams& params, Stream stream) {
+Status gemm_sm90_bf16(const GemmParams& params, Stream stream) {
   return gemm::launch_any<__nv_bfloat16>(params, stream);
 }
 

@@ -3,7 +3,7 @@
 
 namespace fused_lm {
 
-Status gemm_fp16(const GemmParams& params, Stream stream) {
+Status gemm_sm90_fp16(const GemmParams& params, Stream stream) {
   return gemm::launch_any<__half>(params, stream);
 }
 

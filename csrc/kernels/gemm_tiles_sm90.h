@@ -7,7 +7,7 @@
 #include "common/slab_tile.h"
 #include "common/vec.h"
 #include "common/warp.h"
-#include "kernels/gemm.h"
+#include "kernels/gemm_order.h"
 #include "kernels/gemm_tuning_sm90.h"
 #include "ptx/tensor_map.h"
 #include "ptx/wgmma.h"
@@ -24,13 +24,6 @@ constexpr int kFragmentColumns = 8;
 constexpr int kSlabColumns = 64;
 constexpr int kSlabFragments = kSlabColumns / kFragmentColumns;
 constexpr int kSlabBlocks = kSlabColumns / 16;  // of 16 columns, what an stmatrix stores
-
-template <class Element>
-constexpr DType kDTypeOf = std::is_same_v<Element, __half> ? DType::kFloat16 : DType::kBFloat16;
-
-// Which operands are turned: those of a forward; b, where a gradient goes back through a weight;
-// both, where two activations give a weight's gradient.
-enum class Layout : int { kNoneTurned, kRightTurned, kBothTurned };
 
 template <class ElementType, GemmSchedule kSchedule, Layout kLayout>
 struct Config {
@@ -113,18 +106,10 @@ __device__ __forceinline__ int own_warpgroup() {
   return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
 }
 
-struct TileAt {
-  int row, column;  // its first
-};
-
-// Tiles in the order that blocks take them: `group` rows of tiles side by side, column by column,
-// so that those that run together share panels of a and b in the L2.
 template <class C>
 __device__ __forceinline__ TileAt tile_at(const Arguments& args, int tile) {
-  const int panel = args.group * args.tiles_n;
-  const int first = tile / panel * args.group, inside = tile % panel;
-  const int rows = min(args.group, args.tiles_m - first);
-  return {(first + inside % rows) * kGemmBlockM, inside / rows * C::kBlockN};
+  const TileIndex index = tile_in_groups(tile, args.tiles_m, args.tiles_n, args.group);
+  return {index.m * kGemmBlockM, index.n * C::kBlockN};
 }
 
 __device__ __forceinline__ int k_tile_count(const Arguments& args) {

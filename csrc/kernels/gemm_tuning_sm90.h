@@ -28,14 +28,6 @@ namespace fused_lm {
 
 enum class GemmSchedule : int { kCooperative256, kPingPong192, kPingPong128, kPingPong192Loads };
 
-// What an epilogue does to the sums: which schedules are compiled for it.
-enum class GemmWork : int {
-  kLinear,      // adds a bias: so little that both consumers may do it at once
-  kActivation,  // a bias and an activation, one or two outputs
-  kGradient,    // adds the sums to what is in global memory: its way there and back
-  kBackward,    // multiplies by an activation's slope, of a tile that TMA brings
-};
-
 struct GemmTuning {
   GemmSchedule schedule;
   int block_n;
@@ -60,6 +52,8 @@ constexpr GemmTuning kGemmTunings[] = {
      "120 KB of stages, 96 of slabs: a tile comes into them while the one before is multiplied"},
 };
 
+// Which schedules are compiled for what. A bias alone is so little that both consumers may add it
+// at once; what goes to a total and back, and a source that TMA brings, is hidden in ping-pong.
 constexpr bool gemm_compiled(GemmSchedule schedule, GemmWork work) {
   if (work == GemmWork::kGradient) return schedule == GemmSchedule::kPingPong192;
   const bool loads = schedule == GemmSchedule::kPingPong192Loads;
@@ -87,14 +81,6 @@ constexpr GemmTuning gemm_tuning_sm90(int M, int N, int K, GemmWork work, int sm
     least = clocks;
   }
   return best;
-}
-
-// What is done with the sums of a call.
-constexpr GemmWork gemm_work(const GemmParams& p) {
-  return p.layer.total.data != nullptr                                       ? GemmWork::kGradient
-         : p.layer.source != nullptr                                         ? GemmWork::kBackward
-         : p.layer.activation != Activation::kNone || p.layer.pre != nullptr ? GemmWork::kActivation
-                                                                             : GemmWork::kLinear;
 }
 
 // How tiles are dealt out: the first `whole` to a block each, the others, of 128 x 256, in equal
@@ -159,7 +145,8 @@ constexpr GemmPlan gemm_plan_sm90(int M, int N, int K, GemmWork work, int sms) {
 
 // Room for the sums of parts.
 constexpr int64_t gemm_part_floats(const GemmParams& p) {
-  return gemm_plan_sm90(p.M, p.N, p.K, gemm_work(p), p.sms).slots * kGemmBlockM * kPartColumns;
+  return gemm_plan_sm90(p.M, p.N, p.K, gemm_work(p.layer), p.sms).slots * kGemmBlockM *
+         kPartColumns;
 }
 
 constexpr GemmTuning gemm_tuning_of(GemmSchedule schedule) {

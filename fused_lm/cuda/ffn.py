@@ -1,4 +1,4 @@
-"""``ffn`` by ``csrc/linear_act.cpp`` and ``csrc/ffn.cpp``: forward two products of Hopper's tensor
+"""``ffn`` by ``csrc/linear_act.cpp`` and ``csrc/ffn.cpp``: forward two products of the tensor
 cores,
 
     pre, hidden = linear_act(x, W1, b1);          y = hidden W2^T + b2

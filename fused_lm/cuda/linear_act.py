@@ -1,8 +1,8 @@
-"""Linear layers with their activation by ``csrc/linear_act.cpp``: products of Hopper's tensor cores
+"""Linear layers with their activation by ``csrc/linear_act.cpp``: products of the tensor cores
 whose epilogue is the layer.
 
 Arguments are those of ``fused_lm.reference.linear_act``; the dispatcher refuses what is no float16
-or bfloat16, widths that are no multiples of 8, gated activations, and GPUs but Hopper.
+or bfloat16, widths that are no multiples of 8, and gated activations.
 """
 
 from __future__ import annotations

@@ -195,10 +195,7 @@ def cuda_limit(call: Any) -> str | None:
 
 
 def _cuda_refuses(call: Any) -> str | None:
-    refused = cuda_limit(call) or extension.refusal(call.x)
-    if refused is None and not extension.is_hopper(call.x):
-        return "the CUDA kernels of linear layers are built for Hopper (sm_90a) alone"
-    return refused
+    return cuda_limit(call) or extension.refusal(call.x)
 
 
 def _triton_refuses(call: Any) -> str | None:
@@ -254,5 +251,10 @@ for _op, _files in (
     )
     records.SHAPE_CLASSES[_op] = _shape_class
     records.KERNEL_SOURCES[_op, "triton"] = _files
-    records.KERNEL_SOURCES[_op, "cuda"] = ("gemm_sm90_bf16", "gemm_sm90_fp16")
-    records.TRAINING_SOURCES[_op, "cuda"] = ("activation_bwd_sm90",)
+    records.KERNEL_SOURCES[_op, "cuda"] = (
+        "gemm_sm80_bf16",
+        "gemm_sm80_fp16",
+        "gemm_sm90_bf16",
+        "gemm_sm90_fp16",
+    )
+    records.TRAINING_SOURCES[_op, "cuda"] = ("activation_bwd",)
