@@ -175,9 +175,12 @@ def test_moves_exactly_its_floor(call: Call) -> None:
     counts, tuning = _counted(call)
     M, N, K = call.N, call.F, call.C
     block_n = tuning["block_n"]
-    tiles_m, tiles_n, k_tiles = -(-M // BLOCK_M), -(-N // block_n), -(-K // BLOCK_K)
+    clusters, tiles_n, k_tiles = (
+        -(-M // (BLOCK_M * tuning["cluster"])), -(-N // block_n), -(-K // BLOCK_K)
+    )  # fmt: skip
+    tiles_m = clusters * tuning["cluster"]
     threads = GROUP_THREADS * (1 if tuning["ping_pong"] else 2)
-    operands = 2 * (M * K * tiles_n + N * K * tiles_m)
+    operands = 2 * (M * K * tiles_n + N * K * clusters)
     assert counts["global_read_bytes"] == operands + tiles_m * threads * N // 8 * WORD
     assert counts["global_write_bytes"] == 2 * M * N * (1 + call.keep_pre)
     products = tiles_m * tiles_n * k_tiles

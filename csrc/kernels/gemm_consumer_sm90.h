@@ -4,6 +4,7 @@
 
 #include "kernels/gemm_tiles_sm90.h"
 #include "ptx/barrier.h"
+#include "ptx/cluster.h"
 #include "ptx/lane.h"
 #include "ptx/matrix.h"
 #include "ptx/mbarrier.h"
@@ -26,10 +27,15 @@ struct Consumer {
   int group;
   Ring<C::kStages> ring;
   uint32_t source_parity = 0;
+  ptx::ClusterBarriers neighbours;  // its `empty`, in a cluster
 
   __device__ __forceinline__ Consumer(typename C::SharedStorage& storage, const Arguments& told,
                                       int own)
-      : smem(storage), args(told), group(own) {}
+      : smem(storage), args(told), group(own) {
+    if constexpr (C::kCluster == 2) {
+      neighbours = ptx::cluster_barriers(smem.barriers.empty, ptx::cluster_rank() ^ 1);
+    }
+  }
 
   // Its rows of a tile begin there.
   __device__ __forceinline__ int first_row() const {
@@ -54,9 +60,11 @@ struct Consumer {
   }
 
   // Every warp says for itself, behind a wgmma_wait of all its lanes, that it no longer reads a
-  // stage.
+  // stage: to all who write there.
   __device__ __forceinline__ void release(int stage) const {
-    if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(&smem.barriers.empty[stage]);
+    if (threadIdx.x % kWarpSize != 0) return;
+    ptx::mbarrier_arrive(&smem.barriers.empty[stage]);
+    if constexpr (C::kCluster == 2) ptx::mbarrier_arrive_after_reads(neighbours, stage);
   }
 
   // Waits for a stage and issues its products, a batch: sums = a b^T, or += where they go on.

@@ -3,6 +3,7 @@
 
 #include "kernels/gemm_parts_sm90.h"
 #include "kernels/gemm_sm90.h"
+#include "ptx/cluster.h"
 
 namespace fused_lm {
 namespace gemm {
@@ -17,26 +18,28 @@ inline Status map_matrix(ptx::TensorMap& map, const uint16_t* data, DType dtype,
       {data, dtype, 2, {columns, rows}, {0, row_bytes}, {kSlabColumns, box_rows}, Swizzle::k128});
 }
 
+// shares: of a tile, each a box of its own.
 inline Status map_operand(ptx::TensorMap& map, const GemmOperand& operand, DType dtype, int rows,
-                          int K, int block_rows) {
-  return operand.turned ? map_matrix(map, operand.data, dtype, rows, K, operand.stride, kGemmBlockK)
-                        : map_matrix(map, operand.data, dtype, K, rows, operand.stride, block_rows);
+                          int K, int block_rows, int shares) {
+  return operand.turned
+             ? map_matrix(map, operand.data, dtype, rows, K, operand.stride, kGemmBlockK / shares)
+             : map_matrix(map, operand.data, dtype, K, rows, operand.stride, block_rows / shares);
 }
 
-template <class Element, GemmSchedule kSchedule, Layout kLayout>
+template <class C>
 Status make_arguments(Arguments& args, const GemmParams& p) {
-  using C = Config<Element, kSchedule, kLayout>;
-  constexpr DType kDType = kDTypeOf<Element>;
+  constexpr DType kDType = kDTypeOf<typename C::Element>;
   args.M = p.M, args.N = p.N, args.K = p.K;
   args.tiles_m = gemm_row_tiles(p.M),
   args.tiles_n = static_cast<int>((int64_t{p.N} + C::kBlockN - 1) / C::kBlockN);
   args.group = C::kTuning.group;
+  args.cluster = C::kCluster;
   args.layer = p.layer;
   args.parts = p.parts;
   const uint16_t* pre = C::kLoads ? p.layer.source : p.layer.pre;
   const Status statuses[] = {
-      map_operand(args.a, p.a, kDType, p.M, p.K, kGemmBlockM),
-      map_operand(args.b, p.b, kDType, p.N, p.K, C::kBlockN),
+      map_operand(args.a, p.a, kDType, p.M, p.K, kGemmBlockM, 1),
+      map_operand(args.b, p.b, kDType, p.N, p.K, C::kBlockN, C::kCluster),
       p.layer.out != nullptr ? map_matrix(args.out, p.layer.out, kDType, p.N, p.M, p.N, C::kRows)
                              : kOk,
       pre != nullptr ? map_matrix(args.pre, pre, kDType, p.N, p.M, p.N, C::kRows) : kOk,
@@ -57,16 +60,18 @@ template <class Element, GemmSchedule kSchedule, Layout kLayout, class Epilogue>
 Status launch_gemm(const GemmParams& p, Stream stream, int64_t whole = INT32_MAX) {
   using C = Config<Element, kSchedule, kLayout>;
   Arguments args{};
-  const Status status = make_arguments<Element, kSchedule, kLayout>(args, p);
+  const Status status = make_arguments<C>(args, p);
   if (status != kOk) return status;
-  const int64_t tiles = int64_t{args.tiles_m} * args.tiles_n;
+  const int64_t tiles = gemm_tiles(C::kTuning, p.M, p.N);
   const int64_t count = tiles < whole ? tiles : whole;
   if (count > INT32_MAX - p.sms) return "a matrix product has at most 2^31 tiles";
   args.whole = static_cast<int>(count);
-  return launch(
-      gemm_sm90<Element, kSchedule, kLayout, Epilogue>,
-      launch_of(count < p.sms ? count : p.sms, kThreads, sizeof(typename C::SharedStorage), stream),
-      args);
+  const int64_t at_once = gemm_blocks(C::kTuning, p.sms);
+  const LaunchConfig config = launch_of(count < at_once ? count : at_once, kThreads,
+                                        sizeof(typename C::SharedStorage), stream);
+  const auto kernel = gemm_sm90<Element, kSchedule, kLayout, Epilogue>;
+  if constexpr (C::kCluster == 1) return launch(kernel, config, args);
+  return launch_clusters(kernel, config, C::kCluster, args);
 }
 
 // The tiles that blocks share, and what is done with their sums.
@@ -74,9 +79,10 @@ template <class Element, Layout kLayout>
 Status launch_shared(const GemmParams& p, GemmWork work, const GemmPlan& plan, Stream stream) {
   using C = PartConfig<Element, kLayout>;
   Arguments args{};
-  Status status = make_arguments<Element, kPartSchedule, kLayout>(args, p);
+  Status status = make_arguments<C>(args, p);
   if (status != kOk) return status;
   args.whole = static_cast<int>(plan.whole);
+  if (plan.whole > 0) args.cluster = plan.tuning.cluster;
   args.shares = {static_cast<int>(plan.steps / plan.blocks),
                  static_cast<int>(plan.steps % plan.blocks)};
   status =

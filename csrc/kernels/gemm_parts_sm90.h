@@ -38,7 +38,7 @@ constexpr int kRowsAtOnce = kJoinThreads / kRowThreads;
 constexpr int kJoinRows = kGemmBlockM / kRowsAtOnce;  // of a thread
 
 template <class Element, Layout kLayout>
-using PartConfig = Config<Element, kPartSchedule, kLayout>;
+using PartConfig = Config<Element, kPartSchedule, kLayout, 1>;
 
 // The first step of K, counted over all shared tiles, that a block has.
 __device__ __forceinline__ int share_begin(const Shares& shares, int block) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/gemm_tiles_sm90.h"
+#include "ptx/cluster.h"
 #include "ptx/mbarrier.h"
 #include "ptx/tma.h"
 
@@ -22,6 +23,17 @@ __device__ __forceinline__ void init_barriers(typename C::Barriers& barriers) {
   ptx::fence_mbarrier_init();
 }
 
+// All threads of the block, or of the cluster.
+template <class C>
+__device__ __forceinline__ void meet() {
+  if constexpr (C::kCluster == 1) {
+    __syncthreads();
+  } else {
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+  }
+}
+
 // What all threads do first.
 template <class C>
 __device__ __forceinline__ void start_block(typename C::SharedStorage& smem,
@@ -31,7 +43,16 @@ __device__ __forceinline__ void start_block(typename C::SharedStorage& smem,
     ptx::tma_prefetch(args.b);
     init_barriers<C>(smem.barriers);
   }
-  __syncthreads();
+  meet<C>();
+}
+
+// What they do last: nobody leaves a cluster while others may still write to its shared memory.
+template <class C>
+__device__ __forceinline__ void end_block() {
+  if constexpr (C::kCluster > 1) {
+    __syncwarp();
+    meet<C>();
+  }
 }
 
 // 64 of K of an operand's rows, in one box; of a turned one in a box per slab.
@@ -49,6 +70,30 @@ __device__ __forceinline__ void load_operand(Tile& sTile, const ptx::TensorMap& 
   }
 }
 
+// The right operand. In a cluster each block brings half of it into the shared memory of both: of
+// its rows, or of a turned one's 64 of K.
+template <class C>
+__device__ __forceinline__ void load_right(typename C::B& sTile, const ptx::TensorMap& map,
+                                           uint64_t* full, int row, int k) {
+  if constexpr (C::kCluster == 1) {
+    load_operand<C::kTurnedB>(sTile, map, full, row, k);
+  } else {
+    constexpr uint16_t kAll = (1u << C::kCluster) - 1;
+    constexpr int kShare = C::B::kRows / C::kCluster;  // of a slab's rows in shared memory
+    const int first = ptx::cluster_rank() * kShare;
+#pragma unroll
+    for (int slab = 0; slab < C::B::kSlabs; ++slab) {
+      uint4* sShare = &sTile.chunks[slab][first][0];
+      if constexpr (C::kTurnedB) {
+        ptx::tma_load_multicast(sShare, map, full, {row + slab * C::B::kSlabColumns, k + first},
+                                kAll);
+      } else {
+        ptx::tma_load_multicast(sShare, map, full, {k, row + first}, kAll);
+      }
+    }
+  }
+}
+
 // A tile's operands from k on up to `end`.
 template <class C>
 __device__ __forceinline__ void load_steps(typename C::SharedStorage& smem, const Arguments& args,
@@ -61,7 +106,7 @@ __device__ __forceinline__ void load_steps(typename C::SharedStorage& smem, cons
     ptx::mbarrier_wait(&smem.barriers.empty[ring.stage], ring.parity ^ 1u);
     ptx::mbarrier_arrive_expect_tx(full, C::A::kBytes + C::B::kBytes);
     load_operand<C::kTurnedA>(stage.a, args.a, full, at.row, k);
-    load_operand<C::kTurnedB>(stage.b, args.b, full, at.column, k);
+    load_right<C>(stage.b, args.b, full, at.column, k);
     ring.next();
   }
 }

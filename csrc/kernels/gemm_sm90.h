@@ -20,14 +20,18 @@
 // clang-format off
 // Barrier                who arrives                     who waits, and what for
 //   full + stage         producer; bytes of both         consumers: 64 of K
+//                        operands, its own and others'
 //   empty + stage        consumers of the tile: a lane   producer: the stage's place
-//                        per warp
+//                        per warp; those of the cluster
 //   kTurn + group        the other group                 the group: its products may begin
 //   source_full + group  another producer; bytes        the group: the tile that its epilogue reads
 //   source_empty + group its first thread                that producer: the place of the tile
 //   kSlabWritten + group the group                       its first thread: results to be stored;
 //                                                        the group: the other slab is free
 // clang-format on
+//
+// Clusters of two blocks, one below the other, where the tuning has them: each brings half of b for
+// both. They walk through the same tiles, even where the lower one is outside of the matrix.
 //
 // Where tiles don't fill the GPU, or its last wave, blocks share them: gemm_parts_sm90.h.
 //
@@ -107,6 +111,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_sm90(const __grid_constant__
     ptx::registers_increase<240>();
     consume<C, Epilogue>(smem, args, warpgroup - 1);
   }
+  end_block<C>();
 }
 
 }  // namespace gemm

@@ -25,13 +25,15 @@ constexpr int kSlabColumns = 64;
 constexpr int kSlabFragments = kSlabColumns / kFragmentColumns;
 constexpr int kSlabBlocks = kSlabColumns / 16;  // of 16 columns, what an stmatrix stores
 
-template <class ElementType, GemmSchedule kSchedule, Layout kLayout>
+template <class ElementType, GemmSchedule kSchedule, Layout kLayout,
+          int kClusterBlocks = gemm_tuning_of(kSchedule).cluster>
 struct Config {
   using Element = ElementType;
   static constexpr GemmTuning kTuning = gemm_tuning_of(kSchedule);
   static constexpr int kBlockN = kTuning.block_n;
   static constexpr int kStages = kTuning.stages;
   static constexpr bool kPingPong = kTuning.ping_pong;
+  static constexpr int kCluster = kClusterBlocks;
   static constexpr bool kTurnedA = kLayout == Layout::kBothTurned;
   static constexpr bool kTurnedB = kLayout != Layout::kNoneTurned;
   static constexpr int kRows = kPingPong ? kGemmBlockM : kGemmBlockM / kGroups;  // of a consumer
@@ -42,7 +44,8 @@ struct Config {
   // Whether the epilogue reads a tile too, which comes into the slabs that results leave by.
   static constexpr bool kLoads = kSchedule == GemmSchedule::kPingPong192Loads;
   static constexpr int kPlaces = kLoads ? kSlabs : 2;  // for a group's slabs
-  static constexpr int kReleases = (kPingPong ? 1 : kGroups) * kGroupThreads / kWarpSize;
+  static constexpr int kReleases = kCluster * (kPingPong ? 1 : kGroups) * kGroupThreads / kWarpSize;
+  static_assert(kCluster == 1 || (kCluster == 2 && !kLoads));
 
   template <bool kTurned, int kOperandRows>
   using Operand = std::conditional_t<kTurned, SlabTile<kGemmBlockK, kOperandRows>,
@@ -95,7 +98,8 @@ struct Arguments {
   ptx::TensorMap a, b, pre, out;  // pre: stored, or loaded as the source of an activation's slope
   int M, N, K;
   int tiles_m, tiles_n, group;
-  int whole;  // tiles that a block each makes; those behind them are shared
+  int cluster;  // rows of tiles that are numbered in turn
+  int whole;    // tiles that a block each makes; those behind them are shared
   Shares shares;
   GemmLayer layer;
   float* parts;
@@ -106,10 +110,12 @@ __device__ __forceinline__ int own_warpgroup() {
   return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
 }
 
+// The blocks of a cluster have neighbours in number, one below the other.
 template <class C>
 __device__ __forceinline__ TileAt tile_at(const Arguments& args, int tile) {
-  const TileIndex index = tile_in_groups(tile, args.tiles_m, args.tiles_n, args.group);
-  return {index.m * kGemmBlockM, index.n * C::kBlockN};
+  const int cluster = args.cluster, rows = (args.tiles_m + cluster - 1) / cluster;
+  const TileIndex index = tile_in_groups(tile / cluster, rows, args.tiles_n, args.group / cluster);
+  return {(index.m * cluster + tile % cluster) * kGemmBlockM, index.n * C::kBlockN};
 }
 
 __device__ __forceinline__ int k_tile_count(const Arguments& args) {

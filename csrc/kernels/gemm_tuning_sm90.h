@@ -13,6 +13,11 @@
 // tensor cores wait. Two that have a tile each ("ping-pong") hold 192 at 192 columns, and the
 // epilogue of one runs beside the products of the other: it costs nothing from a K of 576 on.
 //
+// All of it comes from the L2, at full rate 48 bytes per clock and multiprocessor for 256 columns,
+// 53 for 192, 64 for 128: more than it has by what others have measured. Two blocks, one below the
+// other, need the same b. As a cluster each brings half of it for both, which leaves 32 and 37
+// bytes. Where the rows of tiles are odd in number one block of each last cluster works in vain.
+//
 // Tiles come in waves of as many as there are multiprocessors. The gradient of a weight [3072, 768]
 // has 72 of 128 x 256, or 144 of 128 x 128, which is 12 more than an H200 takes at once: either way
 // it takes 262 thousand clocks for 16384 tokens, or 1.8 times what all multiprocessors together
@@ -33,6 +38,7 @@ struct GemmTuning {
   int block_n;
   bool ping_pong;
   int stages;
+  int cluster;        // blocks, one below the other, that bring half of their b each, for all
   int k_tile_clocks;  // what binds 64 of K
   int linear_clocks;  // by which an epilogue without activation delays the next tile
   int group;          // M tiles side by side: a wave's panels of a and b are equally large
@@ -42,13 +48,13 @@ struct GemmTuning {
 constexpr int kGemmBlockK = 64;
 
 constexpr GemmTuning kGemmTunings[] = {
-    {GemmSchedule::kCooperative256, 256, false, 4, 1024, 760, 16,
+    {GemmSchedule::kCooperative256, 256, false, 4, 2, 1024, 760, 16,
      "192 KB of stages, 32 of slabs; shared memory no longer binds"},
-    {GemmSchedule::kPingPong192, 192, true, 4, 832, 0, 14,
+    {GemmSchedule::kPingPong192, 192, true, 4, 2, 832, 0, 14,
      "160 KB of stages, 64 of slabs; 92 % of the tensor cores' peak, no epilogue to be seen"},
-    {GemmSchedule::kPingPong128, 128, true, 5, 640, 0, 11,
+    {GemmSchedule::kPingPong128, 128, true, 5, 1, 640, 0, 11,
      "160 KB of stages, 64 of slabs; 80 %, but where tiles are few more of them are filled"},
-    {GemmSchedule::kPingPong192Loads, 192, true, 3, 832, 0, 14,
+    {GemmSchedule::kPingPong192Loads, 192, true, 3, 1, 832, 0, 14,
      "120 KB of stages, 96 of slabs: a tile comes into them while the one before is multiplied"},
 };
 
@@ -62,12 +68,25 @@ constexpr bool gemm_compiled(GemmSchedule schedule, GemmWork work) {
          (schedule == GemmSchedule::kCooperative256) == (work == GemmWork::kLinear);
 }
 
+// Tiles, and those that no row of the matrix is in but a cluster needs.
+constexpr int64_t gemm_tiles(const GemmTuning& tuning, int M, int N) {
+  const int64_t rows = int64_t{kGemmBlockM} * tuning.cluster;
+  return (M + rows - 1) / rows * tuning.cluster *
+         ((int64_t{N} + tuning.block_n - 1) / tuning.block_n);
+}
+
+// How many run at once.
+constexpr int gemm_blocks(const GemmTuning& tuning, int sms) {
+  const int blocks = sms / tuning.cluster * tuning.cluster;
+  return blocks > 0 ? blocks : tuning.cluster;
+}
+
 // Clocks of the multiprocessor that has most tiles.
 constexpr int64_t gemm_clocks(const GemmTuning& tuning, int M, int N, int K, int sms) {
-  const int64_t tiles = ((int64_t{M} + kGemmBlockM - 1) / kGemmBlockM) *
-                        ((int64_t{N} + tuning.block_n - 1) / tuning.block_n);
+  const int64_t blocks = gemm_blocks(tuning, sms);
   const int64_t k_tiles = (int64_t{K} + kGemmBlockK - 1) / kGemmBlockK;
-  return (tiles + sms - 1) / sms * (k_tiles * tuning.k_tile_clocks + tuning.linear_clocks);
+  return (gemm_tiles(tuning, M, N) + blocks - 1) / blocks *
+         (k_tiles * tuning.k_tile_clocks + tuning.linear_clocks);
 }
 
 // The schedule that is done first, the widest of equals.
@@ -99,12 +118,15 @@ constexpr double kPartClocks = 600;        // in which a block stores the sums o
 constexpr double kSlotBytesPerClock = 20;  // of the GPU's memory, per multiprocessor
 constexpr int64_t kMostSlots = 4096;       // 512 MB
 
-// If all tiles behind `whole` are shared.
+// If all tiles behind `whole` are shared. They are numbered as clusters have them, which may leave
+// out none.
 constexpr GemmPlan gemm_shared_plan(int M, int N, int K, int sms, bool keeps_whole) {
   GemmPlan plan{kGemmTunings[0], 0, 0, 0, 0};
-  const int64_t tiles = ((int64_t{M} + kGemmBlockM - 1) / kGemmBlockM) *
-                        ((int64_t{N} + kPartColumns - 1) / kPartColumns);
-  plan.whole = keeps_whole ? tiles / sms * sms : 0;
+  const int64_t rows = (int64_t{M} + kGemmBlockM - 1) / kGemmBlockM;
+  const int64_t tiles = rows * ((int64_t{N} + kPartColumns - 1) / kPartColumns);
+  const int64_t blocks = gemm_blocks(plan.tuning, sms);
+  if (keeps_whole && rows % plan.tuning.cluster != 0) return plan;
+  plan.whole = keeps_whole ? tiles / blocks * blocks : 0;
   plan.steps = (tiles - plan.whole) * ((int64_t{K} + kGemmBlockK - 1) / kGemmBlockK);
   plan.blocks = static_cast<int>(plan.steps < sms ? plan.steps : sms);
   plan.slots = tiles - plan.whole + plan.blocks - 1;
@@ -129,9 +151,7 @@ constexpr int64_t gemm_shared_clocks(const GemmPlan& plan, int M, int N, int K, 
 // layer's tiles are 128 x 256 too, with those of the last wave.
 constexpr GemmPlan gemm_plan_sm90(int M, int N, int K, GemmWork work, int sms) {
   const GemmTuning tuning = gemm_tuning_sm90(M, N, K, work, sms);
-  const int64_t tiles = ((int64_t{M} + kGemmBlockM - 1) / kGemmBlockM) *
-                        ((int64_t{N} + tuning.block_n - 1) / tuning.block_n);
-  GemmPlan best{tuning, tiles, 0, 0, 0};
+  GemmPlan best{tuning, gemm_tiles(tuning, M, N), 0, 0, 0};
   int64_t least = gemm_clocks(tuning, M, N, K, sms);
   for (const bool keeps_whole : {false, true}) {
     if (keeps_whole && work != GemmWork::kLinear) break;

@@ -52,6 +52,28 @@ __device__ __forceinline__ void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// Barriers of another block, by the first of them.
+struct ClusterBarriers {
+  uint32_t first;
+};
+
+// PTX 9.7.9, mapa.
+__device__ __forceinline__ ClusterBarriers cluster_barriers(uint64_t* first, int rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(there)
+               : "r"(shared_address(first)), "r"(rank));
+  return {there};
+}
+
+// PTX 9.7.13, mbarrier.arrive.shared::cluster without a scope: one arrival, which says that this
+// thread has read what the other block may now overwrite. It publishes no writes to that block, and
+// costs no fence.
+__device__ __forceinline__ void mbarrier_arrive_after_reads(ClusterBarriers barriers, int index) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barriers.first + 8 * index)
+               : "memory");
+}
+
 // PTX 9.7.9, mapa: where another block of the cluster has what this one has at `shared`.
 template <class T>
 __device__ __forceinline__ T* cluster_shared(T* shared, int rank) {

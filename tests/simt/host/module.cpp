@@ -177,8 +177,9 @@ py::dict gemm_plan_sm90(int M, int N, int K, const std::string& work, int multip
   const fused_lm::GemmPlan plan = fused_lm::gemm_plan_sm90(M, N, K, of, multiprocessors);
   using namespace pybind11::literals;
   return py::dict("block_n"_a = plan.tuning.block_n, "ping_pong"_a = plan.tuning.ping_pong,
-                  "stages"_a = plan.tuning.stages, "reason"_a = plan.tuning.reason,
-                  "whole"_a = plan.whole, "blocks"_a = plan.blocks, "slots"_a = plan.slots);
+                  "stages"_a = plan.tuning.stages, "cluster"_a = plan.tuning.cluster,
+                  "reason"_a = plan.tuning.reason, "whole"_a = plan.whole, "blocks"_a = plan.blocks,
+                  "slots"_a = plan.slots);
 }
 
 py::dict backward_tuning(const fused_lm::AttentionBackwardTuning& tuning) {

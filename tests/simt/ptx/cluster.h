@@ -22,6 +22,14 @@ namespace fused_lm::ptx {
 inline int cluster_rank() { return ::simt::cluster_rank(); }
 inline void cluster_arrive(SIMT_HERE) { ::simt::cluster_arrive(here); }
 inline void cluster_wait(SIMT_HERE) { ::simt::cluster_wait(here); }
+struct ClusterBarriers {
+  uint64_t* first;
+  int rank;
+};
+inline ClusterBarriers cluster_barriers(uint64_t* first, int rank) { return {first, rank}; }
+inline void mbarrier_arrive_after_reads(ClusterBarriers barriers, int index, SIMT_HERE) {
+  ::simt::mbarrier_arrive_at(barriers.first + index, barriers.rank, here);
+}
 template <class T>
 T* cluster_shared(T* shared, int rank, SIMT_HERE) {
   return static_cast<T*>(::simt::cluster_shared(shared, rank, here));
