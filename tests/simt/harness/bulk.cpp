@@ -109,8 +109,9 @@ void write_oldest(BulkStores& stores) {
   stores.unwritten.erase(stores.unwritten.begin());
 }
 
-// One load into one block: noted, and its destination lost until it happens.
-void begin_load(const BulkLoad& load) {
+// One load into one block: noted, and its destination lost until it happens. A multicast reads
+// global memory once: for its first block.
+void begin_load(const BulkLoad& load, bool reads) {
   Block& owner = *cluster().blocks[load.rank_of_block];
   MBarrier& m = mbarrier_of(owner, load.barrier, "bulk load", load.here);
   if (!m.fenced) {
@@ -127,7 +128,9 @@ void begin_load(const BulkLoad& load) {
                       static_cast<uint32_t>(m.phase + 1), load.here};
     const Viewer viewer{clock, -1, true};
     race().access(owner, viewer, epoch, load.shared - kSharedBase, bytes, true);
+    const uint64_t read_before = counters.global_read_bytes;
     note_global(load.map, load.at, viewer, epoch, Kind::kRead);
+    if (!reads) counters.global_read_bytes = read_before;
     race().expect_change(owner, to, bytes);
   }
   memset(to, kInFlightByte, bytes);
@@ -175,11 +178,13 @@ void tma_load(void* shared, const TensorMap& map, uint64_t* barrier, const int* 
   const BulkLoad load{map, coordinates(at, rank), block().rank, address, barrier_address, here};
   check_inside(map, load.at, "bulk load", here);
   if (blocks == 0) blocks = 1u << block().rank;
+  bool reads = true;
   for (int to = 0; to < kMaxClusterBlocks; ++to) {
     if (!(blocks >> to & 1)) continue;
     BulkLoad one = load;
     one.rank_of_block = block_of_rank(to, "bulk load", here).rank;
-    begin_load(one);
+    begin_load(one, reads);
+    reads = false;
     happens_now() ? perform(one) : cluster().loads.push_back(one);
   }
 }
