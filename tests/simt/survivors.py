@@ -12,6 +12,10 @@ _ORDER = (
     "It decides when products are issued, not what they read: the second group's behind the "
     "first's, so that they run beside its exponentials. Without it all numbers are the same, later."
 )
+_WHOLE_WARPS = (
+    "barrier.cluster takes whole warps (.aligned), and one lane of this one comes from a loop of "
+    "its own. The harness takes lanes one by one."
+)
 _ASKED = "It is there for its result, which the harness leaves it; no memory is ordered by it."
 SURVIVORS: dict[tuple[str, str, int], str] = {
     (
@@ -31,6 +35,7 @@ SURVIVORS: dict[tuple[str, str, int], str] = {
         "if (own.group == 1) ptx::named_barrier_sync(kProductsIssued, kConsumers);",
         1,
     ): _ORDER,
+    ("kernels/gemm_producer_sm90.h", "__syncwarp();", 1): _WHOLE_WARPS,
 }
 """(path below csrc, the source line without indentation, which of the file's lines that read so)
 -> why the hardware needs it. An entry that no call needs any more fails the tests."""
