@@ -38,7 +38,7 @@ MOST_INSTRUCTIONS = {
 }
 """Of one tile of queries, by head dim and what scores are; of packed sequences too."""
 SHARED_SHARE = {
-    (64, PLAIN): 0.78,
+    (64, PLAIN): 0.72,
     (96, PLAIN): 1.0,
     (128, PLAIN): 0.79,
     (128, LONG): 0.83,
