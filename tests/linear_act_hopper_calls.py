@@ -157,8 +157,9 @@ INSTANTIATIONS = [
 ]
 SHARED = [
     *(
-        Call(f"shared, {name}{turned}", 40, 1000, 72, "gelu", dtype, transposed, keep_pre=True,
-             sms=8)
+        Call(
+            f"shared, {name}{turned}", 40, 1000, 72, "gelu", dtype, transposed, keep_pre=True, sms=8
+        )
         for name, dtype in DTYPES.items()
         for turned, transposed in (("", False), (", turned weight", True))
     ),
