@@ -73,7 +73,7 @@ BACK_THROUGH = [
 
 def _few(calls: list[Call]) -> list[Call]:
     """In `make test`."""
-    return [call for call in calls if call.dtype == BF16 and call.N <= 200]
+    return [call for call in calls if call.dtype == BF16 and call.N <= 200 and call.total != F32]
 
 
 @pytest.mark.parametrize("call", parameters(FORWARDS, _few(FORWARDS)))
