@@ -8,10 +8,6 @@ _PASSED_OVER = (
     "group is as many tiles ahead of another as there are places. The wait says so itself, and the "
     "record of an H200 is of the kernel that has it; it may go with that kernel's next change."
 )
-_ORDER = (
-    "It decides when products are issued, not what they read: the second group's behind the "
-    "first's, so that they run beside its exponentials. Without it all numbers are the same, later."
-)
 _WHOLE_WARPS = (
     "barrier.cluster takes whole warps (.aligned), and one lane of this one comes from a loop of "
     "its own. The harness takes lanes one by one."
@@ -30,11 +26,6 @@ SURVIVORS: dict[tuple[str, str, int], str] = {
         "const bool any_huge = __syncthreads_or(huge) != 0;",
         1,
     ): _ASKED,
-    (
-        "kernels/attention_bwd_sm90.h",
-        "if (own.group == 1) ptx::named_barrier_sync(kProductsIssued, kConsumers);",
-        1,
-    ): _ORDER,
     ("kernels/gemm_producer_sm90.h", "__syncwarp();", 1): _WHOLE_WARPS,
 }
 """(path below csrc, the source line without indentation, which of the file's lines that read so)
