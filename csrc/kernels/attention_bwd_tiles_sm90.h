@@ -159,6 +159,8 @@ struct QueryWalk {
       : QueryWalk(hopper.p, hopper.first_tile + block.tile, block.head) {
     batch = block.batch;
     sums_batch = block.tile * hopper.slot_batches + batch;
+    // The tile in which queries end may reach to where the first of these keys would be seen.
+    if (s_first - hopper.p.score.upper >= hopper.p.shape.T) band.count = 0;
   }
   // A key behind the last has a score of 0, and e^(0 - lse) may be infinite: it is hidden.
   __device__ __forceinline__ bool edge(int t_first) const {
