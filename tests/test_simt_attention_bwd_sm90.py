@@ -313,6 +313,7 @@ def test_every_instantiation_runs() -> None:
     assert tuple(harness.module.HOPPER_BACKWARD_HEAD_DIMS) == HEAD_DIMS
     harness.configure()
     for call in INSTANTIATIONS:
-        _run(harness, Data.of(replace(call, T=min(call.T, LONG_ROWS), S=1)))
+        upper = None if call.upper is None else 0  # a band, which tiles of 80 don't have
+        _run(harness, Data.of(replace(call, T=min(call.T, LONG_ROWS), S=1, upper=upper)))
     ran = {short_name(name) for name in harness.module.kernels_run()}
     assert not compiled - ran, f"no call of INSTANTIATIONS reaches {sorted(compiled - ran)}"

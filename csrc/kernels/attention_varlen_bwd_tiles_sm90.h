@@ -99,6 +99,10 @@ __device__ __forceinline__ QueryWalk<C> packed_walk(const PackedBackwardParams& 
   walk.tiles = told.query_tiles;
   walk.first_tile = own.q.begin / C::kBlockT + of_warp(sequence);
   walk.first_key = own.k.begin;
+  // As in the dense kernels; of the general ones that of 256 columns would spill.
+  if constexpr (!C::kGeneral) {
+    if (walk.s_first - own.upper >= own.q.length) walk.band.count = 0;
+  }
   return walk;
 }
 
