@@ -1,7 +1,8 @@
 """Synchronisations of the kernels, dropped one at a time from calls that pass them.
 
 A mutant is a place and a call: ``common/warp.h``'s barrier serves several kernels, and each must
-need it. Runs without the drop come first, so that a death is the mutant's own.
+need it. Where instantiations of one kernel share its lines, one of them must. Runs without the drop
+come first, so that a death is the mutant's own.
 """
 
 from __future__ import annotations
@@ -33,10 +34,15 @@ Run = Callable[[], Sequence[Tensor]]
 
 
 class Hunt:
-    """Drops what calls pass, and remembers what died of it and what did not."""
+    """Drops what calls pass, and remembers what died of it and what did not. Every call must need
+    what it passes; or one of them, and what has died is not dropped again.
+    """
 
-    def __init__(self, harness: runtime.Harness, schedules: int) -> None:
+    def __init__(
+        self, harness: runtime.Harness, schedules: int, *, in_every_call: bool = True
+    ) -> None:
         self.harness = harness
+        self.in_every_call = in_every_call
         self.schedules = [runtime.Schedule.of_seed(seed) for seed in range(schedules)]
         self.seen: set[Site] = set()
         self.killed: set[Key] = set()
@@ -51,11 +57,16 @@ class Hunt:
         passed = {(file, line) for file, line, _ in self.harness.module.sites()}
         self.seen |= passed
         for site in sorted(passed):
+            key = key_of(site)
+            if key in self.killed and not self.in_every_call:
+                continue
             report.MUTANTS.add(f"{self.harness.name} {site[0]}:{site[1]} {name}")
-            if self._dies(site, run, right):
-                self.killed.add(key_of(site))
-            else:
-                self.alive.setdefault(key_of(site), []).append(name)
+            if not self._dies(site, run, right):
+                self.alive.setdefault(key, []).append(name)
+                continue
+            self.killed.add(key)
+            if not self.in_every_call:
+                self.alive.pop(key, None)
         self.harness.configure()
 
     def _dies(self, site: Site, run: Run, right: dict[runtime.Schedule, Sequence[Tensor]]) -> bool:
