@@ -4,11 +4,9 @@ kernels, all schedules, bytes moved, bank conflicts, and every synchronisation d
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +30,7 @@ from tests.attention_calls import (
     data_of,
     in_fp64,
 )
+from tests.golden import compiled_kernels
 from tests.gpu import a_third, fp16_later
 from tests.simt import backend as simt
 from tests.simt import mutants, runtime
@@ -226,12 +225,7 @@ def test_more_batches_than_a_grid_has() -> None:
 @pytest.mark.slow
 def test_every_instantiation_runs() -> None:
     """What nvcc compiles is what runs here, by name."""
-    golden = sorted((Path(__file__).parent / "golden").glob("cuda-*.json"))[-1]
-    compiled = {
-        place.split(" ", 2)[2]
-        for place in json.loads(golden.read_text())
-        if place.split(" ")[1].startswith("attention_fwd_sm80")
-    }
+    compiled = compiled_kernels("attention_fwd_sm80")
     compiled |= {
         f"attention_fwd::attention_fwd_sm80<{element}, {head_dim}, {general}>"
         for element in ("__nv_bfloat16", "__half")

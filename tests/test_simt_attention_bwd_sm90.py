@@ -4,11 +4,9 @@ and every synchronisation dropped in turn.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +31,7 @@ from tests.attention_bwd_hopper_calls import (
     operands_of_group,
 )
 from tests.attention_calls import BF16
+from tests.golden import compiled_kernels
 from tests.gpu import a_third, fp16_later
 from tests.simt import backend as simt
 from tests.simt import mutants, runtime
@@ -307,12 +306,7 @@ def _check_floor(call: Call, slots: int) -> None:
 @pytest.mark.slow
 def test_every_instantiation_runs() -> None:
     """What nvcc compiles is what runs here, by name."""
-    golden = sorted((Path(__file__).parent / "golden").glob("cuda-*.json"))[-1]
-    compiled = {
-        place.split(" ", 2)[2]
-        for place in json.loads(golden.read_text())
-        if place.split(" ")[1].startswith(("attention_bwd_sm90", "attention_bwd_wide_sm90"))
-    }
+    compiled = compiled_kernels(("attention_bwd_sm90", "attention_bwd_wide_sm90"))
     assert len(compiled) == 3 * len(INSTANTIATIONS)
     harness = runtime.load(runtime.ONE)
     assert tuple(harness.module.HOPPER_BACKWARD_HEAD_DIMS) == HEAD_DIMS

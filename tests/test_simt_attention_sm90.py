@@ -4,11 +4,9 @@ every synchronisation dropped in turn. ``test_attention.py`` and its like run on
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +20,7 @@ from tests import test_simt_attention_extremes as extremes
 from tests.attention_bwd_calls import Call as BackwardCall
 from tests.attention_calls import BF16, DTYPES, Call, data_of, in_fp64
 from tests.attention_hopper_calls import HEAD_DIMS, HOPPER_CALLS, INSTANTIATIONS, SMALL_CALLS
+from tests.golden import compiled_kernels
 from tests.gpu import a_third, fp16_later
 from tests.simt import backend as simt
 from tests.simt import mutants, runtime
@@ -218,12 +217,7 @@ def test_moves_exactly_its_floor(call: Call) -> None:
 @pytest.mark.slow
 def test_every_instantiation_runs() -> None:
     """What nvcc compiles is what runs here, by name."""
-    golden = sorted((Path(__file__).parent / "golden").glob("cuda-*.json"))[-1]
-    compiled = {
-        place.split(" ", 2)[2]
-        for place in json.loads(golden.read_text())
-        if place.split(" ")[1].startswith("attention_fwd_sm90")
-    }
+    compiled = compiled_kernels("attention_fwd_sm90")
     assert len(compiled) == len(DTYPES) * 2 * len(HEAD_DIMS)
     harness = runtime.load(runtime.ONE)
     assert tuple(harness.module.HOPPER_HEAD_DIMS) == HEAD_DIMS

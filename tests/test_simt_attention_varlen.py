@@ -4,10 +4,8 @@ sequence, bytes moved, and every synchronisation dropped in turn.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,6 +34,7 @@ from tests.attention_varlen_calls import (
     span_of,
     visible,
 )
+from tests.golden import compiled_kernels
 from tests.gpu import fp16_later
 from tests.simt import backend as simt
 from tests.simt import mutants, runtime
@@ -257,12 +256,7 @@ _MUTATED = [
 @pytest.mark.slow
 def test_every_instantiation_runs() -> None:
     """What nvcc compiles is what runs here, by name."""
-    golden = sorted((Path(__file__).parent / "golden").glob("cuda-*.json"))[-1]
-    compiled = {
-        place.split(" ", 2)[2]
-        for place in json.loads(golden.read_text())
-        if place.split(" ")[1].startswith("attention_varlen_fwd_sm90")
-    }
+    compiled = compiled_kernels("attention_varlen_fwd_sm90")
     assert len(compiled) == 2 * 2 * len(HEAD_DIMS)
     harness = runtime.load(runtime.ONE)
     assert tuple(harness.module.HOPPER_HEAD_DIMS) == HEAD_DIMS

@@ -4,11 +4,9 @@ next sequence, bytes moved, and every synchronisation dropped in turn.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +33,7 @@ from tests.attention_varlen_calls import (
     span_of,
     visible,
 )
+from tests.golden import compiled_kernels
 from tests.simt import backend as simt
 from tests.simt import mutants, runtime
 
@@ -263,12 +262,7 @@ _MUTATED = [
 @pytest.mark.slow
 def test_every_instantiation_runs() -> None:
     """What nvcc compiles is what runs here, by name."""
-    golden = sorted((Path(__file__).parent / "golden").glob("cuda-*.json"))[-1]
-    compiled = {
-        place.split(" ", 2)[2]
-        for place in json.loads(golden.read_text())
-        if place.split(" ")[1].startswith("attention_varlen_bwd_sm90")
-    }
+    compiled = compiled_kernels("attention_varlen_bwd_sm90")
     assert len(compiled) == 3 * 2 * 2 * len(HEAD_DIMS)
     harness = runtime.load(runtime.ONE)
     harness.configure()

@@ -5,11 +5,9 @@ synchronisation dropped in turn.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +17,7 @@ from torch import Tensor
 from build_tools.cubin import short_name
 from fused_lm.reference import cross_entropy as reference
 from fused_lm.tolerance import check_close
+from tests.golden import compiled_kernels
 from tests.simt import backend as simt
 from tests.simt import mutants, runtime
 
@@ -351,12 +350,7 @@ def _in_place(harness: runtime.Harness, data: Data) -> list[Tensor]:
 @pytest.mark.slow
 def test_every_instantiation_runs() -> None:
     """What nvcc compiles is what runs here, by name."""
-    golden = sorted((Path(__file__).parent / "golden").glob("cuda-*.json"))[-1]
-    compiled = {
-        place.split(" ", 2)[2]
-        for place in json.loads(golden.read_text())
-        if place.split(" ")[1].startswith("cross_entropy_")
-    }
+    compiled = compiled_kernels("cross_entropy_")
     harness = runtime.load(runtime.ONE)
     harness.configure()
     for call in SHORT:

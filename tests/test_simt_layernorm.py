@@ -4,11 +4,9 @@ every kernel, all schedules, bytes moved, bank conflicts, and every synchronisat
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +16,7 @@ from torch import Tensor
 from build_tools.cubin import short_name
 from fused_lm.reference import layernorm as reference
 from fused_lm.tolerance import check_close
+from tests.golden import compiled_kernels
 from tests.simt import backend as simt
 from tests.simt import mutants, runtime
 
@@ -351,12 +350,7 @@ def test_whole_sectors(C: int) -> None:
 @pytest.mark.slow
 def test_every_instantiation_runs() -> None:
     """What nvcc compiles is what runs here, by name."""
-    golden = sorted((Path(__file__).parent / "golden").glob("cuda-*.json"))[-1]
-    compiled = {
-        place.split(" ", 2)[2]
-        for place in json.loads(golden.read_text())
-        if place.split(" ")[1].startswith("layernorm_")
-    }
+    compiled = compiled_kernels("layernorm_")
     harness = runtime.load(runtime.ONE)
     harness.configure()
     for call in CALLS:

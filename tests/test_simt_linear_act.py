@@ -4,15 +4,14 @@ bytes moved, and every synchronisation dropped in turn.
 
 from __future__ import annotations
 
-import json
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from build_tools.cubin import short_name
+from tests.golden import compiled_kernels
 from tests.linear_act_hopper_calls import (
     ACTIVATION,
     BACK_THROUGH,
@@ -225,12 +224,7 @@ _MUTATED_BACKWARDS = [
 @pytest.mark.slow
 def test_every_instantiation_runs() -> None:
     """What nvcc compiles is what runs here, by name."""
-    golden = sorted((Path(__file__).parent / "golden").glob("cuda-*.json"))[-1]
-    compiled = {
-        place.split(" ", 2)[2]
-        for place in json.loads(golden.read_text())
-        if place.split(" ")[1].startswith(("gemm_sm90", "activation_bwd"))
-    }
+    compiled = compiled_kernels(("gemm_sm90", "activation_bwd"))
     harness = runtime.load(runtime.ONE)
     for call in [*INSTANTIATIONS, *SHARED[:4]]:
         PRODUCTS.forward(harness, Data.of(call))

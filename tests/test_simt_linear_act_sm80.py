@@ -4,13 +4,12 @@ schedule, right ones, bytes moved, and every synchronisation dropped in turn.
 
 from __future__ import annotations
 
-import json
 from functools import partial
-from pathlib import Path
 
 import pytest
 
 from build_tools.cubin import short_name
+from tests.golden import compiled_kernels
 from tests.linear_act_hopper_calls import (
     ACTIVATIONS,
     BF16,
@@ -145,12 +144,7 @@ _MUTATED = [
 @pytest.mark.slow
 def test_every_instantiation_runs() -> None:
     """What nvcc compiles is what runs here, by name."""
-    golden = sorted((Path(__file__).parent / "golden").glob("cuda-*.json"))[-1]
-    compiled = {
-        place.split(" ", 2)[2]
-        for place in json.loads(golden.read_text())
-        if place.split(" ")[1].startswith("gemm_sm80")
-    }
+    compiled = compiled_kernels("gemm_sm80")
     harness = runtime.load(runtime.ONE)
     for call in FORWARDS[:4]:
         PRODUCTS.forward(harness, Data.of(call))

@@ -14,9 +14,10 @@
 // epilogue of one runs beside the products of the other: it costs nothing from a K of 576 on.
 //
 // All of it comes from the L2, at full rate 48 bytes per clock and multiprocessor for 256 columns,
-// 53 for 192, 64 for 128: more than it has by what others have measured. Two blocks, one below the
-// other, need the same b. As a cluster each brings half of it for both, which leaves 32 and 37
-// bytes. Where the rows of tiles are odd in number one block of each last cluster works in vain.
+// 53 for 192, 64 for 128: which it hardly has; nobody has measured it here yet. Two blocks, one
+// below the other, need the same b. As a cluster each brings half of it for both, which leaves 32
+// and 37 bytes. Where the rows of tiles are odd in number one block of each last cluster works in
+// vain.
 //
 // Tiles come in waves of as many as there are multiprocessors. The gradient of a weight [3072, 768]
 // has 72 of 128 x 256, or 144 of 128 x 128, which is 12 more than an H200 takes at once: either way

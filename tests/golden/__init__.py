@@ -18,6 +18,13 @@ def written_for(name: str) -> dict[str, str]:
     return json.loads(CODE.read_text()).get(name, {}) if CODE.is_file() else {}
 
 
+def compiled_kernels(units: str | tuple[str, ...]) -> set[str]:
+    """Names of the CUDA kernels that are compiled from units whose names begin so."""
+    newest = sorted(FOLDER.glob("cuda-*.json"))[-1]
+    places = [place.split(" ", 2) for place in json.loads(newest.read_text())]
+    return {name for _, unit, name in places if unit.startswith(units)}
+
+
 def remember(name: str, hashes: dict[str, str]) -> None:
     """Notes what ``<name>.json`` is written for."""
     known = json.loads(CODE.read_text()) if CODE.is_file() else {}
