@@ -11,18 +11,29 @@
 
 namespace fused_lm {
 
-inline Activation activation_of(const std::string& name) {
-  struct Named {
-    const char* name;
-    Activation activation;
+// Gated: act(gate) value, of pre-activations that are twice as wide, gates first.
+struct LayerActivation {
+  const char* name;
+  Activation activation;
+  bool gated;
+
+  int64_t parts() const { return gated ? 2 : 1; }
+};
+
+inline LayerActivation activation_of(const std::string& name) {
+  constexpr LayerActivation kKnown[] = {
+      {"none", Activation::kNone, false},
+      {"relu", Activation::kRelu, false},
+      {"relu_squared", Activation::kReluSquared, false},
+      {"silu", Activation::kSilu, false},
+      {"gelu", Activation::kGelu, false},
+      {"gelu_tanh", Activation::kGeluTanh, false},
+      {"swiglu", Activation::kSilu, true},
+      {"geglu", Activation::kGelu, true},
+      {"geglu_tanh", Activation::kGeluTanh, true},
   };
-  constexpr Named kNamed[] = {
-      {"none", Activation::kNone}, {"relu", Activation::kRelu},
-      {"silu", Activation::kSilu}, {"relu_squared", Activation::kReluSquared},
-      {"gelu", Activation::kGelu}, {"gelu_tanh", Activation::kGeluTanh},
-  };
-  for (const Named& known : kNamed) {
-    if (name == known.name) return known.activation;
+  for (const LayerActivation& known : kKnown) {
+    if (name == known.name) return known;
   }
   STD_TORCH_CHECK(false, "the CUDA kernels have no activation ", name);
 }
@@ -33,7 +44,9 @@ inline Tensor weight_rows(const Tensor& weight, bool transposed) {
   return transposed ? turned(weight) : weight;
 }
 
-inline void check_sizes(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+// weight: [F, C], or where parts are two [2 F, C].
+inline void check_sizes(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                        int64_t parts = 1) {
   STD_TORCH_CHECK(x.dim() == 2 && weight.size(1) == x.size(1), "x must be [N, C], weight [F, C]");
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
@@ -43,11 +56,21 @@ inline void check_sizes(const Tensor& x, const Tensor& weight, const OptionalTen
   check_dtype(weight, dtype, "weight");
   check_vector(bias, weight.size(0), x, "bias");
   if (bias) check_dtype(*bias, dtype, "bias");
-  for (const int64_t size : {x.size(1), weight.size(0)}) {
-    STD_TORCH_CHECK(size >= kGemmStep && size % kGemmStep == 0 && size <= INT32_MAX,
-                    "C and F must be multiples of ", kGemmStep, " below 2^31, got ", size);
-  }
+  const int64_t C = x.size(1), outputs = weight.size(0);
+  const bool fits = C <= INT32_MAX && outputs <= INT32_MAX;
+  STD_TORCH_CHECK(
+      C > 0 && outputs > 0 && fits && C % kGemmStep == 0 && outputs % (parts * kGemmStep) == 0,
+      "C and F must be multiples of ", kGemmStep, " below 2^31, got ", C, " and ", outputs,
+      parts == 1 ? "" : " for gates and values");
   STD_TORCH_CHECK(x.size(0) <= INT32_MAX, "x must have fewer than 2^31 rows");
+}
+
+// Of N rows like dy, `width` columns.
+inline void check_pre(const Tensor& pre, const Tensor& dy, int64_t width) {
+  STD_TORCH_CHECK(pre.dim() == 2 && pre.size(0) == dy.size(0) && pre.size(1) == width,
+                  "pre must be [N, F], of a gated layer [N, 2 F]");
+  check_device(pre, dy, "pre");
+  check_dtype(pre, dy.scalar_type(), "pre");
 }
 
 inline uint16_t* mutable_rows(const Tensor& t) {

@@ -15,6 +15,7 @@ from fused_lm.ops.ffn import ffn
 from fused_lm.ops.layernorm import layer_norm, rms_norm
 from fused_lm.ops.linear_act import linear_act
 from fused_lm.ops.linear_cross_entropy import linear_cross_entropy
+from fused_lm.ops.linear_residual import linear_residual
 from fused_lm.ops.norm_input import NormInput
 from fused_lm.ops.registration import make_rng
 from fused_lm.ops.rotary import rotary, rotary_qk
@@ -39,6 +40,7 @@ __all__ = [
     "layer_norm",
     "linear_act",
     "linear_cross_entropy",
+    "linear_residual",
     "make_rng",
     "nn",
     "rms_norm",

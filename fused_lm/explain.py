@@ -23,6 +23,8 @@ from fused_lm.ops.layernorm_checks import checked_call as checked_norm_call
 from fused_lm.ops.linear_act import linear_act
 from fused_lm.ops.linear_checks import checked_ffn, checked_linear_act
 from fused_lm.ops.linear_cross_entropy import linear_cross_entropy
+from fused_lm.ops.linear_residual import linear_residual
+from fused_lm.ops.linear_residual_checks import checked_linear_residual
 from fused_lm.ops.rotary import rotary
 from fused_lm.ops.rotary_checks import checked_call as checked_rotary_call
 
@@ -42,6 +44,7 @@ _OPERATORS = {
     "cross_entropy": _Operator(cross_entropy, checked_cross_entropy),
     "linear_cross_entropy": _Operator(linear_cross_entropy, checked_linear_call),
     "linear_act": _Operator(linear_act, checked_linear_act),
+    "linear_residual": _Operator(linear_residual, checked_linear_residual),
     "ffn": _Operator(ffn, checked_ffn),
     "rotary": _Operator(rotary, checked_rotary_call),
 }

@@ -12,19 +12,22 @@ import torch
 from torch import Tensor
 
 from fused_lm.reference import linear_act as reference
+from fused_lm.reference.activations import GATES, PLAIN
 from fused_lm.reference.ffn import ffn_dpre
 from fused_lm.tolerance import check_close
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 DTYPES = {"bf16": BF16, "fp16": F16}
-ACTIVATIONS = ("none", "relu", "relu_squared", "silu", "gelu", "gelu_tanh")
-LINEAR, ACTIVATION, GRADIENT = "linear", "activation", "gradient"
+ACTIVATIONS = ("none", *PLAIN, *GATES)
+LINEAR, ACTIVATION, GRADIENT, GATED = "linear", "activation", "gradient", "gated"
 """Work of csrc/kernels/gemm_tuning_sm90.h."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """x [N, C], F outputs; ``why`` is what it is there for."""
+    """x [N, C], F outputs, of twice as many pre-activations if gated; ``why`` is what it is there
+    for.
+    """
 
     why: str
     N: int
@@ -41,7 +44,13 @@ class Call:
     """Multiprocessors of the harness."""
 
     @property
+    def parts(self) -> int:
+        return 2 if self.activation in GATES else 1
+
+    @property
     def work(self) -> str:
+        if self.activation in GATES:
+            return GATED
         return ACTIVATION if self.activation != "none" or self.keep_pre else LINEAR
 
 
@@ -62,12 +71,13 @@ class Data:
         def drawn(*shape: int) -> Tensor:
             return torch.randn(shape, generator=make)
 
-        shape = (call.C, call.F) if call.transposed else (call.F, call.C)
+        width = call.parts * call.F
+        shape = (call.C, width) if call.transposed else (width, call.C)
         return cls(
             call,
             (drawn(call.N, call.C) * call.scale).to(call.dtype),
             (drawn(*shape) * call.C**-0.5).to(call.dtype),
-            drawn(call.F).to(call.dtype) if call.bias else None,
+            drawn(width).to(call.dtype) if call.bias else None,
             drawn(call.N, call.F).to(call.dtype),
         )
 
@@ -75,7 +85,8 @@ class Data:
     def dpre(self) -> tuple[Any, ...]:
         """Back through a second layer, of which dy is the gradient of x: [N, C] -> [N, F]."""
         call = self.call
-        weight = self.weight.T.contiguous()
+        weight = self.weight[:, : call.F] if call.transposed else self.weight[: call.F]
+        weight = weight.T.contiguous()
         return self.x, weight, self.saved(), call.activation, call.transposed, call.bias
 
     @property
@@ -148,6 +159,8 @@ KINDS = [
     Call("ping-pong 192, turned weight", 520, 264, 184, "gelu_tanh", transposed=True),
     Call("ping-pong 128", 390, 328, 120, "gelu", keep_pre=True),
     Call("ping-pong 128, turned weight", 390, 328, 120, "relu_squared", transposed=True),
+    Call("gated", 390, 328, 200, "swiglu", keep_pre=True),
+    Call("gated, turned weight", 390, 264, 184, "geglu", transposed=True),
 ]
 """Each forward kernel, with several tiles, more steps of K than stages or fewer, all ragged."""
 INSTANTIATIONS = [
@@ -168,8 +181,14 @@ SHARED = [
     Call("shared, two columns of tiles, nothing kept", 20, 1200, 296, "silu", sms=12),
     Call("shared, a step each", 8, 1600, 8, sms=64),
     Call("whole tiles, and two that are shared", 1280, 1504, 136, sms=8),
+    Call("gated, two columns of tiles are shared", 20, 1200, 200, "geglu_tanh", bias=False, sms=12),
+    Call("gated, whole tiles, and two that are shared", 1280, 1504, 72, "swiglu", sms=8),
 ]
 """By all blocks."""
+SHARED_GATED = [
+    Call(f"shared, gated, {name}", 40, 1000, 72, "swiglu", dtype, keep_pre=True, sms=8)
+    for name, dtype in DTYPES.items()
+]
 SHARED_BACK_THROUGH = [
     *(
         Call(f"shared, back through, {name}{turned}", 40, 704, 72, "silu", dtype, transposed, sms=8)
@@ -177,6 +196,10 @@ SHARED_BACK_THROUGH = [
         for turned, transposed in (("", False), (", turned weight", True))
     ),
     Call("shared, back through, two tiles, no sums", 200, 1000, 40, "gelu", bias=False, sms=12),
+    *(
+        Call(f"shared, back through gates, {name}", 40, 704, 72, "swiglu", dtype, sms=8)
+        for name, dtype in DTYPES.items()
+    ),
 ]
 SHARED_BACKWARDS = [
     *(
@@ -191,6 +214,7 @@ SHARED_BACKWARDS = [
 FORWARDS = [
     *INSTANTIATIONS,
     *SHARED,
+    *SHARED_GATED,
     *(Call(f"{name}, kept", 40, 72, 48, name, keep_pre=True) for name in ACTIVATIONS),
     Call("one row", 1, 64, 64, "gelu"),
     Call("eight of everything", 8, 8, 8, "silu", keep_pre=True),
@@ -213,7 +237,13 @@ BACK_THROUGH = [
         for name, dtype in DTYPES.items()
         for turned, transposed in (("", False), (", turned weight", True))
     ),
+    *(
+        Call(f"back through gates, {name}{turned}", 520, 264, 184, "swiglu", dtype, transposed)
+        for name, dtype in DTYPES.items()
+        for turned, transposed in (("", False), (", turned weight", True))
+    ),
     Call("back through, two columns of tiles, no sums", 390, 72, 328, "gelu", bias=False),
+    Call("back through gates, two columns of tiles, no sums", 390, 72, 328, "geglu", bias=False),
     Call("back through, many steps of K", 130, 1000, 136, "gelu_tanh", F16),
 ]
 """N rows, C outputs of the layer that is gone back through, F inputs."""
@@ -228,6 +258,8 @@ BACKWARDS = [
     Call("gradients of relu, from its output", 40, 72, 48, "relu"),
     Call("gradients of relu squared", 40, 72, 48, "relu_squared"),
     Call("gradients of one row", 1, 72, 48, "silu"),
+    Call("gradients of gates", 70, 72, 264, "swiglu"),
+    Call("gradients of gates, fp16, turned weight", 150, 72, 48, "geglu", F16, transposed=True),
     Call("rows that are no multiple of 8", 333, 8, 16, "gelu"),
     Call("added into fp32", 300, 200, 264, "gelu", total=F32),
     Call("added into fp32, fp16", 300, 200, 264, "gelu", F16, total=F32),

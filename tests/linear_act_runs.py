@@ -48,7 +48,7 @@ class Products:
         return self.call(harness, "ffn_dpre", *data.dpre, sms=data.call.sms)
 
 
-def in_schedules(harness: runtime.Harness, run: Any, data: Data) -> Sequence[Tensor]:
+def in_schedules(harness: runtime.Harness, run: Any, data: Any) -> Sequence[Tensor]:
     """What all schedules agree on, to the bit."""
     results = {}
     for seed in (0, 11):

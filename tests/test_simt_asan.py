@@ -43,8 +43,15 @@ OPERATORS = {
     "attention, Hopper's backward": (60, ["tests/test_simt_attention_bwd_sm90.py"]),
     "attention, packed, backward": (50, ["tests/test_simt_attention_varlen_bwd.py"]),
     "linear layers": (
-        100,
+        130,
         ["tests/test_linear_act.py", "tests/test_ffn.py", "tests/test_simt_linear_act.py"],
+    ),
+    "linear layers, every GPU, and with a residual": (
+        60,
+        [
+            *("tests/test_simt_linear_act_sm80.py", "tests/test_linear_residual.py"),
+            "tests/test_simt_linear_residual.py",
+        ],
     ),
 }
 """How many tests run at least, and of which files."""

@@ -18,11 +18,13 @@ from tests.linear_act_hopper_calls import (
     BACKWARDS,
     BF16,
     FORWARDS,
+    GATED,
     GRADIENT,
     INSTANTIATIONS,
     KINDS,
     LINEAR,
     SHARED,
+    SHARED_GATED,
     Call,
     Data,
     check_backward,
@@ -132,7 +134,8 @@ def test_nan_stays_in_its_row(harness: runtime.Harness) -> None:
         ({"C": 12}, "multiples of 8"),
         ({"F": 20}, "multiples of 8"),
         ({"dtype": torch.float32}, "bfloat16 and float16"),
-        ({"activation": "swiglu"}, "no activation swiglu"),
+        ({"F": 12, "activation": "swiglu"}, "for gates and values"),
+        ({"activation": "tanh"}, "no activation tanh"),
     ],
 )
 def test_refuses(changed: dict[str, Any], says: str, harness: runtime.Harness) -> None:
@@ -165,21 +168,31 @@ def test_shared_tiles_move_their_parts_besides(call: Call) -> None:
     assert counts["shared_wavefronts"] == counts["shared_ideal_wavefronts"]
 
 
+def test_shared_calls_are_shared() -> None:
+    plan = runtime.load(runtime.ONE).module.gemm_plan_sm90
+    for call in [*SHARED, *SHARED_GATED]:
+        found = plan(call.N, call.F, call.C, call.work, call.sms)
+        assert found["slots"] and bool(found["whole"]) == ("whole" in call.why), call.why
+
+
 @needs_race
 @pytest.mark.parametrize("call", parameters(KINDS, KINDS[1::2]))
 def test_moves_exactly_its_floor(call: Call) -> None:
-    """By the formulas at the top of the kernel."""
+    """By the formulas at the top of the kernel; of a gated layer some values are read as gates
+    too, behind the last ones.
+    """
     counts, tuning = _counted(call)
-    M, N, K = call.N, call.F, call.C
+    M, N, K = call.N, call.parts * call.F, call.C
     block_n = tuning["block_n"]
     clusters, tiles_n, k_tiles = (
         -(-M // (BLOCK_M * tuning["cluster"])), -(-N // block_n), -(-K // BLOCK_K)
     )  # fmt: skip
     tiles_m = clusters * tuning["cluster"]
     threads = GROUP_THREADS * (1 if tuning["ping_pong"] else 2)
-    operands = 2 * (M * K * tiles_n + N * K * clusters)
+    rows_of_b = N if call.work != GATED else call.F + min(tiles_n * block_n // 2, N)
+    operands = 2 * (M * K * tiles_n + rows_of_b * K * clusters)
     assert counts["global_read_bytes"] == operands + tiles_m * threads * N // 8 * WORD
-    assert counts["global_write_bytes"] == 2 * M * N * (1 + call.keep_pre)
+    assert counts["global_write_bytes"] == 2 * M * (call.F + call.keep_pre * N)
     products = tiles_m * tiles_n * k_tiles
     assert counts["wgmma_flops"] == products * 2 * BLOCK_M * block_n * BLOCK_K
     rows = BLOCK_M // PRODUCT_ROWS
@@ -210,12 +223,17 @@ _MUTATED = [
     Call("ping-pong, an odd number of slabs", 900, 72, 184, "silu"),
     Call("small ping-pong", 900, 72, 120, "gelu", keep_pre=True),
     Call("shared", 200, 1200, 40, "silu", keep_pre=True, sms=12),
+    Call("gated, four tiles a block", 400, 400, 328, "swiglu", keep_pre=True),
+    Call("gated, shared", 40, 1200, 200, "swiglu", keep_pre=True, sms=12),
 ]
 _MUTATED_BACK_THROUGH = [
     Call("back through", 900, 72, 184, "silu"),
     Call("shared, back through", 200, 1000, 40, "silu", sms=12),
+    Call("back through gates", 900, 72, 184, "swiglu"),
+    Call("shared, back through gates", 200, 1000, 40, "swiglu", sms=12),
 ]
 _MUTATED_BACKWARDS = [
+    Call("gradients of gates", 200, 264, 200, "swiglu"),
     Call("gradients", 200, 264, 200, "silu"),
     Call("added", 300, 200, 264, total=torch.float32),
 ]
@@ -226,7 +244,7 @@ def test_every_instantiation_runs() -> None:
     """What nvcc compiles is what runs here, by name."""
     compiled = compiled_kernels(("gemm_sm90", "activation_bwd"))
     harness = runtime.load(runtime.ONE)
-    for call in [*INSTANTIATIONS, *SHARED[:4]]:
+    for call in [*INSTANTIATIONS, *SHARED[:4], *SHARED_GATED]:
         PRODUCTS.forward(harness, Data.of(call))
     for call in BACKWARDS:
         PRODUCTS.backward(harness, Data.of(call))
@@ -244,7 +262,8 @@ def test_schedules_are_chosen_for_their_clocks() -> None:
     assert plan(4096, 128, 4096, "linear")["block_n"] == 128
     assert plan(4096, 128, 4096, "activation")["block_n"] == 128
     assert plan(64, 64, 1024, GRADIENT)["block_n"] == 192
-    works = (LINEAR, ACTIVATION, GRADIENT, "backward")
+    assert plan(4096, 128, 4096, GATED)["block_n"] == 256
+    works = (LINEAR, ACTIVATION, GRADIENT, GATED, "backward", "gated backward")
     assert all(plan(8, 8, 8, work)["reason"] for work in works)
 
 
@@ -261,6 +280,7 @@ H200 = 132
         (16, 768, 3072, LINEAR, 0, 134),  # a few new tokens
         (16384, 3072, 768, ACTIVATION, 2048, 0),  # waves enough
         (16384, 768, 3072, LINEAR, 384, 0),
+        (16, 5632, 2048, GATED, 0, 175),  # a few new tokens: 44 tiles
     ],
 )
 def test_tiles_that_do_not_come_out_even_are_shared(

@@ -40,7 +40,13 @@ FORWARDS = [
         for name, dtype in DTYPES.items()
         for turned, transposed in (("", False), (", turned weight", True))
     ),
+    *(
+        Call(f"gated, {name}{turned}", 200, 200, 136, "swiglu", dtype, transposed, keep_pre=True)
+        for name, dtype in DTYPES.items()
+        for turned, transposed in (("", False), (", turned weight", True))
+    ),
     *(Call(f"{name}, kept", 40, 72, 48, name, keep_pre=True) for name in ACTIVATIONS),
+    Call("gated, two columns of tiles, no bias", 70, 72, 136, "geglu", bias=False),
     Call("one row", 1, 64, 64, "gelu"),
     Call("eight of everything", 8, 8, 8, "silu", keep_pre=True),
     Call("more rows of tiles than side by side", 1200, 40, 136, "gelu"),
@@ -54,6 +60,7 @@ BACKWARDS = [
         for name, dtype in DTYPES.items()
         for added, total in (("", None), (", added into fp32", F32))
     ),
+    Call("gradients of gates", 70, 72, 136, "swiglu"),
     Call("gradients, turned weight", 150, 136, 264, "gelu_tanh", transposed=True),
     Call("gradients without anything", 130, 72, 72, bias=False),
     Call("rows that are no multiple of 8", 333, 8, 16, "gelu"),
@@ -62,6 +69,11 @@ BACKWARDS = [
 BACK_THROUGH = [
     *(
         Call(f"back through, {name}{turned}", 200, 264, 184, "silu", dtype, transposed)
+        for name, dtype in DTYPES.items()
+        for turned, transposed in (("", False), (", turned weight", True))
+    ),
+    *(
+        Call(f"back through gates, {name}{turned}", 200, 264, 184, "swiglu", dtype, transposed)
         for name, dtype in DTYPES.items()
         for turned, transposed in (("", False), (", turned weight", True))
     ),
@@ -104,17 +116,17 @@ def test_nan_stays_in_its_row(harness: runtime.Harness) -> None:
 
 
 @needs_race
-@pytest.mark.parametrize("call", [FORWARDS[0], FORWARDS[1]], ids=lambda call: call.why)
+@pytest.mark.parametrize("call", [FORWARDS[0], FORWARDS[1], FORWARDS[4]], ids=lambda call: call.why)
 def test_moves_exactly_its_floor(call: Call) -> None:
     """By the formulas at the top of the kernel, and bias once per thread that has 8 columns."""
     harness = runtime.load("race")
     with harness.counting(hopper=False) as counts:
         harness.call("linear_act_fwd", *Data.of(call).forward)
-    M, N, K = call.N, call.F, call.C
+    M, N, K = call.N, call.parts * call.F, call.C
     tiles_m, tiles_n = -(-M // BLOCK), -(-N // BLOCK)
     operands = 2 * (M * K * tiles_n + N * K * tiles_m)
     assert counts["global_read_bytes"] == operands + 2 * M * N
-    assert counts["global_write_bytes"] == 2 * M * N * (1 + call.keep_pre)
+    assert counts["global_write_bytes"] == 2 * M * (call.F + call.keep_pre * N)
     assert counts["shared_wavefronts"] == counts["shared_ideal_wavefronts"]
 
 
@@ -125,8 +137,9 @@ def test_no_mutant_survives() -> None:
     hunt = mutants.Hunt(runtime.load("race"), MUTANT_SCHEDULES, in_every_call=False)
     for call in _MUTATED:
         hunt.drop_each(call.why, partial(PRODUCTS.forward, hunt.harness, Data.of(call)))
-    back = Data.of(Call("back through", 200, 136, 184, "silu"))
-    hunt.drop_each(back.call.why, partial(PRODUCTS.back_through, hunt.harness, back))
+    for activation in ("silu", "swiglu"):
+        back = Data.of(Call(f"back through {activation}", 200, 136, 184, activation))
+        hunt.drop_each(back.call.why, partial(PRODUCTS.back_through, hunt.harness, back))
     gradients = Data.of(Call("gradients", 200, 136, 200, "silu", total=F32))
     hunt.drop_each(gradients.call.why, partial(PRODUCTS.backward, hunt.harness, gradients))
     sources = mutants.sources_of("gemm_sm80*") - {mutants.CSRC / "common/warp.h"}
@@ -138,6 +151,7 @@ def test_no_mutant_survives() -> None:
 _MUTATED = [
     Call("more steps than stages", 200, 200, 264, "silu", keep_pre=True),
     Call("turned weight", 200, 136, 264, "silu", transposed=True),
+    Call("gated", 200, 200, 136, "swiglu", keep_pre=True),
 ]
 
 
@@ -146,11 +160,11 @@ def test_every_instantiation_runs() -> None:
     """What nvcc compiles is what runs here, by name."""
     compiled = compiled_kernels("gemm_sm80")
     harness = runtime.load(runtime.ONE)
-    for call in FORWARDS[:4]:
+    for call in FORWARDS[:8]:
         PRODUCTS.forward(harness, Data.of(call))
     for call in BACKWARDS[:4]:
         PRODUCTS.backward(harness, Data.of(call))
-    for call in BACK_THROUGH[:4]:
+    for call in BACK_THROUGH[:8]:
         PRODUCTS.back_through(harness, Data.of(call))
     ran = {short_name(name) for name in harness.module.kernels_run()}
     assert compiled and not compiled - ran, f"no call reaches {sorted(compiled - ran)}"

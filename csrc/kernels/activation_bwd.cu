@@ -1,21 +1,21 @@
-// Back through an activation where no product's epilogue does it, and sums over rows.
+// Back through an activation where no product's epilogue does it, or through dropout, and sums over
+// rows.
 //
 // activation_bwd: dpre = dy act'(pre), and of every strip of rows the sums of dpre, before it is
 // rounded. Grid (256 columns, strip). A warp has a row, a lane 8 of its columns: 16 bytes. Rows of
 // a strip are `strips` apart, 8 at a time. Bytes: 4 M N read, 2 M N written; 2 M N read where there
-// is no activation. The warps' sums meet in shared memory, in the order of the warps.
+// is no activation; gated 6 M N and 4 M N. The warps' sums meet in shared memory, in the order of
+// the warps.
 //
 // column_sums: adds the strips, 8 threads per column and then those, always in one order: results
 // repeat.
-#include "common/vec.h"
-#include "kernels/activation.h"
 #include "kernels/activation_bwd.h"
+#include "kernels/activation_row.h"
 #include "ptx/launch.h"
 
 namespace fused_lm {
 namespace {
 
-constexpr int kVector = 8;
 constexpr int kThreads = kActivationRows * kWarpSize;
 constexpr int kPartThreads = 8;  // per column of column_sums
 
@@ -27,53 +27,53 @@ struct PartSums {
   float part[kPartThreads][kWarpSize];
 };
 
-template <DType kDType>
-__device__ __forceinline__ void load_row(float (&value)[kVector], const uint16_t* gRow) {
-  RawVector<kVector> raw;
-  load_raw<2, LoadPolicy::kStreaming>(raw, reinterpret_cast<const char*>(gRow));
-  widen<kDType>(value, raw);
-}
-
-// dpre of one row's 8 columns, from dy.
-template <DType kDType>
-__device__ __forceinline__ void back(float (&value)[kVector], const ActivationBackwardParams& p,
-                                     int64_t at) {
-  float pre[kVector];
-  load_row<kDType>(pre, p.pre + at);
-  with_activation(p.activation, [&](const auto& formula) {
-#pragma unroll
-    for (int e = 0; e < kVector; ++e) value[e] *= formula.slope(pre[e]);
-  });
-  RawVector<kVector> raw;
-  narrow<kDType>(raw, value);
-  store_raw<2>(reinterpret_cast<char*>(p.dpre + at), raw);
-}
-
-template <DType kDType>
+// kGated: dgate and dvalue of each dy.
+template <DType kDType, bool kGated>
 __global__ void __launch_bounds__(kThreads)
     activation_bwd_kernel(const ActivationBackwardParams p) {
+  constexpr int kParts = kGated ? 2 : 1;
   auto& smem = dynamic_smem<WarpSums>();
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  const int own = static_cast<int>(threadIdx.x) % kWarpSize * kVector;
+  const int own = static_cast<int>(threadIdx.x) % kWarpSize * kActivationVector;
   const int first = static_cast<int>(blockIdx.x) * kActivationColumns, column = first + own;
-  float sum[kVector] = {};
+  ActivationRow sums[kParts] = {};
   for (int64_t row = blockIdx.y * kActivationRows + warp; row < p.M && column < p.N;
        row += int64_t{p.strips} * kActivationRows) {
-    float value[kVector];
-    load_row<kDType>(value, p.dy + row * p.dy_stride + column);
-    if (p.pre != nullptr) back<kDType>(value, p, row * p.N + column);
+    ActivationRow value[kParts];
+    const int64_t dy_at = row * p.dy_stride + column, at = row * kParts * p.N + column;
+    if constexpr (kGated) {
+      load_activation_row<kDType>(value[0], static_cast<const uint16_t*>(p.dy) + dy_at);
+      gated_back<kDType>(value, p.activation, p.pre + at, p.dpre + at, p.N);
+    } else if (p.pre != nullptr) {
+      load_activation_row<kDType>(value[0], static_cast<const uint16_t*>(p.dy) + dy_at);
+      activation_back<kDType>(value[0], p.activation, p.pre + at, p.dpre + at);
+    } else {
+      const DType dtype = p.dy_is_wide ? DType::kFloat32 : kDType;
+      RawParameter<kActivationVector> raw;
+      load_parameter(raw, p.dy, dtype, dy_at);
+      widen_parameter(value[0], raw, dtype);
+      if (p.dropout.rng != nullptr) drop_row(value[0], p.dropout, row, column);
+      if (p.dpre != nullptr) store_activation_row<kDType>(p.dpre + at, value[0]);
+    }
 #pragma unroll
-    for (int e = 0; e < kVector; ++e) sum[e] += value[e];
+    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+      for (int e = 0; e < kActivationVector; ++e) sums[part][e] += value[part][e];
+    }
   }
   if (p.partial == nullptr) return;
-  store_floats<kVector>(smem.row[warp], own, sum);
-  __syncthreads();
   const int thread = static_cast<int>(threadIdx.x);
-  if (first + thread >= p.N) return;
-  float all = 0.0f;
 #pragma unroll
-  for (int w = 0; w < kActivationRows; ++w) all += smem.row[w][thread];
-  p.partial[int64_t{blockIdx.y} * p.N + first + thread] = all;
+  for (int part = 0; part < kParts; ++part) {
+    if (part > 0) __syncthreads();
+    store_floats<kActivationVector>(smem.row[warp], own, sums[part]);
+    __syncthreads();
+    if (first + thread >= p.N) continue;
+    float all = 0.0f;
+#pragma unroll
+    for (int w = 0; w < kActivationRows; ++w) all += smem.row[w][thread];
+    p.partial[(int64_t{blockIdx.y} * kParts + part) * p.N + first + thread] = all;
+  }
 }
 
 template <DType kDType>
@@ -96,12 +96,12 @@ __global__ void __launch_bounds__(kPartThreads* kWarpSize)
   store_raw<2>(reinterpret_cast<char*>(p.out + column), raw);
 }
 
-template <DType kDType>
+template <DType kDType, bool kGated>
 Status launch_activation(const ActivationBackwardParams& p, Stream stream) {
   const unsigned columns = (p.N + kActivationColumns - 1) / kActivationColumns;
   const LaunchConfig config{dim3(columns, static_cast<unsigned>(p.strips)), dim3(kThreads),
                             sizeof(WarpSums), stream};
-  return launch(activation_bwd_kernel<kDType>, config, p);
+  return launch(activation_bwd_kernel<kDType, kGated>, config, p);
 }
 
 template <DType kDType>
@@ -114,8 +114,13 @@ Status launch_sums(const ColumnSumsParams& p, Stream stream) {
 }  // namespace
 
 Status activation_bwd(const ActivationBackwardParams& params, DType dtype, Stream stream) {
-  return dtype == DType::kBFloat16 ? launch_activation<DType::kBFloat16>(params, stream)
-                                   : launch_activation<DType::kFloat16>(params, stream);
+  constexpr DType kBf16 = DType::kBFloat16, kFp16 = DType::kFloat16;
+  if (params.gated) {
+    return dtype == kBf16 ? launch_activation<kBf16, true>(params, stream)
+                          : launch_activation<kFp16, true>(params, stream);
+  }
+  return dtype == kBf16 ? launch_activation<kBf16, false>(params, stream)
+                        : launch_activation<kFp16, false>(params, stream);
 }
 
 Status column_sums(const ColumnSumsParams& params, DType dtype, Stream stream) {

@@ -1,4 +1,5 @@
-// Back through an activation, and sums over rows: dpre = dy act'(pre), dbias = the sum of its rows.
+// Back through an activation, or dropout, and sums over rows: dpre = dy act'(pre), dbias = the sum
+// of its rows.
 #pragma once
 
 #include "kernels/gemm.h"
@@ -6,14 +7,17 @@
 namespace fused_lm {
 
 struct ActivationBackwardParams {
-  int M, N;            // N a multiple of 8
-  const uint16_t* dy;  // [M, N], rows dy_stride apart, a multiple of 8; 16-byte aligned
+  int M, N;        // N a multiple of 8
+  const void* dy;  // [M, N], rows dy_stride apart, a multiple of 8; 16-byte aligned
   int64_t dy_stride;
-  const uint16_t* pre;  // [M, N] contiguous; null: there is no activation, dpre is dy
-  uint16_t* dpre;       // [M, N] contiguous, where there is a pre
-  float* partial;       // [strips, N], sums of each strip's rows; null: nobody asks
-  int strips;           // activation_strips
+  bool dy_is_wide;        // fp32, without an activation
+  DropoutParams dropout;  // of dy, without an activation; batch and head 0
+  const uint16_t* pre;    // [M, N] contiguous; null: there is no activation
+  uint16_t* dpre;         // [M, N] contiguous; null, without an activation: it is dy
+  float* partial;         // [strips, N], sums of each strip's rows; null: nobody asks
+  int strips;             // activation_strips
   Activation activation;
+  bool gated;  // pre, dpre and partial have 2 N columns, gates first
 };
 
 struct ColumnSumsParams {

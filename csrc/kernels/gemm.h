@@ -1,5 +1,5 @@
-// Matrix products whose epilogue is a layer: out = act(a b^T + bias), pre = a b^T + bias; and what
-// the kernels of all GPUs share.
+// Matrix products whose epilogue is a layer: out = act(a b^T + bias), pre = a b^T + bias, or of
+// gates and values out = act(gate) value; and what the kernels of all GPUs share.
 #pragma once
 
 #include <type_traits>
@@ -18,21 +18,27 @@ struct GemmOperand {
   bool turned;
 };
 
-// Where sums are added to instead of stored: of any dtype, rounded once.
+// What sums are added to instead of stored: of any dtype, rounded once.
 struct GemmTotal {
-  void* data;      // [M, N], aligned to two elements; null: there is none
-  int64_t stride;  // elements between rows, even
+  void* data;            // [M, N], aligned to two elements; null: there is none
+  const void* residual;  // [M, N] like it: data = residual + sums; null: data += sums
+  int64_t stride;        // elements between rows, even
   DType dtype;
 };
 
 // What is done with the sums of a product [M, N].
+//
+// Gated, all that belongs to pre-activations is twice as wide, N gates and then N values: b, bias
+// and pre of a forward, source, out and partial of a backward.
 struct GemmLayer {
   const uint16_t* bias;  // [N], 4-byte aligned, or null
   Activation activation;
+  bool gated;     // out = act(gate) value
   uint16_t* pre;  // [M, N] contiguous, 16-byte aligned, or null
   uint16_t* out;  // the same; not used with a total
   GemmTotal total;
-  const uint16_t* source;  // [M, N] like pre: out = a b^T act'(source); or null
+  DropoutParams dropout;   // with a residual, of sums and bias: batch and head 0
+  const uint16_t* source;  // [M, N] like pre: out = a b^T act'(source), its gradient; or null
   float* partial;          // with a source: [gemm_row_tiles(M), N], sums over each tile's rows
 };
 
@@ -40,7 +46,7 @@ struct GemmLayer {
 struct GemmParams {
   int M, N, K;    // all at least 1
   GemmOperand a;  // [M, K], turned only if b is
-  GemmOperand b;  // [N, K]
+  GemmOperand b;  // [N, K], or gated [2 N, K]
   GemmLayer layer;
   float* parts;  // gemm_part_floats of gemm_tuning_sm90.h, 16-byte aligned
   int sms;       // of the GPU: blocks that run at once
@@ -52,14 +58,22 @@ enum class GemmWork : int {
   kActivation,  // a bias and an activation, one or two outputs
   kGradient,    // adds the sums to what is in global memory
   kBackward,    // multiplies by an activation's slope
+  kGated,
+  kGatedBackward,
+  kResidual,  // a bias, dropout, and what they are added to
 };
 
 constexpr GemmWork gemm_work(const GemmLayer& layer) {
-  return layer.total.data != nullptr                                     ? GemmWork::kGradient
-         : layer.source != nullptr                                       ? GemmWork::kBackward
-         : layer.activation != Activation::kNone || layer.pre != nullptr ? GemmWork::kActivation
-                                                                         : GemmWork::kLinear;
+  if (layer.total.residual != nullptr) return GemmWork::kResidual;
+  if (layer.total.data != nullptr) return GemmWork::kGradient;
+  if (layer.source != nullptr) return layer.gated ? GemmWork::kGatedBackward : GemmWork::kBackward;
+  if (layer.gated) return GemmWork::kGated;
+  const bool activates = layer.activation != Activation::kNone || layer.pre != nullptr;
+  return activates ? GemmWork::kActivation : GemmWork::kLinear;
 }
+
+// Columns of a product whose layer has N.
+constexpr int gemm_columns(int N, GemmWork work) { return work == GemmWork::kGated ? 2 * N : N; }
 
 // Why no kernel is compiled for a call, if none is.
 inline Status gemm_refusal(const GemmParams& p, GemmWork work) {

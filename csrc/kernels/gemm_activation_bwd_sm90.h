@@ -29,6 +29,21 @@ __device__ __forceinline__ void halve(float (&value)[4], int lane) {
   }
 }
 
+// A lane's sums of four columns, added to those of others: a warp's sums of 16 columns to sSums.
+__device__ __forceinline__ void store_block_sums(float* sSums, float (&column)[4], int lane) {
+  halve<2, 16>(column, lane);
+  halve<1, 8>(column, lane);
+  column[0] += __shfl_xor_sync(kAllLanes, column[0], 4);
+  if (lane % 8 < 4) {
+    sSums[lane / 16 * kFragmentColumns + lane % 4 * 2 + lane / 8 % 2] = column[0];
+  }
+}
+
+__device__ __forceinline__ float sum_of_warps(
+    const float (&sSums)[kGroupThreads / kWarpSize][kSlabColumns], int column) {
+  return (sSums[0][column] + sSums[1][column]) + (sSums[2][column] + sSums[3][column]);
+}
+
 // dpre of 16 columns of a consumer's rows; their sums to sSums.
 template <class C, class Formula>
 __device__ __forceinline__ void block_back(Sums<C>& sums, const Formula& formula, uint4* sBlock,
@@ -53,12 +68,7 @@ __device__ __forceinline__ void block_back(Sums<C>& sums, const Formula& formula
     }
     ptx::stmatrix_x4(sRow, words);
   }
-  halve<2, 16>(column, lane);
-  halve<1, 8>(column, lane);
-  column[0] += __shfl_xor_sync(kAllLanes, column[0], 4);
-  if (lane % 8 < 4) {
-    sSums[lane / 16 * kFragmentColumns + lane % 4 * 2 + lane / 8 % 2] = column[0];
-  }
+  store_block_sums(sSums, column, lane);
 }
 
 struct ActivationBackwardEpilogue {
@@ -67,7 +77,7 @@ struct ActivationBackwardEpilogue {
                                              int column) const {
     const Arguments& args = own.args;
     auto& barriers = own.smem.barriers;
-    ptx::mbarrier_wait(&barriers.source_full[own.group], own.source_parity);
+    ptx::mbarrier_wait(&barriers.source_full[own.group][0], own.source_parity);
     own.source_parity ^= 1u;
 #pragma unroll
     for (int slab = 0; slab < C::kSlabs; ++slab) {
@@ -109,8 +119,7 @@ struct ActivationBackwardEpilogue {
                                                     int column) {
     const int thread = Consumer<C>::thread(), at = column + thread;
     if (thread >= kSlabColumns || at >= own.args.N) return;
-    const auto& sSums = own.smem.sums.warp[own.group][slab];
-    const float sum = (sSums[0][thread] + sSums[1][thread]) + (sSums[2][thread] + sSums[3][thread]);
+    const float sum = sum_of_warps(own.smem.sums.warp[own.group][slab], thread);
     own.args.layer.partial[int64_t{row / kGemmBlockM} * own.args.N + at] = sum;
   }
 };

@@ -35,7 +35,9 @@ struct ActivationEpilogue {
     const bool keeps_pre = args.layer.pre != nullptr;
 #pragma unroll
     for (int slab = 0; slab < C::kSlabs; ++slab) {
-      if (args.layer.bias != nullptr) add_bias<C>(sums, args, slab, column);
+      if (args.layer.bias != nullptr) {
+        add_bias<C>(sums, args.layer.bias, args.N, slab, column + slab * kSlabColumns);
+      }
       Packed<C> packed;
       pack<C>(packed, sums, slab);
       if (keeps_pre) own.send(args.pre, packed, 0, row, column + slab * kSlabColumns);

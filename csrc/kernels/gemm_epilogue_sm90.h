@@ -9,16 +9,16 @@
 namespace fused_lm {
 namespace gemm {
 
-// Adds bias[column] to the sums of a slab. A lane has two columns of each 8.
+// Adds bias[column], of N, to the sums of a slab that begins at `column`. A lane has two columns of
+// each 8.
 template <class C>
-__device__ __forceinline__ void add_bias(Sums<C>& sums, const Arguments& args, int slab,
+__device__ __forceinline__ void add_bias(Sums<C>& sums, const uint16_t* gBias, int N, int slab,
                                          int column) {
-  const int first = column + slab * kSlabColumns + ptx::lane_index() % 4 * 2;
+  const int first = column + ptx::lane_index() % 4 * 2;
 #pragma unroll
   for (int n = 0; n < kSlabFragments; ++n) {
     const int at = first + n * kFragmentColumns;
-    const uint32_t word =
-        at < args.N ? *reinterpret_cast<const uint32_t*>(args.layer.bias + at) : 0u;
+    const uint32_t word = at < N ? *reinterpret_cast<const uint32_t*>(gBias + at) : 0u;
     float bias[2];
     widen_pair<kDTypeOf<typename C::Element>>(bias, word);
 #pragma unroll
@@ -30,7 +30,8 @@ __device__ __forceinline__ void add_bias(Sums<C>& sums, const Arguments& args, i
 }
 
 // Calls body(rows further down, number of the fragment, two adjacent sums) for all that a lane has
-// inside of the matrix; row and column: where its first ones belong.
+// inside of the matrix; row and column: where its first ones belong. The second half of a gated
+// tile belongs to the same columns as the first.
 template <class C, class Body>
 __device__ __forceinline__ void for_each_pair(const Arguments& args, const Sums<C>& sums, int row,
                                               int column, const Body& body) {
@@ -42,7 +43,9 @@ __device__ __forceinline__ void for_each_pair(const Arguments& args, const Sums<
       if (row + down >= args.M) continue;
 #pragma unroll
       for (int n = 0; n < C::kN; ++n) {
-        if (column + n * kFragmentColumns >= args.N) continue;
+        const bool second = C::kHalves && n >= C::kN / 2;
+        const int at = column + n * kFragmentColumns;
+        if (at + (second ? args.tile_columns - C::kBlockN : 0) >= args.N) continue;
         body(down, n, &sums[m][n][2 * half]);
       }
     }

@@ -13,18 +13,28 @@
 namespace fused_lm {
 namespace gemm {
 
+// The first of a lane's rows, of a consumer's from `row` on.
+template <class C>
+__device__ __forceinline__ int own_first_row(int row) {
+  const int thread = Consumer<C>::thread();
+  return row + thread / kWarpSize * 16 + thread % kWarpSize / 4;
+}
+
+// total = from + sums; from may be the total itself.
 template <DType kDType, class C>
 __device__ __forceinline__ void add_to_total(const Consumer<C>& own, const Sums<C>& sums, int row,
-                                             int column) {
+                                             int column, const void* from) {
   constexpr int kBytes = DTypeConstant<kDType>::bytes;
   const Arguments& args = own.args;
-  const int thread = Consumer<C>::thread(), lane = thread % kWarpSize;
-  const int own_row = row + thread / kWarpSize * 16 + lane / 4, own_column = column + lane % 4 * 2;
-  char* gOwn =
-      address_of<kBytes>(args.layer.total.data, own_row * args.layer.total.stride + own_column);
+  const GemmTotal& total = args.layer.total;
+  const int own_row = own_first_row<C>(row);
+  const int own_column = column + Consumer<C>::thread() % 4 * 2;
+  const int64_t at = own_row * total.stride + own_column;
+  char* gOwn = address_of<kBytes>(total.data, at);
+  const char* gFrom = address_of<kBytes>(from, at);
   for_each_pair<C>(args, sums, own_row, own_column, [&](int down, int n, const float* pair) {
-    char* gRow = gOwn + down * args.layer.total.stride * kBytes;
-    add_pair<kDType>(gRow + n * kFragmentColumns * kBytes, pair[0], pair[1]);
+    const int64_t further = (down * total.stride + n * kFragmentColumns) * kBytes;
+    add_pair<kDType>(gOwn + further, gFrom + further, pair[0], pair[1]);
   });
 }
 
@@ -32,8 +42,10 @@ struct GradientEpilogue {
   template <class C>
   __device__ __forceinline__ void operator()(Consumer<C>& own, Sums<C>& sums, int row,
                                              int column) const {
-    with_dtype(own.args.layer.total.dtype,
-               [&](auto dtype) { add_to_total<decltype(dtype)::value>(own, sums, row, column); });
+    const GemmTotal& total = own.args.layer.total;
+    with_dtype(total.dtype, [&](auto dtype) {
+      add_to_total<decltype(dtype)::value>(own, sums, row, column, total.data);
+    });
   }
 };
 

@@ -8,9 +8,9 @@ namespace gemm {
 
 template <class Element, Layout kLayout, template <DType> class Finish>
 Status launch_portable(const GemmParams& p, Stream stream) {
-  using C = PortableConfig<Element, kLayout>;
+  using C = PortableConfig<Element, kLayout, Finish<kDTypeOf<Element>>::kReads == 2>;
   const int64_t tiles =
-      int64_t{gemm_row_tiles(p.M)} * ((int64_t{p.N} + C::kBlockN - 1) / C::kBlockN);
+      int64_t{gemm_row_tiles(p.M)} * ((int64_t{p.N} + C::kColumns - 1) / C::kColumns);
   if (tiles > INT32_MAX) return "a matrix product has at most 2^31 tiles";
   const LaunchConfig config{dim3(static_cast<unsigned>(tiles)), dim3(C::kThreads),
                             sizeof(typename C::SharedStorage), stream};
@@ -20,9 +20,15 @@ Status launch_portable(const GemmParams& p, Stream stream) {
 // Forward, gradient of x, and back through an activation.
 template <class Element, Layout kLayout>
 Status launch_portable_layer(const GemmParams& p, GemmWork work, Stream stream) {
-  return work == GemmWork::kBackward
-             ? launch_portable<Element, kLayout, FinishActivationBackward>(p, stream)
-             : launch_portable<Element, kLayout, FinishActivation>(p, stream);
+  switch (work) {
+    case GemmWork::kBackward:
+      return launch_portable<Element, kLayout, FinishActivationBackward>(p, stream);
+    case GemmWork::kResidual: return launch_portable<Element, kLayout, FinishResidual>(p, stream);
+    case GemmWork::kGated: return launch_portable<Element, kLayout, FinishGated>(p, stream);
+    case GemmWork::kGatedBackward:
+      return launch_portable<Element, kLayout, FinishGatedBackward>(p, stream);
+    default: return launch_portable<Element, kLayout, FinishActivation>(p, stream);
+  }
 }
 
 template <class Element>

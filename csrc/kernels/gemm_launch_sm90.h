@@ -30,19 +30,29 @@ template <class C>
 Status make_arguments(Arguments& args, const GemmParams& p) {
   constexpr DType kDType = kDTypeOf<typename C::Element>;
   args.M = p.M, args.N = p.N, args.K = p.K;
-  args.tiles_m = gemm_row_tiles(p.M),
-  args.tiles_n = static_cast<int>((int64_t{p.N} + C::kBlockN - 1) / C::kBlockN);
+  args.tiles_m = gemm_row_tiles(p.M);
+  const GemmWork work = gemm_work(p.layer);
+  const bool gated = work == GemmWork::kGated;
+  args.tile_columns = gated ? C::kBlockN / 2 : C::kBlockN;
+  args.next_half = gated ? p.N : C::kBlockN / 2;
+  args.tiles_n = static_cast<int>((int64_t{p.N} + args.tile_columns - 1) / args.tile_columns);
   args.group = C::kTuning.group;
   args.cluster = C::kCluster;
   args.layer = p.layer;
   args.parts = p.parts;
-  const uint16_t* pre = C::kLoads ? p.layer.source : p.layer.pre;
+  const auto map_results = [&](ptx::TensorMap& map, ptx::TensorMap& values, const uint16_t* data,
+                               int64_t parts) {
+    if (data == nullptr) return kOk;
+    const Status status = map_matrix(map, data, kDType, p.N, p.M, parts * p.N, C::kRows);
+    if (parts == 1 || status != kOk) return status;
+    return map_matrix(values, data + p.N, kDType, p.N, p.M, parts * p.N, C::kRows);
+  };
   const Status statuses[] = {
       map_operand(args.a, p.a, kDType, p.M, p.K, kGemmBlockM, 1),
-      map_operand(args.b, p.b, kDType, p.N, p.K, C::kBlockN, C::kCluster),
-      p.layer.out != nullptr ? map_matrix(args.out, p.layer.out, kDType, p.N, p.M, p.N, C::kRows)
-                             : kOk,
-      pre != nullptr ? map_matrix(args.pre, pre, kDType, p.N, p.M, p.N, C::kRows) : kOk,
+      map_operand(args.b, p.b, kDType, gemm_columns(p.N, work), p.K, C::kBlockN, C::kShares),
+      map_results(args.out, args.out_values, p.layer.out, work == GemmWork::kGatedBackward ? 2 : 1),
+      map_results(args.pre, args.pre_values, C::kLoads ? p.layer.source : p.layer.pre,
+                  p.layer.gated ? 2 : 1),
   };
   for (const Status status : statuses) {
     if (status != kOk) return status;
@@ -62,7 +72,7 @@ Status launch_gemm(const GemmParams& p, Stream stream, int64_t whole = INT32_MAX
   Arguments args{};
   const Status status = make_arguments<C>(args, p);
   if (status != kOk) return status;
-  const int64_t tiles = gemm_tiles(C::kTuning, p.M, p.N);
+  const int64_t tiles = gemm_tiles(C::kTuning, p.M, gemm_columns(p.N, gemm_work(p.layer)));
   const int64_t count = tiles < whole ? tiles : whole;
   if (count > INT32_MAX - p.sms) return "a matrix product has at most 2^31 tiles";
   args.whole = static_cast<int>(count);
@@ -90,20 +100,37 @@ Status launch_shared(const GemmParams& p, GemmWork work, const GemmPlan& plan, S
              launch_of(plan.blocks, kThreads, sizeof(typename C::SharedStorage), stream), args);
   if (status != kOk) return status;
   const int64_t shared = int64_t{args.tiles_m} * args.tiles_n - plan.whole;
-  const bool sums = work == GemmWork::kBackward;
-  const auto join = work == GemmWork::kGradient ? gemm_add_parts<Element, FinishGradient>
-                    : sums                      ? gemm_add_parts<Element, FinishActivationBackward>
-                                                : gemm_add_parts<Element, FinishActivation>;
-  return launch(
-      join, launch_of(shared * C::kSlabs, kJoinThreads, sums ? sizeof(JoinSums) : 0, stream), args);
+  const auto join = [&](const auto& kernel, int64_t strips, size_t smem_bytes) {
+    return launch(kernel, launch_of(shared * strips, kJoinThreads, smem_bytes, stream), args);
+  };
+  switch (work) {
+    case GemmWork::kGradient: return join(gemm_add_parts<Element, FinishGradient>, C::kSlabs, 0);
+    case GemmWork::kResidual: return join(gemm_add_parts<Element, FinishResidual>, C::kSlabs, 0);
+    case GemmWork::kGated: return join(gemm_add_parts<Element, FinishGated>, C::kSlabs / 2, 0);
+    case GemmWork::kBackward:
+      return join(gemm_add_parts<Element, FinishActivationBackward>, C::kSlabs, sizeof(JoinSums));
+    case GemmWork::kGatedBackward:
+      return join(gemm_add_parts<Element, FinishGatedBackward>, C::kSlabs, sizeof(JoinSums));
+    default: return join(gemm_add_parts<Element, FinishActivation>, C::kSlabs, 0);
+  }
+}
+
+// Tiles of 128 x 256: those in front of the shared ones, or all.
+template <class Element, Layout kLayout>
+Status launch_whole(const GemmParams& p, GemmWork work, Stream stream, int64_t whole = INT32_MAX) {
+  if constexpr (kLayout != Layout::kBothTurned) {
+    if (work == GemmWork::kGated) {
+      return launch_gemm<Element, kPartSchedule, kLayout, GatedEpilogue>(p, stream, whole);
+    }
+  }
+  return launch_gemm<Element, kPartSchedule, kLayout, LinearEpilogue>(p, stream, whole);
 }
 
 // All of a product, if tiles are shared.
 template <class Element, Layout kLayout>
 Status launch_plan(const GemmParams& p, GemmWork work, const GemmPlan& plan, Stream stream) {
   if (plan.whole > 0) {
-    const Status status =
-        launch_gemm<Element, kPartSchedule, kLayout, LinearEpilogue>(p, stream, plan.whole);
+    const Status status = launch_whole<Element, kLayout>(p, work, stream, plan.whole);
     if (status != kOk) return status;
   }
   return launch_shared<Element, kLayout>(p, work, plan, stream);
@@ -113,19 +140,24 @@ Status launch_plan(const GemmParams& p, GemmWork work, const GemmPlan& plan, Str
 template <class Element, Layout kLayout>
 Status launch_layer(const GemmParams& p, GemmWork work, const GemmPlan& plan, Stream stream) {
   if (plan.blocks > 0) return launch_plan<Element, kLayout>(p, work, plan, stream);
-  constexpr GemmSchedule kWide = GemmSchedule::kCooperative256;
   constexpr GemmSchedule kHidden = GemmSchedule::kPingPong192;
   constexpr GemmSchedule kFew = GemmSchedule::kPingPong128;
+  constexpr GemmSchedule kLoads = GemmSchedule::kPingPong192Loads;
   if (work == GemmWork::kBackward) {
-    return launch_gemm<Element, GemmSchedule::kPingPong192Loads, kLayout,
-                       ActivationBackwardEpilogue>(p, stream);
+    return launch_gemm<Element, kLoads, kLayout, ActivationBackwardEpilogue>(p, stream);
+  }
+  if (work == GemmWork::kGatedBackward) {
+    return launch_gemm<Element, kLoads, kLayout, GatedBackwardEpilogue>(p, stream);
+  }
+  if (work == GemmWork::kResidual) {
+    return launch_gemm<Element, kHidden, kLayout, ResidualEpilogue>(p, stream);
   }
   if (plan.tuning.schedule == kFew) {
     return launch_gemm<Element, kFew, kLayout, ActivationEpilogue>(p, stream);
   }
-  return work == GemmWork::kLinear
-             ? launch_gemm<Element, kWide, kLayout, LinearEpilogue>(p, stream)
-             : launch_gemm<Element, kHidden, kLayout, ActivationEpilogue>(p, stream);
+  return work == GemmWork::kActivation
+             ? launch_gemm<Element, kHidden, kLayout, ActivationEpilogue>(p, stream)
+             : launch_whole<Element, kLayout>(p, work, stream);
 }
 
 // The gradient of a weight, or its sums added to a total.
@@ -138,8 +170,7 @@ Status launch_gradient(const GemmParams& p, GemmWork work, const GemmPlan& plan,
   }
   return plan.tuning.schedule == GemmSchedule::kPingPong128
              ? launch_gemm<Element, GemmSchedule::kPingPong128, kLayout, LinearEpilogue>(p, stream)
-             : launch_gemm<Element, GemmSchedule::kCooperative256, kLayout, LinearEpilogue>(p,
-                                                                                            stream);
+             : launch_whole<Element, kLayout>(p, work, stream);
 }
 
 template <class Element>

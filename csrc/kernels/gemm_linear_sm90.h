@@ -13,7 +13,9 @@ struct LinearEpilogue {
     const Arguments& args = own.args;
 #pragma unroll
     for (int slab = 0; slab < C::kSlabs; ++slab) {
-      if (args.layer.bias != nullptr) add_bias<C>(sums, args, slab, column);
+      if (args.layer.bias != nullptr) {
+        add_bias<C>(sums, args.layer.bias, args.N, slab, column + slab * kSlabColumns);
+      }
       Packed<C> packed;
       pack<C>(packed, sums, slab);
       own.send(args.out, packed, slab % C::kPlaces, row, column + slab * kSlabColumns);

@@ -15,7 +15,8 @@
 // done. Nobody waits for another block and nothing is added atomically, so results repeat. They
 // depend on how many blocks there are: another GPU adds in another order.
 //
-// Grid of the second: a block per 64 columns of a tile; each thread has 8 columns of 4 rows.
+// Grid of the second: a block per 64 columns of a tile's results; each thread has 8 columns of 4
+// rows, of a gated tile in both of its halves.
 //
 // Bytes: operands as in gemm_sm90.h; 4 M N per part of a tile written, and read.
 //
@@ -96,7 +97,7 @@ __device__ __forceinline__ void produce_parts(typename C::SharedStorage& smem,
                                               const Arguments& args) {
   Ring<C::kStages> ring;
   for_each_part(args, [&](int tile, int first, int steps) {
-    const TileAt at = tile_at<C>(args, args.whole + tile);
+    const TileAt at = tile_at(args, args.whole + tile);
     load_steps<C>(smem, args, ring, at, first * kGemmBlockK, (first + steps) * kGemmBlockK);
   });
 }
@@ -110,7 +111,7 @@ __device__ __forceinline__ void consume_parts(typename C::SharedStorage& smem,
     Sums<C> sums;
     own.multiply(sums, a, b, steps, [] {});
     store_part<C>(own, sums, slot_of<C>(args, tile, static_cast<int>(blockIdx.x)),
-                  tile_at<C>(args, args.whole + tile));
+                  tile_at(args, args.whole + tile));
   });
 }
 
@@ -134,18 +135,20 @@ struct JoinSums {
   alignas(16) float row[kRowsAtOnce][kSlabColumns];
 };
 
-// A thread's 8 columns of its rows below `row`, summed over the parts of a tile.
-template <class C>
-__device__ __forceinline__ void add_slots(float (&value)[kJoinRows][kFinishColumns],
+// A thread's 8 columns of its rows below `row`, summed over the parts of a tile: as one of what the
+// finish reads, each half of a gated tile being one.
+template <class C, int kPart, int kParts>
+__device__ __forceinline__ void add_slots(FinishSums (&value)[kJoinRows][kParts],
                                           const Arguments& args, int tile, int row, int own_row,
                                           int own_column) {
   const int k_tiles = k_tile_count(args), first_step = tile * k_tiles;
   const int first = owner_of(args.shares, first_step);
   const int last = owner_of(args.shares, first_step + k_tiles - 1);
+  const int own = own_row * C::kBlockN + own_column + kPart * (C::kBlockN / 2);
 #pragma unroll 1
   for (int block = first; block <= last; ++block) {
-    const float* gOwn = slot_of<C>(args, tile, block) + own_row * C::kBlockN + own_column;
-    float part[kJoinRows][kFinishColumns] = {};
+    const float* gOwn = slot_of<C>(args, tile, block) + own;
+    FinishSums part[kJoinRows] = {};
 #pragma unroll
     for (int i = 0; i < kJoinRows; ++i) {
       if (row + i * kRowsAtOnce >= args.M) break;
@@ -154,24 +157,30 @@ __device__ __forceinline__ void add_slots(float (&value)[kJoinRows][kFinishColum
 #pragma unroll
     for (int i = 0; i < kJoinRows; ++i) {
 #pragma unroll
-      for (int e = 0; e < kFinishColumns; ++e) value[i][e] += part[i][e];
+      for (int e = 0; e < kFinishColumns; ++e) value[i][kPart][e] += part[i][e];
     }
   }
 }
 
 // Sums over the rows of a tile, in the order of the threads' rows.
+template <int kSums>
 __device__ __forceinline__ void store_column_sums(JoinSums& smem, const Arguments& args,
-                                                  const FinishSums& sum, int thread,
+                                                  const FinishSums (&sums)[kSums], int thread,
                                                   const TileAt& strip) {
-  store_floats<kFinishColumns>(smem.row[thread / kRowThreads],
-                               thread % kRowThreads * kFinishColumns, sum);
-  __syncthreads();
   const int column = strip.column + thread;
-  if (thread >= kSlabColumns || column >= args.N) return;
-  float all = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kRowsAtOnce; ++i) all += smem.row[i][thread];
-  args.layer.partial[int64_t{strip.row / kGemmBlockM} * args.N + column] = all;
+  for (int part = 0; part < kSums; ++part) {
+    if (part > 0) __syncthreads();
+    store_floats<kFinishColumns>(smem.row[thread / kRowThreads],
+                                 thread % kRowThreads * kFinishColumns, sums[part]);
+    __syncthreads();
+    if (thread >= kSlabColumns || column >= args.N) continue;
+    float all = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kRowsAtOnce; ++i) all += smem.row[i][thread];
+    const int64_t line = int64_t{strip.row / kGemmBlockM} * kSums + part;
+    args.layer.partial[line * args.N + column] = all;
+  }
 }
 
 template <class Element, template <DType> class FinishOf>
@@ -179,30 +188,38 @@ __global__ void __launch_bounds__(kJoinThreads)
     gemm_add_parts(const __grid_constant__ Arguments args) {
   using C = PartConfig<Element, Layout::kNoneTurned>;
   using Finish = FinishOf<kDTypeOf<Element>>;
-  const int tile = static_cast<int>(blockIdx.x) / C::kSlabs;
-  const int slab_column = static_cast<int>(blockIdx.x) % C::kSlabs * kSlabColumns;
-  const TileAt at = tile_at<C>(args, args.whole + tile);
+  constexpr int kStrips = C::kSlabs / Finish::kReads;
+  constexpr int kSums = Finish::kSums > 0 ? Finish::kSums : 1;
+  const int tile = static_cast<int>(blockIdx.x) / kStrips;
+  const int slab_column = static_cast<int>(blockIdx.x) % kStrips * kSlabColumns;
+  const TileAt at = tile_at(args, args.whole + tile);
   const TileAt strip = {at.row, at.column + slab_column};
   if (strip.column >= args.N) return;
   const int thread = static_cast<int>(threadIdx.x);
   const int own_row = thread / kRowThreads, own_column = thread % kRowThreads * kFinishColumns;
   const int row = strip.row + own_row, column = strip.column + own_column;
-  FinishSums sum = {};
+  FinishSums sums[kSums] = {};
   if (column < args.N) {
-    float value[kJoinRows][kFinishColumns] = {};
-    add_slots<C>(value, args, tile, row, own_row, slab_column + own_column);
+    FinishParts<Finish> value[kJoinRows] = {};
+    add_slots<C, 0>(value, args, tile, row, own_row, slab_column + own_column);
+    if constexpr (Finish::kReads == 2) {
+      add_slots<C, 1>(value, args, tile, row, own_row, slab_column + own_column);
+    }
 #pragma unroll
     for (int i = 0; i < kJoinRows; ++i) {
       const int own = row + i * kRowsAtOnce;
       if (own >= args.M) break;
-      Finish::row(args.layer, value[i], int64_t{own} * args.N + column, own, column);
+      Finish::row(args.layer, value[i], own, column, args.N);
 #pragma unroll
-      for (int e = 0; e < kFinishColumns; ++e) sum[e] += value[i][e];
+      for (int part = 0; part < kSums; ++part) {
+#pragma unroll
+        for (int e = 0; e < kFinishColumns; ++e) sums[part][e] += value[i][part][e];
+      }
     }
   }
-  if constexpr (Finish::kSumsColumns) {
+  if constexpr (Finish::kSums > 0) {
     if (args.layer.partial == nullptr) return;
-    store_column_sums(dynamic_smem<JoinSums>(), args, sum, thread, strip);
+    store_column_sums(dynamic_smem<JoinSums>(), args, sums, thread, strip);
   }
 }
 

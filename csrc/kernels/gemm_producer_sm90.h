@@ -16,9 +16,9 @@ __device__ __forceinline__ void init_barriers(typename C::Barriers& barriers) {
     ptx::mbarrier_init(&barriers.full[stage], 1);
     ptx::mbarrier_init(&barriers.empty[stage], C::kReleases);
   }
-  for (int group = 0; C::kLoads && group < kGroups; ++group) {
-    ptx::mbarrier_init(&barriers.source_full[group], 1);
-    ptx::mbarrier_init(&barriers.source_empty[group], 1);
+  for (int slab = 0; C::kLoads && slab < C::kSlabs; ++slab) {
+    for (auto& of_group : barriers.source_full) ptx::mbarrier_init(&of_group[slab], 1);
+    ptx::mbarrier_init(&barriers.source_empty[slab], 1);
   }
   ptx::fence_mbarrier_init();
 }
@@ -70,27 +70,48 @@ __device__ __forceinline__ void load_operand(Tile& sTile, const ptx::TensorMap& 
   }
 }
 
-// The right operand. In a cluster each block brings half of it into the shared memory of both: of
-// its rows, or of a turned one's 64 of K.
+// A box of an operand, into the shared memory of all blocks of the cluster.
 template <class C>
-__device__ __forceinline__ void load_right(typename C::B& sTile, const ptx::TensorMap& map,
-                                           uint64_t* full, int row, int k) {
+__device__ __forceinline__ void load_box(uint4* sBox, const ptx::TensorMap& map, uint64_t* full,
+                                         const int (&at)[2]) {
   if constexpr (C::kCluster == 1) {
-    load_operand<C::kTurnedB>(sTile, map, full, row, k);
+    ptx::tma_load(sBox, map, full, at);
   } else {
     constexpr uint16_t kAll = (1u << C::kCluster) - 1;
-    constexpr int kShare = C::B::kRows / C::kCluster;  // of a slab's rows in shared memory
-    const int first = ptx::cluster_rank() * kShare;
+    ptx::tma_load_multicast(sBox, map, full, at, kAll);
+  }
+}
+
+// One share of the right operand: of its rows, or of a turned one's 64 of K.
+template <class C>
+__device__ __forceinline__ void load_share(typename C::B& sTile, const Arguments& args,
+                                           uint64_t* full, int share, int row, int k) {
+  constexpr int kShareRows = C::B::kRows / C::kShares;  // in shared memory
+  const int first = share * kShareRows;
 #pragma unroll
-    for (int slab = 0; slab < C::B::kSlabs; ++slab) {
-      uint4* sShare = &sTile.chunks[slab][first][0];
-      if constexpr (C::kTurnedB) {
-        ptx::tma_load_multicast(sShare, map, full, {row + slab * C::B::kSlabColumns, k + first},
-                                kAll);
-      } else {
-        ptx::tma_load_multicast(sShare, map, full, {k, row + first}, kAll);
-      }
+  for (int slab = 0; slab < C::B::kSlabs; ++slab) {
+    uint4* sShare = &sTile.chunks[slab][first][0];
+    if constexpr (C::kTurnedB) {
+      constexpr int kHalf = C::kHalves ? C::B::kSlabs / 2 : C::B::kSlabs;
+      const int own = row + slab % kHalf * C::B::kSlabColumns + slab / kHalf * args.next_half;
+      load_box<C>(sShare, args.b, full, {own, k + first});
+    } else {
+      load_box<C>(sShare, args.b, full, {k, row + share * args.next_half});
     }
+  }
+}
+
+// The right operand. In a cluster each block brings its share to both.
+template <class C>
+__device__ __forceinline__ void load_right(typename C::B& sTile, const Arguments& args,
+                                           uint64_t* full, int row, int k) {
+  if constexpr (C::kCluster == 1) {
+#pragma unroll
+    for (int share = 0; share < C::kShares; ++share) {
+      load_share<C>(sTile, args, full, share, row, k);
+    }
+  } else {
+    load_share<C>(sTile, args, full, ptx::cluster_rank(), row, k);
   }
 }
 
@@ -106,7 +127,7 @@ __device__ __forceinline__ void load_steps(typename C::SharedStorage& smem, cons
     ptx::mbarrier_wait(&smem.barriers.empty[ring.stage], ring.parity ^ 1u);
     ptx::mbarrier_arrive_expect_tx(full, C::A::kBytes + C::B::kBytes);
     load_operand<C::kTurnedA>(stage.a, args.a, full, at.row, k);
-    load_right<C>(stage.b, args.b, full, at.column, k);
+    load_right<C>(stage.b, args, full, at.column, k);
     ring.next();
   }
 }
@@ -116,7 +137,7 @@ __device__ __forceinline__ void produce(typename C::SharedStorage& smem, const A
   Ring<C::kStages> ring;
 #pragma unroll 1
   for (int tile = blockIdx.x; tile < args.whole; tile += gridDim.x) {
-    load_steps<C>(smem, args, ring, tile_at<C>(args, tile), 0, args.K);
+    load_steps<C>(smem, args, ring, tile_at(args, tile), 0, args.K);
   }
 }
 
@@ -130,8 +151,8 @@ __device__ __forceinline__ void produce_sources(typename C::SharedStorage& smem,
   uint32_t free = 1;
 #pragma unroll 1
   for (int tile = blockIdx.x; tile < args.whole; tile += gridDim.x) {
-    const TileAt at = tile_at<C>(args, tile);
-    uint64_t* full = &smem.barriers.source_full[group];
+    const TileAt at = tile_at(args, tile);
+    uint64_t* full = &smem.barriers.source_full[group][0];
     ptx::mbarrier_wait(&smem.barriers.source_empty[group], free);
     ptx::mbarrier_arrive_expect_tx(full, C::kSlabs * C::Slab::kBytes);
 #pragma unroll
@@ -141,6 +162,31 @@ __device__ __forceinline__ void produce_sources(typename C::SharedStorage& smem,
     }
     group ^= 1;
     if (group == 0) free ^= 1u;
+  }
+}
+
+// The gates and values that gated epilogues read: both groups have the same places for them, one
+// per slab of a tile, and take turns. So it is a slab that becomes free, and not a tile.
+template <class C>
+__device__ __forceinline__ void produce_gated_sources(typename C::SharedStorage& smem,
+                                                      const Arguments& args) {
+  static_assert(C::kPingPong && kGroups == 2, "groups have a tile in turn; two slabs per place");
+  int group = 0;
+  uint32_t free = 1;
+#pragma unroll 1
+  for (int tile = blockIdx.x; tile < args.whole; tile += gridDim.x) {
+    const TileAt at = tile_at(args, tile);
+#pragma unroll
+    for (int slab = 0; slab < C::kSlabs; ++slab) {
+      const int own[] = {at.column + slab * kSlabColumns, at.row};
+      uint64_t* full = &smem.barriers.source_full[group][slab];
+      ptx::mbarrier_wait(&smem.barriers.source_empty[slab], free);
+      ptx::mbarrier_arrive_expect_tx(full, 2 * C::Slab::kBytes);
+      ptx::tma_load(&smem.slabs[0][slab].chunks[0][0][0], args.pre, full, own);
+      ptx::tma_load(&smem.slabs[1][slab].chunks[0][0][0], args.pre_values, full, own);
+    }
+    group ^= 1;
+    free ^= 1u;
   }
 }
 

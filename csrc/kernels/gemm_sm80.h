@@ -18,6 +18,9 @@
 // were, and gemm_finish.h does with them what the layer asks for. Sums over the rows of a tile meet
 // in shared memory in a fixed order.
 //
+// Of a gated layer the left half of a tile is gates and the right half their values, 64 columns of
+// each. Warps side by side then turn rows for each other, and each has half of them.
+//
 // Bytes: 2 (M K tiles_n + N K tiles_m), mostly from the L2; per element of the output 2 for each
 // result, and what the finish reads. FLOPs: 2 M N K, rounded up to whole tiles. What binds, per
 // multiprocessor of an A100: 512 clocks of the tensor cores per step of a tile; shared memory gives
@@ -36,17 +39,21 @@
 namespace fused_lm {
 namespace gemm {
 
-template <class ElementType, Layout kLayout>
+constexpr int kPortableThreads = 128;
+
+template <class ElementType, Layout kLayout, bool kIsGated>
 struct PortableConfig {
   using Element = ElementType;
+  static constexpr bool kGated = kIsGated;
   static constexpr DType kDType = kDTypeOf<Element>;
   static constexpr GemmTuningSm80 kTuning = kGemmTuningSm80;
   static constexpr int kStages = kTuning.stages;
   static constexpr int kBlockK = kTuning.block_k;
   static constexpr int kHalf = 64;  // rows, or columns, of a warp
   static constexpr int kBlockN = 2 * kHalf;
-  static constexpr int kWarps = 4;
-  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kColumns = kGated ? kHalf : kBlockN;  // of the layer
+  static constexpr int kThreads = kPortableThreads;
+  static constexpr int kWarps = kThreads / kWarpSize;
   static constexpr int kM = kHalf / 16;
   static constexpr int kN = kHalf / 8;
   static constexpr int kSteps = kBlockK / 16;
@@ -67,7 +74,7 @@ struct PortableConfig {
   };
   struct Finishing {
     Rows warp[kWarps];
-    float sums[2][kBlockN];  // of the upper warps, of the lower ones
+    float sums[2][2][kBlockN];  // of gates and values, of the upper warps and the lower ones
   };
   union SharedStorage {
     Stage stages[kStages];
@@ -97,7 +104,8 @@ __device__ __forceinline__ void copy_step(typename C::Stage& stage, const GemmPa
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     copy_half<C>(stage.a[half], p.a, p.M, p.K, at.row + half * C::kHalf, k);
-    copy_half<C>(stage.b[half], p.b, p.N, p.K, at.column + half * C::kHalf, k);
+    const int from = C::kGated ? half * p.N : 0, column = C::kGated ? 0 : half * C::kHalf;
+    copy_half<C>(stage.b[half], p.b, from + p.N, p.K, from + at.column + column, k);
   }
 }
 
@@ -169,21 +177,27 @@ __device__ __forceinline__ void multiply(WarpSums<C>& sums, typename C::SharedSt
 }
 
 // Sums of a lane's 8 columns over the warps' rows, in the order of lanes and warps.
-template <class C>
-__device__ __forceinline__ void store_column_sums(typename C::Finishing& smem, FinishSums& sum,
-                                                  const GemmParams& p, const TileAt& at, int warp,
-                                                  int lane) {
+template <class C, int kSums>
+__device__ __forceinline__ void store_column_sums(typename C::Finishing& smem,
+                                                  FinishSums (&sums)[kSums], const GemmParams& p,
+                                                  const TileAt& at, int warp, int lane) {
   constexpr int kRowLanes = C::kHalf / kFinishColumns;
-  strided_lanes_sum(sum, kRowLanes);
-  if (lane < kRowLanes) {
-    store_floats<kFinishColumns>(smem.sums[warp / 2], warp % 2 * C::kHalf + lane * kFinishColumns,
-                                 sum);
+  const int own = warp % 2 * C::kHalf + lane * kFinishColumns;
+#pragma unroll
+  for (int part = 0; part < kSums; ++part) {
+    strided_lanes_sum(sums[part], kRowLanes);
+    if (lane < kRowLanes) {
+      store_floats<kFinishColumns>(smem.sums[part][warp / 2], own, sums[part]);
+    }
   }
   __syncthreads();
   const int thread = static_cast<int>(threadIdx.x), column = at.column + thread;
   if (column >= p.N) return;
-  p.layer.partial[int64_t{at.row / kGemmBlockM} * p.N + column] =
-      smem.sums[0][thread] + smem.sums[1][thread];
+#pragma unroll
+  for (int part = 0; part < kSums; ++part) {
+    const int64_t line = int64_t{at.row / kGemmBlockM} * kSums + part;
+    p.layer.partial[line * p.N + column] = smem.sums[part][0][thread] + smem.sums[part][1][thread];
+  }
 }
 
 // 16 rows of sums to the warp's memory. The two halves of 8 columns trade places in the upper 32
@@ -203,56 +217,85 @@ __device__ __forceinline__ void turn_rows(typename C::Rows& smem, const float (&
   }
 }
 
-// What the layer asks for, of a warp's sums: rows and columns of a tile.
+// 8 of a row's sums that turn_rows has left.
+template <class C>
+__device__ __forceinline__ void load_turned(FinishSums& value, const typename C::Rows& smem,
+                                            int row, int chunk) {
+  const int first = chunk * kFinishColumns, flip = chunk / 4 * 4;
+  float low[4], high[4];
+  load_floats<4>(low, smem.row[row], first + flip);
+  load_floats<4>(high, smem.row[row], first + (4 ^ flip));
+#pragma unroll
+  for (int e = 0; e < 4; ++e) value[e] = low[e], value[4 + e] = high[e];
+}
+
+// Those who read what turn_rows writes: the warp, or where it is gated the one beside it too.
+template <class C>
+__device__ __forceinline__ void meet() {
+  if constexpr (C::kGated) {
+    __syncthreads();
+  } else {
+    __syncwarp();
+  }
+}
+
+// What the layer asks for, of a warp's sums: rows and columns of a tile. Of a gated one two warps
+// have the same columns, and each of them half of the rows.
 template <class C, class Finish>
 __device__ __forceinline__ void finish_tile(const WarpSums<C>& sums, typename C::Finishing& smem,
                                             const GemmParams& p, const TileAt& at, int warp,
                                             int lane) {
   constexpr int kRowLanes = C::kHalf / kFinishColumns, kRowsAtOnce = kWarpSize / kRowLanes;
-  typename C::Rows& sRows = smem.warp[warp];
-  const int chunk = lane % kRowLanes, first = chunk * kFinishColumns, flip = chunk / 4 * 4;
-  const int row = at.row + warp / 2 * C::kHalf + lane / kRowLanes;
-  const int column = at.column + warp % 2 * C::kHalf + first;
-  FinishSums sum = {};
+  constexpr int kRows = C::kGated ? 8 : 16;
+  constexpr int kSums = Finish::kSums > 0 ? Finish::kSums : 1;
+  const int chunk = lane % kRowLanes;
+  const int own_row = lane / kRowLanes + (C::kGated ? warp % 2 * kRows : 0);
+  const int row = at.row + warp / 2 * C::kHalf + own_row;
+  const int column = at.column + (C::kGated ? 0 : warp % 2 * C::kHalf) + chunk * kFinishColumns;
+  const typename C::Rows* sRows = &smem.warp[C::kGated ? warp / 2 * 2 : warp];
+  FinishSums sum[kSums] = {};
 #pragma unroll
   for (int m = 0; m < C::kM; ++m) {
-    turn_rows<C>(sRows, sums[m], lane);
-    __syncwarp();
+    turn_rows<C>(smem.warp[warp], sums[m], lane);
+    meet<C>();
 #pragma unroll
-    for (int i = 0; i < 16; i += kRowsAtOnce) {
-      const float* sOwn = sRows.row[lane / kRowLanes + i];
-      float low[4], high[4];
-      load_floats<4>(low, sOwn, first + flip);
-      load_floats<4>(high, sOwn, first + (4 ^ flip));
-      FinishSums value = {low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]};
+    for (int i = 0; i < kRows; i += kRowsAtOnce) {
+      FinishParts<Finish> value = {};
+#pragma unroll
+      for (int part = 0; part < Finish::kReads; ++part) {
+        load_turned<C>(value[part], sRows[part], own_row + i, chunk);
+      }
       const int own = row + 16 * m + i;
       if (own >= p.M || column >= p.N) continue;
-      Finish::row(p.layer, value, int64_t{own} * p.N + column, own, column);
+      Finish::row(p.layer, value, own, column, p.N);
 #pragma unroll
-      for (int e = 0; e < kFinishColumns; ++e) sum[e] += value[e];
+      for (int part = 0; part < kSums; ++part) {
+#pragma unroll
+        for (int e = 0; e < kFinishColumns; ++e) sum[part][e] += value[part][e];
+      }
     }
-    __syncwarp();
+    meet<C>();
   }
-  if constexpr (Finish::kSumsColumns) {
+  if constexpr (Finish::kSums > 0) {
     if (p.layer.partial != nullptr) store_column_sums<C>(smem, sum, p, at, warp, lane);
   }
 }
 
 template <class Element, Layout kLayout, template <DType> class FinishOf>
-__global__ void __launch_bounds__((PortableConfig<Element, kLayout>::kThreads),
-                                  kGemmTuningSm80.blocks_per_sm)
+__global__ void __launch_bounds__(kPortableThreads, kGemmTuningSm80.blocks_per_sm)
     gemm_sm80(const __grid_constant__ GemmParams p) {
-  using C = PortableConfig<Element, kLayout>;
+  using Finish = FinishOf<kDTypeOf<Element>>;
+  using C = PortableConfig<Element, kLayout, Finish::kReads == 2>;
   auto& smem = dynamic_smem<typename C::SharedStorage>();
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize, lane = own_lane();
   const TileIndex tile =
       tile_in_groups(static_cast<int>(blockIdx.x), (p.M + kGemmBlockM - 1) / kGemmBlockM,
-                     (p.N + C::kBlockN - 1) / C::kBlockN, C::kTuning.group);
-  const TileAt at = {tile.m * kGemmBlockM, tile.n * C::kBlockN};
+                     (p.N + C::kColumns - 1) / C::kColumns, C::kTuning.group);
+  const TileAt at = {tile.m * kGemmBlockM, tile.n * C::kColumns};
   WarpSums<C> sums = {};
   multiply<C>(sums, smem, p, at, warp, lane);
   __syncthreads();
-  finish_tile<C, FinishOf<C::kDType>>(sums, smem.finishing, p, at, warp, lane);
+  finish_tile<C, Finish>(sums, smem.finishing, p, at, warp, lane);
 }
 
 }  // namespace gemm

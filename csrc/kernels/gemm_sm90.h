@@ -26,12 +26,16 @@
 //   kTurn + group        the other group                 the group: its products may begin
 //   source_full + group  another producer; bytes        the group: the tile that its epilogue reads
 //   source_empty + group its first thread                that producer: the place of the tile
+//     or, where an epilogue is gated, of each slab: source_full + group, slab; source_empty + slab
 //   kSlabWritten + group the group                       its first thread: results to be stored;
 //                                                        the group: the other slab is free
 // clang-format on
 //
 // Clusters of two blocks, one below the other, where the tuning has them: each brings half of b for
 // both. They walk through the same tiles, even where the lower one is outside of the matrix.
+//
+// Of a gated layer a cooperative tile has 128 columns: b's first half is their gates, the second
+// their values, so that a lane has both of a column in its sums.
 //
 // Where tiles don't fill the GPU, or its last wave, blocks share them: gemm_parts_sm90.h.
 //
@@ -42,17 +46,20 @@
 //   gradient of x     dx = dy w      the other way round
 //   gradient of w     dw = dy^T x    both turned
 //
-// Bytes: 2 (M K tiles_n + N K tiles_m), mostly from the L2, and 2 M N per output. FLOPs: 2 M N K,
-// each rounded up to whole tiles. What binds: gemm_tuning_sm90.h.
+// Bytes: 2 (M K tiles_n + N K tiles_m), mostly from the L2, and 2 M N per output, where N are the
+// rows of b. FLOPs: 2 M N K, each rounded up to whole tiles. What binds: gemm_tuning_sm90.h.
 //
 // Sources: PTX 9.7.15, asynchronous warpgroup level matrix instructions.
 #pragma once
 
 #include "kernels/gemm_activation_bwd_sm90.h"
 #include "kernels/gemm_activation_sm90.h"
+#include "kernels/gemm_gated_bwd_sm90.h"
+#include "kernels/gemm_gated_sm90.h"
 #include "kernels/gemm_gradient_sm90.h"
 #include "kernels/gemm_linear_sm90.h"
 #include "kernels/gemm_producer_sm90.h"
+#include "kernels/gemm_residual_sm90.h"
 #include "ptx/launch.h"
 #include "ptx/registers.h"
 
@@ -76,6 +83,11 @@ __device__ __forceinline__ void consume(typename C::SharedStorage& smem, const A
   }
 #pragma unroll 1
   while (tile < tiles) {
+    Epilogue epilogue{};
+    if constexpr (std::is_same_v<Epilogue, ResidualEpilogue>) {
+      const TileAt at = tile_at(args, tile);
+      epilogue.draw(own, at.row + own.first_row(), at.column);
+    }
     Sums<C> sums;
     if constexpr (C::kPingPong) {
       ptx::named_barrier_sync(kTurn + group, kGroups * kGroupThreads);
@@ -88,8 +100,8 @@ __device__ __forceinline__ void consume(typename C::SharedStorage& smem, const A
       }
     });
     if constexpr (C::kPingPong) own.ring.skip(k_tile_count(args));
-    const TileAt at = tile_at<C>(args, tile);
-    Epilogue{}(own, sums, at.row + own.first_row(), at.column);
+    const TileAt at = tile_at(args, tile);
+    epilogue(own, sums, at.row + own.first_row(), at.column);
     tile += C::kPingPong ? kGroups * step : step;
   }
   if (Consumer<C>::thread() == 0) ptx::bulk_wait_read<0>();
@@ -105,7 +117,13 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_sm90(const __grid_constant__
     ptx::registers_decrease<24>();
     if (threadIdx.x == 0) produce<C>(smem, args);
     if constexpr (C::kLoads) {
-      if (threadIdx.x == kWarpSize) produce_sources<C>(smem, args);
+      if (threadIdx.x == kWarpSize) {
+        if constexpr (std::is_same_v<Epilogue, GatedBackwardEpilogue>) {
+          produce_gated_sources<C>(smem, args);
+        } else {
+          produce_sources<C>(smem, args);
+        }
+      }
     }
   } else {
     ptx::registers_increase<240>();

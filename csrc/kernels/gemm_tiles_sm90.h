@@ -34,8 +34,13 @@ struct Config {
   static constexpr int kStages = kTuning.stages;
   static constexpr bool kPingPong = kTuning.ping_pong;
   static constexpr int kCluster = kClusterBlocks;
+  // Whether b is brought as two halves, which need not follow one another: of a gated layer one
+  // gets its gates and the other their values.
+  static constexpr bool kHalves = kSchedule == GemmSchedule::kCooperative256;
   static constexpr bool kTurnedA = kLayout == Layout::kBothTurned;
   static constexpr bool kTurnedB = kLayout != Layout::kNoneTurned;
+  // Of b's rows in shared memory, a box each.
+  static constexpr int kShares = kCluster == 2 || (kHalves && !kTurnedB) ? 2 : 1;
   static constexpr int kRows = kPingPong ? kGemmBlockM : kGemmBlockM / kGroups;  // of a consumer
   static constexpr int kM = kRows / kProductRows;
   static constexpr int kN = kBlockN / kFragmentColumns;
@@ -60,8 +65,9 @@ struct Config {
   };
   struct Barriers {
     uint64_t full[kStages], empty[kStages];
-    uint64_t source_full[kGroups], source_empty[kGroups];
+    uint64_t source_full[kGroups][kSlabs], source_empty[kSlabs];
   };
+  static_assert(!kLoads || kSlabs >= kGroups);
   struct NoSums {};
   struct ColumnSums {
     float warp[kGroups][kSlabs][kGroupThreads / kWarpSize][kSlabColumns];
@@ -96,10 +102,13 @@ struct Shares {
 // What the kernels are told.
 struct Arguments {
   ptx::TensorMap a, b, pre, out;  // pre: stored, or loaded as the source of an activation's slope
+  ptx::TensorMap pre_values, out_values;  // gated: what lies behind the gates
   int M, N, K;
   int tiles_m, tiles_n, group;
-  int cluster;  // rows of tiles that are numbered in turn
-  int whole;    // tiles that a block each makes; those behind them are shared
+  int tile_columns;  // of the layer: half of a gated tile's
+  int next_half;     // from the rows of b in a tile's first half to those in the second
+  int cluster;       // rows of tiles that are numbered in turn
+  int whole;         // tiles that a block each makes; those behind them are shared
   Shares shares;
   GemmLayer layer;
   float* parts;
@@ -111,11 +120,10 @@ __device__ __forceinline__ int own_warpgroup() {
 }
 
 // The blocks of a cluster have neighbours in number, one below the other.
-template <class C>
 __device__ __forceinline__ TileAt tile_at(const Arguments& args, int tile) {
   const int cluster = args.cluster, rows = (args.tiles_m + cluster - 1) / cluster;
   const TileIndex index = tile_in_groups(tile / cluster, rows, args.tiles_n, args.group / cluster);
-  return {(index.m * cluster + tile % cluster) * kGemmBlockM, index.n * C::kBlockN};
+  return {(index.m * cluster + tile % cluster) * kGemmBlockM, index.n * args.tile_columns};
 }
 
 __device__ __forceinline__ int k_tile_count(const Arguments& args) {

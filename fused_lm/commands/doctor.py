@@ -151,6 +151,7 @@ def _operators(device: torch.device) -> list[dict[str, Any]]:
         ("rms_norm", (x,), {"residual": x}),
         ("rotary", (q, one.detach().expand(1024, 32), one.detach().expand(1024, 32)), {}),
         ("linear_act", (x, wide), {}),
+        ("linear_residual", (x, one.expand(768, 768)), {"residual": x, "dropout_p": 0.1}),
         ("ffn", (x, wide, wide.T), {"recompute": True}),
         ("cross_entropy", (logits, target), {}),
         ("linear_cross_entropy", (x, head, target), {}),

@@ -36,7 +36,7 @@ def ffn_forward(
     keep_pre: bool,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x [N, C] -> y [N, C2], pre [N, F] and hidden [N, F], empty if not kept."""
+    """x [N, C] -> y [N, C2], pre [N, F] (gated: [N, 2F]) and hidden [N, F], empty if not kept."""
     hidden, pre = linear_act_forward(x, up_weight, up_bias, None, activation, transposed, keep_pre)
     y, _ = linear_act_forward(hidden, down_weight, down_bias, None, "none", transposed, False)
     return y, pre, hidden if keep_hidden else x.new_empty(0)
@@ -62,7 +62,8 @@ def ffn_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dx, dup_weight, dup_bias, ddown_weight, ddown_bias), empty where not needed."""
     pre, hidden = kept(pre, hidden, activation)
-    if needs_ddown and hidden.numel() == 0:
+    needs_hidden = needs_ddown or down_weight_grad is not None
+    if needs_hidden and hidden.numel() == 0:
         hidden = activate(pre, activation)
     needs_dup_bias = needs_dbiases and up_bias is not None
     dpre, dup_bias = extension.op("ffn_dpre")(

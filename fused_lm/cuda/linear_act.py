@@ -2,7 +2,7 @@
 whose epilogue is the layer.
 
 Arguments are those of ``fused_lm.reference.linear_act``; the dispatcher refuses what is no float16
-or bfloat16, widths that are no multiples of 8, and gated activations.
+or bfloat16 and widths that are no multiples of 8.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def linear_act_forward(
     transposed: bool,
     keep_pre: bool,
 ) -> tuple[Tensor, Tensor]:
-    """x [N, C] -> y [N, F] and pre (empty unless ``keep_pre``)."""
+    """x [N, C] -> y [N, F] and pre [N, F] (gated: [N, 2F]; empty unless ``keep_pre``)."""
     return extension.op("linear_act_fwd")(
         x, weight, bias, weight_grad, activation, transposed, keep_pre
     )

@@ -55,8 +55,7 @@ def ffn(
         dx, which are torch's own products.
     Memory: saves x (with ``x_norm`` nothing new), the pre-activation and, without ``recompute``,
         the activation; relu saves the activation alone.
-    Backends: cuda (16-bit, not gated, widths that are multiples of 8), triton, pytorch,
-        reference.
+    Backends: cuda (16-bit, widths that are multiples of 8), triton, pytorch, reference.
     Raises: ValueError on shape or value, TypeError on dtype or device mix, RuntimeError if a forced
         backend refuses.
     Source: Hendrycks, Gimpel 2016 (arXiv:1606.08415); Shazeer 2020 (arXiv:2002.05202).

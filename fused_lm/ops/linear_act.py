@@ -52,8 +52,7 @@ def linear_act(
     Accuracy: |err| <= 2 x the error of the same-dtype torch reference. Sums are fp32, but for
         Triton's dx, which is torch's own product.
     Memory: saves x (with ``x_norm`` nothing new) and the pre-activation (for relu the output).
-    Backends: cuda (16-bit, not gated, widths that are multiples of 8), triton, pytorch,
-        reference.
+    Backends: cuda (16-bit, widths that are multiples of 8), triton, pytorch, reference.
     Raises: ValueError on shape or value, TypeError on dtype or device mix, RuntimeError if a forced
         backend refuses.
     Source: Hendrycks, Gimpel 2016 (arXiv:1606.08415); Shazeer 2020 (arXiv:2002.05202).

@@ -62,8 +62,8 @@ def checked_linear_act(
 ) -> LinearActCall:
     """The call; raises as the public function says."""
     _check_activation(activation, (*ACTIVATIONS, "none"))
-    _check_input(x)
-    _check_linear(x, x.shape[-1], weight, bias, weight_grad, transposed, "")
+    check_input(x)
+    check_linear(x, x.shape[-1], weight, bias, weight_grad, transposed, "")
     if activation in GATES:
         _check_gated(weight, transposed, activation, "weight")
     return LinearActCall(x, weight, bias, weight_grad, activation, transposed)
@@ -83,12 +83,12 @@ def checked_ffn(
 ) -> FFNCall:
     """The call; raises as the public function says."""
     _check_activation(activation, ACTIVATIONS)
-    _check_input(x)
-    hidden = _check_linear(x, x.shape[-1], up_weight, up_bias, up_weight_grad, transposed, "up_")
+    check_input(x)
+    hidden = check_linear(x, x.shape[-1], up_weight, up_bias, up_weight_grad, transposed, "up_")
     if activation in GATES:
         _check_gated(up_weight, transposed, activation, "up_weight")
         hidden //= 2
-    _check_linear(x, hidden, down_weight, down_bias, down_weight_grad, transposed, "down_")
+    check_linear(x, hidden, down_weight, down_bias, down_weight_grad, transposed, "down_")
     return FFNCall(
         x, up_weight, up_bias, down_weight, down_bias, up_weight_grad, down_weight_grad,
         activation, transposed, recompute,
@@ -100,14 +100,14 @@ def _check_activation(activation: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"activation must be one of {', '.join(known)}, got {activation!r}")
 
 
-def _check_input(x: Tensor) -> None:
+def check_input(x: Tensor) -> None:
     if x.dim() == 0:
         raise ValueError(f"expected x [..., C], got {shapes_of(x=x)}")
     if x.dtype not in FLOATS:
         raise TypeError(f"expected a float tensor, got x {x.dtype}")
 
 
-def _check_linear(
+def check_linear(
     x: Tensor,
     wanted: int,
     weight: Tensor,
@@ -180,14 +180,14 @@ def cuda_limit(call: Any) -> str | None:
         dtype = torch.get_autocast_dtype(call.x.device.type)
     if dtype not in (torch.float16, torch.bfloat16):
         return f"the CUDA kernels of linear layers take float16 and bfloat16, got {dtype}"
-    if call.activation in GATES:
-        return f"the CUDA kernels of linear layers have no gated activation, got {call.activation}"
     weights = (call[1], call[3]) if isinstance(call, FFNCall) else (call.weight,)
+    gates = call.activation in GATES and weights[0].shape[1 if call.transposed else 0] // 2
     for weight in weights:
-        if any(width % CUDA_STEP or not 0 < width <= CUDA_SIZE for width in weight.shape):
+        widths = (*weight.shape, gates or CUDA_STEP)
+        if any(width % CUDA_STEP or not 0 < width <= CUDA_SIZE for width in widths):
             return (
-                f"the CUDA kernels of linear layers take widths that are multiples of {CUDA_STEP}, "
-                f"got {shapes_of(weight=weight)}"
+                f"the CUDA kernels of linear layers take widths that are multiples of {CUDA_STEP}"
+                f"{' of gates' if gates else ''}, got {shapes_of(weight=weight)}"
             )
     if math.prod(call.x.shape[:-1]) > CUDA_SIZE:
         return "the CUDA kernels of linear layers take fewer than 2^31 rows"
@@ -198,13 +198,13 @@ def _cuda_refuses(call: Any) -> str | None:
     return cuda_limit(call) or extension.refusal(call.x)
 
 
-def _triton_refuses(call: Any) -> str | None:
+def triton_refuses(call: Any) -> str | None:
     if call.x.dtype == torch.float64:
         return "the Triton kernels compute in fp32; float64 runs through the reference"
     return triton_refusal(call.x)
 
 
-def _shape_class(call: Any) -> tuple[str, int]:
+def shape_class(call: Any) -> tuple[str, int]:
     """Family: the epilogue, the weights' layout, whether rows are too few to fill a tile (as when
     tokens are generated) and how fp32 is multiplied; size: width. All by comparison with constants.
     """
@@ -226,7 +226,7 @@ def _never(call: Any) -> str | None:
     return None
 
 
-_KERNELS = tuple(
+TRITON_KERNELS = tuple(
     f"triton_kernels/{name}.py"
     for name in (
         "launch",
@@ -239,22 +239,18 @@ _KERNELS = tuple(
         "tanh",
     )
 )
+CUDA_KERNELS = ("gemm_sm80_bf16", "gemm_sm80_fp16", "gemm_sm90_bf16", "gemm_sm90_fp16")
 for _op, _files in (
-    ("linear_act", _KERNELS),
-    ("ffn", (*_KERNELS, "triton_kernels/ffn.py")),
+    ("linear_act", TRITON_KERNELS),
+    ("ffn", (*TRITON_KERNELS, "triton_kernels/ffn.py")),
 ):
     dispatch.TABLE[_op] = (
         dispatch.Impl("cuda", _cuda_refuses, needs_record=True),
-        dispatch.Impl("triton", _triton_refuses, needs_record=True),
+        dispatch.Impl("triton", triton_refuses, needs_record=True),
         dispatch.Impl("pytorch", _pytorch_refuses),
         dispatch.Impl("reference", _never),
     )
-    records.SHAPE_CLASSES[_op] = _shape_class
+    records.SHAPE_CLASSES[_op] = shape_class
     records.KERNEL_SOURCES[_op, "triton"] = _files
-    records.KERNEL_SOURCES[_op, "cuda"] = (
-        "gemm_sm80_bf16",
-        "gemm_sm80_fp16",
-        "gemm_sm90_bf16",
-        "gemm_sm90_fp16",
-    )
+    records.KERNEL_SOURCES[_op, "cuda"] = CUDA_KERNELS
     records.TRAINING_SOURCES[_op, "cuda"] = ("activation_bwd",)

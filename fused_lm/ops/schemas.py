@@ -103,6 +103,15 @@ SCHEMAS = {
     "linear_act_bwd_add": (
         f"({_LINEAR_BWD}, Tensor(a!) weight_grad, str backend) -> {_LINEAR_GRADIENTS}"
     ),
+    "linear_residual_fwd": (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? rng, float dropout_p,"
+        " bool transposed, str backend) -> Tensor"
+    ),
+    "linear_residual_bwd": (
+        "(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? rng, float dropout_p,"
+        " bool transposed, bool needs_dx, bool needs_dbias, bool needs_dweight, str backend)"
+        f" -> {_LINEAR_GRADIENTS}"
+    ),
     "ffn_fwd": (
         f"(Tensor x, {_FFN}, Tensor? up_weight_grad, Tensor? down_weight_grad, str activation,"
         " bool transposed, bool keep_pre, bool keep_hidden, str backend)"
@@ -134,6 +143,7 @@ _IN_CUDA = (
     *("attention_varlen_fwd", "attention_varlen_bwd"),
     *("layer_norm_fwd", "layer_norm_bwd", "rms_norm_fwd", "rms_norm_bwd"),
     *("linear_act_fwd", "linear_act_bwd", "linear_act_bwd_add"),
+    *("linear_residual_fwd", "linear_residual_bwd"),
     *("cross_entropy_fwd", "cross_entropy_bwd"),
 )
 CUDA_SCHEMAS = {f"cuda_{name}": SCHEMAS[name].replace(", str backend)", ")") for name in _IN_CUDA}

@@ -21,6 +21,11 @@ from fused_lm.parity.cross_entropy_cases import (
 from fused_lm.parity.decode_cases import SMALL_DECODE, DecodeCase, verify_decode_cases
 from fused_lm.parity.judge import Function
 from fused_lm.parity.linear_cases import SMALL_LINEAR, LinearCase, verify_linear_cases
+from fused_lm.parity.residual_cases import (
+    SMALL_RESIDUAL,
+    ResidualCase,
+    verify_residual_cases,
+)
 from fused_lm.parity.rotary_cases import SMALL_ROTARY, RotaryCase, verify_rotary_cases
 from fused_lm.parity.varlen_cases import SMALL_VARLEN, VarlenCase, verify_varlen_cases
 from fused_lm.reference.attention import visible as band_of
@@ -244,6 +249,7 @@ Case = (
     | VarlenCase
     | RotaryCase
     | LinearCase
+    | ResidualCase
     | CrossEntropyCase
 )
 
@@ -267,6 +273,7 @@ SMALL: tuple[Case, ...] = (
     *SMALL_VARLEN,
     *SMALL_ROTARY,
     *SMALL_LINEAR,
+    *SMALL_RESIDUAL,
     *SMALL_CROSS_ENTROPY,
 )
 """Every feature once, small enough for Triton's interpreter on a CPU."""
@@ -285,6 +292,7 @@ def verify_cases() -> list[Case]:
     cases += [NormCase(op, features, N, C) for N, C in common for op, features in NORM_KINDS]
     cases += verify_rotary_cases()
     cases += verify_linear_cases()
+    cases += verify_residual_cases()
     cases += verify_cross_entropy_cases()
     cases += [WeightsCase(average, B=8, H=16, T=1024, S=1024, D=64) for average in (True, False)]
     ladder = [

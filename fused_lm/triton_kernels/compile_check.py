@@ -35,6 +35,7 @@ MODULES = [
     "fused_lm.triton_kernels.cross_entropy",
     "fused_lm.triton_kernels.layernorm",
     "fused_lm.triton_kernels.linear_act",
+    "fused_lm.triton_kernels.linear_residual",
     "fused_lm.triton_kernels.ffn",
     "fused_lm.triton_kernels.rotary",
 ]

@@ -21,6 +21,7 @@ from fused_lm.ops import (
     attention_decode_checks,
     attention_varlen_checks,
     linear_checks,
+    linear_residual_checks,
     registration,
 )
 from fused_lm.ops.schemas import CUDA_SCHEMAS
@@ -81,6 +82,7 @@ _INSIDE = {"attention_bwd_sm90", "ffn_dpre", "cross_entropy_rows_in_place"}
 _HOPPER_ALONE = (
     *("attention_varlen_fwd", "attention_varlen_bwd"),
     *("linear_act_fwd", "linear_act_bwd", "linear_act_bwd_add"),
+    *("linear_residual_fwd", "linear_residual_bwd"),
 )
 """Operators without a kernel for other GPUs."""
 _FFN = {"ffn_fwd": "ffn_forward", "ffn_bwd": "ffn_backward", "ffn_bwd_add": "ffn_backward"}
@@ -103,6 +105,7 @@ _LIMITS = {
     "attention_varlen": attention_varlen_checks.cuda_limit,
     "linear_act": linear_checks.cuda_limit,
     "ffn": linear_checks.cuda_limit,
+    "linear_residual": linear_residual_checks.cuda_limit,
 }
 
 

@@ -31,4 +31,6 @@ STABLE_TORCH_LIBRARY_IMPL(SIMT_LIBRARY, CPU, m) {
   m.impl("cuda_linear_act_bwd", TORCH_BOX(&fused_lm::linear_act_bwd));
   m.impl("cuda_ffn_dpre", TORCH_BOX(&fused_lm::ffn_dpre));
   m.impl("cuda_linear_act_bwd_add", TORCH_BOX(&fused_lm::linear_act_bwd_add));
+  m.impl("cuda_linear_residual_fwd", TORCH_BOX(&fused_lm::linear_residual_fwd));
+  m.impl("cuda_linear_residual_bwd", TORCH_BOX(&fused_lm::linear_residual_bwd));
 }

@@ -170,11 +170,15 @@ py::dict attention_bwd_slots_sm90(const std::array<int, 7>& shape, int multiproc
 
 // Of csrc/kernels/gemm_sm90.h and gemm_parts_sm90.h.
 py::dict gemm_plan_sm90(int M, int N, int K, const std::string& work, int multiprocessors) {
-  const fused_lm::GemmWork of = work == "linear"       ? fused_lm::GemmWork::kLinear
-                                : work == "activation" ? fused_lm::GemmWork::kActivation
-                                : work == "gradient"   ? fused_lm::GemmWork::kGradient
-                                                       : fused_lm::GemmWork::kBackward;
-  const fused_lm::GemmPlan plan = fused_lm::gemm_plan_sm90(M, N, K, of, multiprocessors);
+  using Work = fused_lm::GemmWork;
+  const std::map<std::string, Work> works = {
+      {"linear", Work::kLinear},     {"activation", Work::kActivation},
+      {"gradient", Work::kGradient}, {"backward", Work::kBackward},
+      {"gated", Work::kGated},       {"gated backward", Work::kGatedBackward},
+      {"residual", Work::kResidual},
+  };
+  const fused_lm::GemmPlan plan =
+      fused_lm::gemm_plan_sm90(M, N, K, works.at(work), multiprocessors);
   using namespace pybind11::literals;
   return py::dict("block_n"_a = plan.tuning.block_n, "ping_pong"_a = plan.tuning.ping_pong,
                   "stages"_a = plan.tuning.stages, "cluster"_a = plan.tuning.cluster,
