@@ -26,14 +26,16 @@ BLOCK_N = {
 COOPERATIVE, PARTS = "(GemmSchedule)0", "sums to a slot"
 """Of csrc/kernels/gemm_tuning_sm90.h."""
 MOST_OTHERS = {
-    "(GemmSchedule)0": 9.8,
-    "(GemmSchedule)1": 6.7,
-    "(GemmSchedule)2": 6.1,
-    "(GemmSchedule)3": 6.4,
+    "(GemmSchedule)0": 9.9,
+    "(GemmSchedule)1": 6.2,
+    "(GemmSchedule)2": 5.7,
+    "(GemmSchedule)3": 5.9,
 }
 """Instructions of a warp per wgmma of its main loop, by schedule."""
 HIDDEN_WIDTH = 576
 """From this K on the products of one group hide the epilogue of the other."""
+GATED_WIDTH, GATED_SHARE = 4096, 0.07
+"""At this K a gated epilogue, which is not hidden, may take that of the time."""
 
 
 @functools.cache
@@ -74,7 +76,10 @@ def _shortest(graph: Graph, loop: Loop) -> list[Instruction]:
 
 
 def _longest(graph: Graph, loop: Loop) -> list[Instruction]:
-    return graph.path(loop, lambda i: 100 if i.base == "MUFU" else 1)
+    """Whose waits end at once."""
+    return graph.path(
+        loop, lambda i: -100 if "TRYWAIT" in i.opcode else 100 if i.base == "MUFU" else 1
+    )
 
 
 @pytest.mark.parametrize("schedule", BLOCK_N)
@@ -112,19 +117,28 @@ def test_every_epilogue_of_a_group_is_hidden() -> None:
         products = 2 * BLOCK_M * BLOCK_N[schedule] * HIDDEN_WIDTH / TENSOR_FLOPS
         assert WARPS == SCHEDULERS and clocks <= products, (kernel.name, clocks, products)
     assert seen == {
-        "ActivationEpilogue", "ActivationBackwardEpilogue", "GradientEpilogue", "LinearEpilogue",
+        "ActivationEpilogue", "ActivationBackwardEpilogue", "GatedBackwardEpilogue",
+        "GradientEpilogue", "LinearEpilogue", "ResidualEpilogue",
     }  # fmt: skip
 
 
 def test_the_epilogue_of_both_groups_is_short() -> None:
-    """In a cooperative kernel nothing hides it: at a K of 768 it may take a tenth of the time."""
-    for (schedule, _, _), kernel in _kernels().items():
+    """In a cooperative kernel nothing hides it: at a K of 768 it may take a tenth of the time; of
+    gates and values, with a bias and pre-activations that are kept, more.
+    """
+    seen = set()
+    for (schedule, _, epilogue), kernel in _kernels().items():
         if schedule != COOPERATIVE:
             continue
+        seen.add(epilogue)
+        way, K, share = _shortest, 768, 0.1
+        if epilogue == "GatedEpilogue":
+            way, K, share = _longest, GATED_WIDTH, GATED_SHARE
         graph, outer, inner = _loops(kernel)
-        clocks = GROUPS * (len(_shortest(graph, outer)) - len(_shortest(graph, inner)))
-        products = 2 * BLOCK_M * BLOCK_N[schedule] * 768 / TENSOR_FLOPS
-        assert clocks <= 0.1 * products, (kernel.name, clocks, products)
+        clocks = GROUPS * (len(way(graph, outer)) - len(way(graph, inner)))
+        products = 2 * BLOCK_M * BLOCK_N[schedule] * K / TENSOR_FLOPS
+        assert clocks <= share * products, (kernel.name, clocks, products)
+    assert seen == {"LinearEpilogue", "GatedEpilogue", PARTS}
 
 
 def test_registers_move_between_the_groups() -> None:
