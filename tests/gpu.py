@@ -73,14 +73,15 @@ def call(op: str, *arguments: Any) -> Any:
     kernel's mistake is raised here. Results come back as CPU tensors with the strides they had.
     """
     with torch.no_grad():
-        results = extension.op(op)(*(_moved(a) for a in arguments))
+        results = extension.op(op)(*(moved(a) for a in arguments))
         torch.cuda.synchronize()
     if isinstance(results, Tensor):
         return _with_strides(results, "cpu")
     return [_with_strides(result, "cpu") for result in results]
 
 
-def _moved(value: Any) -> Any:
+def moved(value: Any) -> Any:
+    """A tensor's copy on the GPU, as it lies; anything else as it is."""
     return _with_strides(value, "cuda") if isinstance(value, Tensor) else value
 
 

@@ -2,7 +2,7 @@
 
 A golden file per version of nvcc; without it only resources go unchecked. ``make golden`` compiles
 all files for all GPUs and writes it anew: its diff is part of a review, and code that it was not
-written for fails. `make test-all` compiles each file once more, for one of the GPUs in turn. The
+written for fails. ``make test-all`` compiles each file once more, for one of the GPUs in turn. The
 gates themselves are shown to fail, on planted kernels.
 """
 

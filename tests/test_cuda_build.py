@@ -22,6 +22,7 @@ from fused_lm.reference import (
     ffn,
     layernorm,
     linear_act,
+    linear_residual,
 )
 
 NVCC = """#!/bin/sh
@@ -218,11 +219,21 @@ def _linear_arguments(op: str) -> tuple[object, ...]:
     return (*backward, False, torch.zeros(16, 8)) if op.endswith("add") else (*backward, True)
 
 
+def _residual_arguments(op: str) -> tuple[object, ...]:
+    x, weight, bias, stream = (torch.randn(*s) for s in ((5, 8), (16, 8), (16,), (5, 16)))
+    drops = (torch.arange(4), 0.25, False)
+    if op.endswith("fwd"):
+        return (x, weight, bias, stream, *drops)
+    return (stream, x, weight, bias, *drops, True, True, True)
+
+
 def _arguments(op: str) -> tuple[object, ...]:
     if op.startswith("attention"):
         return _attention_arguments(op)
     if op.startswith("cross_entropy"):
         return _loss_arguments(op)
+    if op.startswith("linear_residual"):
+        return _residual_arguments(op)
     if op.startswith(("linear_act", "ffn")):
         return _linear_arguments(op)
     x, weight, rng = torch.randn(4, 8), torch.randn(8), torch.arange(4)
@@ -251,6 +262,7 @@ def test_inner_ops(name: str) -> None:
         "attention": attention,
         "cross_entropy": cross_entropy,
         "linear_act": linear_act,
+        "linear_residual": linear_residual,
         "ffn": ffn,
     }
     found = (module for start, module in references.items() if op.startswith(start))

@@ -31,6 +31,7 @@ from tests import test_simt_attention_extremes as extremes
 from tests import test_simt_attention_weights as weights
 from tests import test_simt_cross_entropy as losses
 from tests import test_simt_layernorm as norms
+from tests import test_simt_linear_residual as residuals
 from tests.attention_bwd_hopper_calls import HOPPER_CALLS as HOPPER_BACKWARD_CALLS
 from tests.attention_hopper_calls import HOPPER_CALLS
 from tests.simt import runtime
@@ -153,6 +154,28 @@ def test_linear_act_backward(call: linear_calls.Call) -> None:
     arguments = data.backward(data.saved())
     found = _repeated(lambda: gpu.call("linear_act_bwd", *arguments))
     linear_calls.check_backward(data, found)
+
+
+@pytest.mark.parametrize("call", [c for c in linear_calls.BACKWARDS if c.total], ids=_ids)
+def test_linear_act_adds_into_a_given_gradient(call: linear_calls.Call) -> None:
+    data = linear_calls.Data.of(call)
+    arguments = [gpu.moved(a) for a in data.backward(data.saved())[:-1]]
+
+    def run() -> list[Tensor]:
+        total = gpu.moved(linear_calls.total_of(data))
+        with torch.no_grad():
+            dx, _, dbias = gpu.extension.op("linear_act_bwd_add")(*arguments, False, total)
+        return [dx.cpu(), total.cpu(), dbias.cpu()]
+
+    linear_calls.check_backward(data, _repeated(run))
+
+
+@pytest.mark.parametrize("call", residuals.CALLS, ids=_ids)
+def test_linear_residual(call: residuals.Call) -> None:
+    (y,) = _repeated(lambda: [gpu.call("linear_residual_fwd", *call.forward)])
+    residuals.check_forward(call, y)
+    found = _repeated(lambda: gpu.call("linear_residual_bwd", *call.backward))
+    residuals.check_backward(call, found)
 
 
 @pytest.mark.parametrize("call", linear_calls.BACK_THROUGH, ids=_ids)

@@ -108,13 +108,57 @@ def test_equals_fp64(case: Case, backend: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("backend", (*KERNELS, *CUDA))
 def test_the_gradient_of_the_stream_is_its_own(backend: str, device: torch.device) -> None:
-    """Not a bit is lost, and a frozen layer costs nothing else."""
+    """Not a bit of it is lost."""
     x, weight, residual, bias = inputs_of(Case("", dtype=BF16, dropout_p=0.5), device)
     leaf, dy = residual.clone().requires_grad_(), torch.randn_like(residual)
     with fused_lm.use_backend(backend):
         y = fused_lm.linear_residual(x, weight, bias, residual=leaf, dropout_p=0.5)
     y.backward(dy)
     assert leaf.grad is not None and torch.equal(leaf.grad, dy)
+
+
+@pytest.mark.parametrize("backend", (*KERNELS, *CUDA))
+def test_strides(backend: str, device: torch.device) -> None:
+    """A turned stream and weight, an expanded bias and gradient: as their copies, to the bit, and
+    what comes of them is contiguous, as a compiler is told.
+    """
+    x, weight, residual, bias = inputs_of(Case("", (24, 40), 32, BF16), device)
+    rng, results = fused_lm.make_rng(device), []
+    for make in (lambda t: t.T.contiguous().T, lambda t: t.contiguous()):
+        leaves = [make(t).requires_grad_() for t in (x, weight, residual)]
+        leaves.append(bias[:1].expand(32).requires_grad_())
+        with fused_lm.use_backend(backend):
+            y = fused_lm.linear_residual(
+                leaves[0], leaves[1], leaves[3], residual=leaves[2], dropout_p=0.5, rng=rng
+            )
+            assert y.is_contiguous()
+            results.append((y, *torch.autograd.grad(y.sum(), leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("backend", (*KERNELS, *CUDA))
+def test_only_what_is_asked_for(backend: str, device: torch.device) -> None:
+    inputs, rng = inputs_of(Case("", dtype=BF16), device), fused_lm.make_rng(device)
+
+    def gradients(wanted: tuple[int, ...]) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
+        x, weight, residual, bias = leaves
+        with fused_lm.use_backend(backend):
+            y = fused_lm.linear_residual(x, weight, bias, residual=residual, dropout_p=0.5, rng=rng)
+        return list(torch.autograd.grad(y.square().sum(), [leaves[i] for i in wanted]))
+
+    together = gradients((0, 1, 2, 3))
+    for i, wanted in enumerate(together):
+        assert torch.equal(gradients((i,))[0], wanted)
+
+
+@pytest.mark.parametrize("backend", (*KERNELS, *CUDA))
+def test_nan_is_not_dropped(backend: str, device: torch.device) -> None:
+    x, weight, residual, bias = inputs_of(Case("", (140, 40), 24, BF16), device)
+    x[7, 3] = float("nan")
+    with fused_lm.use_backend(backend):
+        y = fused_lm.linear_residual(x, weight, bias, residual=residual, dropout_p=0.5)
+    assert y[7].isnan().all() and y.isnan().sum() == 24
 
 
 @pytest.mark.parametrize("backend", (*BACKENDS, *CUDA))
@@ -215,12 +259,22 @@ def test_autocast_leaves_the_stream_as_it_is(backend: str, device: torch.device)
     assert all(leaf.grad is not None and leaf.grad.dtype == F32 for leaf in leaves)
 
 
+@pytest.mark.parametrize("backend", (*BACKENDS, *CUDA))
+def test_autocast_narrows_a_narrow_stream_to_its_own_dtype(
+    backend: str, device: torch.device
+) -> None:
+    x, weight, residual, bias = inputs_of(Case("", (12, 16), 8), device)
+    with fused_lm.use_backend(backend), torch.autocast(device.type, BF16):
+        y = fused_lm.linear_residual(x, weight, bias, residual=residual.half())
+    assert y.dtype == BF16
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
         ({"weight": torch.zeros(6, 9)}, ValueError, r"weight must be \[out, in\] with in = 8"),
         ({"residual": torch.zeros(3, 8)}, ValueError, r"residual must be \[..., F\] with F = 6"),
-        ({"residual": torch.zeros(3, 6).half()}, TypeError, "dtype of x or be fp32"),
+        ({"residual": torch.zeros(3, 6).half()}, TypeError, "residual must be torch.float32"),
         ({"dropout_p": 1.5}, ValueError, "between 0 and 1"),
         ({"rng": torch.zeros(3, dtype=torch.int64)}, ValueError, "rng must be"),
         ({"x": torch.ones(3, 8, dtype=torch.int64)}, TypeError, "expected a float tensor"),

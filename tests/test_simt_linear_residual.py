@@ -91,6 +91,19 @@ CALLS = [
 FEW = [call for call in CALLS if call.N <= 40]
 
 
+def check_forward(call: Call, y: Tensor) -> None:
+    same = reference.linear_residual_forward(*call.forward)
+    check_close(y, same, reference.linear_residual_forward(*_in_fp64(call.forward)), "y")
+
+
+def check_backward(call: Call, found: Sequence[Tensor]) -> None:
+    """dx, dweight and dbias."""
+    same = reference.linear_residual_backward(*call.backward)
+    exact = reference.linear_residual_backward(*_in_fp64(call.backward))
+    for name, *each in zip(("dx", "dweight", "dbias"), found, same, exact, strict=True):
+        check_close(*each, name)
+
+
 def _run(hopper: bool, op: str, harness: runtime.Harness, call: Call) -> Sequence[Tensor]:
     arguments = call.forward if op.endswith("fwd") else call.backward
     with harness.choosing(hopper=hopper, multiprocessors=call.sms):
@@ -111,19 +124,14 @@ kinds = pytest.mark.parametrize("hopper", [True, False], ids=["Hopper", "every G
 @pytest.mark.parametrize("call", parameters(CALLS, FEW))
 def test_forward(call: Call, hopper: bool, harness: runtime.Harness) -> None:
     (y,) = in_schedules(harness, partial(_run, hopper, "linear_residual_fwd"), call)
-    same = reference.linear_residual_forward(*call.forward)
-    exact = reference.linear_residual_forward(*_in_fp64(call.forward))
-    check_close(y, same, exact, "y")
+    check_forward(call, y)
 
 
 @pytest.mark.parametrize("call", parameters(CALLS, FEW))
 def test_backward(call: Call, harness: runtime.Harness) -> None:
     """Its products are those of every linear layer."""
     found = in_schedules(harness, partial(_run, True, "linear_residual_bwd"), call)
-    same = reference.linear_residual_backward(*call.backward)
-    exact = reference.linear_residual_backward(*_in_fp64(call.backward))
-    for name, *each in zip(("dx", "dweight", "dbias"), found, same, exact, strict=True):
-        check_close(*each, name)
+    check_backward(call, found)
 
 
 @needs_race

@@ -4,8 +4,8 @@
 // activation_bwd: dpre = dy act'(pre), and of every strip of rows the sums of dpre, before it is
 // rounded. Grid (256 columns, strip). A warp has a row, a lane 8 of its columns: 16 bytes. Rows of
 // a strip are `strips` apart, 8 at a time. Bytes: 4 M N read, 2 M N written; 2 M N read where there
-// is no activation; gated 6 M N and 4 M N. The warps' sums meet in shared memory, in the order of
-// the warps.
+// is no activation; gated 6 M N and 4 M N; through dropout 2 M N (4 of fp32) and 2 M N. The warps'
+// sums meet in shared memory, in the order of the warps.
 //
 // column_sums: adds the strips, 8 threads per column and then those, always in one order: results
 // repeat.

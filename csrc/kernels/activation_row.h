@@ -35,7 +35,7 @@ __device__ __forceinline__ void drop_row(ActivationRow& value, const DropoutPara
   keep_factors(factor, dropout_words(key, row, column / kPhiloxLanes), 0, dropout.threshold,
                dropout.scale);
 #pragma unroll
-  for (int e = 0; e < kActivationVector; ++e) value[e] *= factor[e];
+  for (int e = 0; e < kActivationVector; ++e) value[e] = __fmul_rn(value[e], factor[e]);
 }
 
 // dout becomes dpre = dout act'(pre), which is stored, rounded.

@@ -66,7 +66,8 @@ struct ResidualEpilogue {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& sum = sums[i / (2 * C::kN)][i % C::kN][i / C::kN % 2 * 2 + e];
-        sum = (kept[i / 16] >> (i % 16 * 2 + e) & 1u) != 0 ? sum * scale : 0.0f;
+        const bool keeps = (kept[i / 16] >> (i % 16 * 2 + e) & 1u) != 0;
+        sum = __fmul_rn(sum, keeps ? scale : 0.0f);  // a NaN stays one
       }
     }
   }

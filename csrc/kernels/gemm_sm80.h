@@ -231,7 +231,7 @@ __device__ __forceinline__ void load_turned(FinishSums& value, const typename C:
 
 // Those who read what turn_rows writes: the warp, or where it is gated the one beside it too.
 template <class C>
-__device__ __forceinline__ void meet() {
+__device__ __forceinline__ void sync_rows() {
   if constexpr (C::kGated) {
     __syncthreads();
   } else {
@@ -257,7 +257,7 @@ __device__ __forceinline__ void finish_tile(const WarpSums<C>& sums, typename C:
 #pragma unroll
   for (int m = 0; m < C::kM; ++m) {
     turn_rows<C>(smem.warp[warp], sums[m], lane);
-    meet<C>();
+    sync_rows<C>();
 #pragma unroll
     for (int i = 0; i < kRows; i += kRowsAtOnce) {
       FinishParts<Finish> value = {};
@@ -274,7 +274,7 @@ __device__ __forceinline__ void finish_tile(const WarpSums<C>& sums, typename C:
         for (int e = 0; e < kFinishColumns; ++e) sum[part][e] += value[part][e];
       }
     }
-    meet<C>();
+    sync_rows<C>();
   }
   if constexpr (Finish::kSums > 0) {
     if (p.layer.partial != nullptr) store_column_sums<C>(smem, sum, p, at, warp, lane);

@@ -46,8 +46,9 @@
 //   gradient of x     dx = dy w      the other way round
 //   gradient of w     dw = dy^T x    both turned
 //
-// Bytes: 2 (M K tiles_n + N K tiles_m), mostly from the L2, and 2 M N per output, where N are the
-// rows of b. FLOPs: 2 M N K, each rounded up to whole tiles. What binds: gemm_tuning_sm90.h.
+// Bytes: 2 (M K tiles_n + N K tiles_m), mostly from the L2, and 2 M N per output, gated 1 M N and 2
+// M N of pre, where N are the rows of b. FLOPs: 2 M N K, each rounded up to whole tiles. What
+// binds: gemm_tuning_sm90.h.
 //
 // Sources: PTX 9.7.15, asynchronous warpgroup level matrix instructions.
 #pragma once

@@ -9,8 +9,8 @@ backward four and two small launches:
     dx = dpre W1;                                     dW1 = dpre^T x
 
 Arguments are those of ``fused_lm.reference.ffn``; the dispatcher refuses what :mod:`.linear_act`
-can't do. Hidden activations that were dropped are made again by PyTorch, an elementwise pass, for
-dW2 alone: its last bits may be others then.
+can't do. Hidden activations that were dropped are made again by PyTorch, elementwise and rounded
+once, for dW2 alone: its last bits may be others then.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from fused_lm.cuda import extension
 from fused_lm.cuda.linear_act import linear_act_backward, linear_act_forward
-from fused_lm.reference.activations import activate
+from fused_lm.reference.activations import GATES, activate
 from fused_lm.reference.ffn import kept
+from fused_lm.reference.linear_act import wide
 
 
 def ffn_forward(
@@ -64,7 +65,7 @@ def ffn_backward(
     pre, hidden = kept(pre, hidden, activation)
     needs_hidden = needs_ddown or down_weight_grad is not None
     if needs_hidden and hidden.numel() == 0:
-        hidden = activate(pre, activation)
+        hidden = activate(wide(pre) if activation in GATES else pre, activation).to(pre.dtype)
     needs_dup_bias = needs_dbiases and up_bias is not None
     dpre, dup_bias = extension.op("ffn_dpre")(
         dy, down_weight, pre, activation, transposed, needs_dup_bias

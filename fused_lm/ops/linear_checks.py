@@ -181,14 +181,18 @@ def cuda_limit(call: Any) -> str | None:
     if dtype not in (torch.float16, torch.bfloat16):
         return f"the CUDA kernels of linear layers take float16 and bfloat16, got {dtype}"
     weights = (call[1], call[3]) if isinstance(call, FFNCall) else (call.weight,)
-    gates = call.activation in GATES and weights[0].shape[1 if call.transposed else 0] // 2
+    gated = call.activation in GATES
     for weight in weights:
-        widths = (*weight.shape, gates or CUDA_STEP)
-        if any(width % CUDA_STEP or not 0 < width <= CUDA_SIZE for width in widths):
+        if any(width % CUDA_STEP or not 0 < width <= CUDA_SIZE for width in weight.shape):
             return (
-                f"the CUDA kernels of linear layers take widths that are multiples of {CUDA_STEP}"
-                f"{' of gates' if gates else ''}, got {shapes_of(weight=weight)}"
+                f"the CUDA kernels of linear layers take widths that are multiples of {CUDA_STEP}, "
+                f"got {shapes_of(weight=weight)}"
             )
+    if gated and weights[0].shape[1 if call.transposed else 0] % (2 * CUDA_STEP):
+        return (
+            f"the CUDA kernels of linear layers take as many gates as a multiple of {CUDA_STEP}, "
+            f"got {shapes_of(weight=weights[0])}"
+        )
     if math.prod(call.x.shape[:-1]) > CUDA_SIZE:
         return "the CUDA kernels of linear layers take fewer than 2^31 rows"
     return None

@@ -34,13 +34,13 @@ def linear_residual(
         x: [..., C] bf16 | fp16 | fp32 | fp64, any strides.
         weight: [F, C], dtype of x (under autocast mixed, as torch's linear takes it).
         bias: [F] or None.
-        residual: [..., F], dtype of x or fp32; read, not changed.
+        residual: [..., F], dtype of x or fp32; read, not changed. Autocast leaves fp32 as it is.
         dropout_p: Probability to drop an element of the linear layer, in [0, 1].
         rng: int64 [4] from :func:`fused_lm.make_rng` to fix the dropout mask; drawn if a kernel
             needs it.
         transposed: The weight is [C, F], as GPT-2's Conv1D keeps it; nothing is transposed.
     Returns:
-        [..., F], dtype of the residual.
+        [..., F], dtype of the residual (under autocast fp32 or autocast's).
     Accuracy: |err| <= 2 x the error of the same-dtype torch reference; on cuda sum, bias, dropout
         and add are fp32 and rounded once.
     Memory: saves x alone.
@@ -52,16 +52,22 @@ def linear_residual(
     call = checked_linear_residual(x, weight, bias, residual, rng, dropout_p, transposed)
     backend = dispatch.choose("linear_residual", call)
     if backend == "pytorch":
-        return pytorch_linear.linear_residual(x, weight, bias, residual, dropout_p, transposed)
+        stream = stream_of(x, residual)
+        return pytorch_linear.linear_residual(x, weight, bias, stream, dropout_p, transposed)
     found = _run(_arguments(call), backend)
     return found if isinstance(found, Tensor) else found[0]
 
 
+def stream_of(x: Tensor, residual: Tensor) -> Tensor:
+    """As it is added to: wide, or in the dtype of the product, which autocast may have chosen."""
+    dtype = registration.autocast_dtype(x.device)
+    narrow = residual.dtype not in (torch.float32, torch.float64)
+    return residual.to(dtype) if dtype is not None and narrow else residual
+
+
 def _arguments(call: LinearResidualCall) -> tuple[Any, ...]:
     x, weight, bias = cast_for_autocast(*call[:3])
-    residual, rng = call.residual, call.rng
-    if residual.dtype != torch.float32:
-        residual = residual.to(x.dtype)
+    residual, rng = stream_of(x, call.residual), call.rng
     if call.dropout_p == 0.0:
         rng = None
     elif rng is None:

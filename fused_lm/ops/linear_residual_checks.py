@@ -27,6 +27,7 @@ from fused_lm.ops.linear_checks import (
     shape_class,
     triton_refuses,
 )
+from fused_lm.ops.registration import autocast_dtype
 
 
 class LinearResidualCall(NamedTuple):
@@ -62,9 +63,8 @@ def checked_linear_residual(
         shapes = shapes_of(x=x, weight=weight, residual=residual)
         raise ValueError(f"residual must be [..., F] with F = {out}, got {shapes}")
     if residual.dtype not in _stream_dtypes(x):
-        raise TypeError(
-            f"residual must have the dtype of x or be fp32, got {residual.dtype} for {x.dtype}"
-        )
+        wanted = " or ".join(str(dtype) for dtype in _stream_dtypes(x))
+        raise TypeError(f"residual must be {wanted} for an x of {x.dtype}, got {residual.dtype}")
     check_same_device({"x": x, "residual": residual})
     check_dropout(dropout_p)
     if rng is not None:
@@ -73,7 +73,7 @@ def checked_linear_residual(
 
 
 def _stream_dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
-    """Autocast, which narrows x, leaves a stream as it is, wide or narrow."""
+    """Of x, or fp32. Autocast narrows x, and leaves a stream wide."""
     if x.dtype == torch.float64:
         return (x.dtype,)
     return FLOATS[:3] if autocast_enabled(x.device) else (x.dtype, torch.float32)
@@ -100,7 +100,8 @@ def _shape_class(call: LinearResidualCall) -> tuple[str, int]:
     kinds = [family]
     if call.dropout_p > 0.0:
         kinds.append("dropout")
-    if call.residual.dtype != call.x.dtype:
+    dtype = autocast_dtype(call.x.device) or call.x.dtype
+    if call.residual.dtype == torch.float32 != dtype:
         kinds.append("wide")
     return "-".join(kinds), size
 

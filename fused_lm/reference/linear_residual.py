@@ -31,7 +31,7 @@ def linear_residual_forward(
     """x [N, C], residual [N, F] -> y [N, F], dtype of the residual."""
     z = wide(x) @ (wide(weight) if transposed else wide(weight).T)
     z = z if bias is None else z + wide(bias)
-    return (wide(residual) + dropped(z, rng, dropout_p)).to(residual.dtype)
+    return (dropped(z, rng, dropout_p) + wide(residual)).to(residual.dtype)
 
 
 def linear_residual_backward(

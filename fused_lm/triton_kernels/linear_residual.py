@@ -29,7 +29,7 @@ ROWS, COLUMNS = 4, 1024
 """Of a tile: 32 elements a thread."""
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "threshold"])
 def dropped_sum_kernel(
     z_ptr,  # [N, F]
     residual_ptr,  # [N, F] or None

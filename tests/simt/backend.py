@@ -67,9 +67,7 @@ def _functions(harness: runtime.Harness) -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {}
     for op in (name.removeprefix("cuda_") for name in CUDA_SCHEMAS):
         if op not in _INSIDE:
-            found[op] = (
-                partial(_on_hopper, harness, op) if op in _HOPPER_ALONE else partial(call, op)
-            )
+            found[op] = partial(_on_hopper, harness, op) if op in _ON_HOPPER else partial(call, op)
     found |= {op: partial(_of_parts, harness, name) for op, name in _FFN.items()}
     rows = partial(call, "cross_entropy_rows_in_place")
     found["linear_cross_entropy_fwd"] = partial(linear_cross_entropy.forward_by, rows)
@@ -79,12 +77,12 @@ def _functions(harness: runtime.Harness) -> dict[str, Callable[..., Any]]:
 
 _INSIDE = {"attention_bwd_sm90", "ffn_dpre", "cross_entropy_rows_in_place"}
 """No operators of their own: the backend ``cuda`` takes them within others."""
-_HOPPER_ALONE = (
+_ON_HOPPER = (
     *("attention_varlen_fwd", "attention_varlen_bwd"),
     *("linear_act_fwd", "linear_act_bwd", "linear_act_bwd_add"),
     *("linear_residual_fwd", "linear_residual_bwd"),
 )
-"""Operators without a kernel for other GPUs."""
+"""Operators whose kernels for Hopper run here; those for other GPUs are tested apart."""
 _FFN = {"ffn_fwd": "ffn_forward", "ffn_bwd": "ffn_backward", "ffn_bwd_add": "ffn_backward"}
 
 
