@@ -30,7 +30,11 @@ SUITE = "torch's own inputs"
 WITH_RELU = 24
 SAMPLE = 32
 """``make test`` takes every so many of the transformers' cases on the kernels, and every fourth of
-them on auto; ``make test-all`` takes all.
+them on auto.
+"""
+LARGE_SAMPLE = 1 if HAS_GPU else 3
+"""``make test-all`` takes all of them on auto and on a GPU. In the interpreter and on the harness it
+takes a third: of flags, which come in powers of two, each in all of its values and by pairs.
 """
 
 
@@ -176,9 +180,11 @@ def test_some_on_the_kernels(name: str, forced: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    ("training", "dtype"), [(True, torch.bfloat16), (False, torch.float16)], ids=["train", "eval"]
+)
 @pytest.mark.parametrize("forced", FORCED)
 @pytest.mark.parametrize("name", NAMES)
 def test_all_on_the_kernels(name: str, forced: str, training: bool, dtype: torch.dtype) -> None:
-    _compare_all(name, forced, dtype, training, 1, SUITE)
+    step = LARGE_SAMPLE if "Transformer" in name else 1
+    _compare_all(name, forced, dtype, training, step, SUITE)

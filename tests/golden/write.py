@@ -1,14 +1,18 @@
 """``make golden``: compiles every kernel for every architecture and writes what ptxas says.
 
 ``python -m tests.golden.write [triton|cuda|planted]`` writes one of the files; the last, which no
-other command does, holds what small kernels give on the harness.
+other command does, holds what small kernels give on the harness. ``--only GLOB`` compiles the
+Triton kernels of those names alone, where no other's code has changed.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 from build_tools import compiled as cuda
@@ -20,13 +24,15 @@ from tests.test_gpu_wrappers import GOLDEN as PLANTED
 from tests.test_gpu_wrappers import on_the_harness
 
 
-def write_triton() -> int:
+def write_triton(only: str = "*") -> int:
     import triton
 
-    lines: dict[str, str] = {}
+    path = FOLDER / f"triton-{triton.__version__}.json"
+    known = json.loads(path.read_text()) if path.is_file() and only != "*" else {}
+    lines = {p: line for p, line in known.items() if not fnmatch(p.split(" ")[1], only)}
     with tempfile.TemporaryDirectory() as folder:
         for arch in ARCHS:
-            reports = compiled(arch, Path(folder))
+            reports = compiled(arch, Path(folder), only)
             errors = [f"{r['name']}: {r['error']}" for r in reports if r.get("error")]
             if errors:
                 print("\n".join(errors), file=sys.stderr)
@@ -74,9 +80,14 @@ def _write(name: str, lines: dict[str, str], code: dict[str, str]) -> int:
 
 
 def main() -> int:
-    chosen = sys.argv[1:] or ["triton", "cuda"]
-    writers = {"triton": write_triton, "cuda": write_cuda, "planted": write_planted}
-    return max(writers[name]() for name in chosen)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="*", help="triton, cuda or planted; default: the first two")
+    parser.add_argument("--only", default="*", help="names of Triton kernels, a glob")
+    given = parser.parse_args()
+    writers = {
+        "triton": partial(write_triton, given.only), "cuda": write_cuda, "planted": write_planted,
+    }  # fmt: skip
+    return max(writers[name]() for name in given.files or ("triton", "cuda"))
 
 
 if __name__ == "__main__":
