@@ -98,4 +98,4 @@ def test_stock_and_ours_side_by_side(name: str, device: torch.device) -> None:
 @pytest.mark.parametrize("part", range(1, PARTS + 1))
 @pytest.mark.parametrize("name", BACKENDS)
 def test_stock_and_ours_side_by_side_at_length(name: str, part: int, device: torch.device) -> None:
-    _compare_many(name, part, 120, device)
+    _compare_many(name, part, 40 if name == "triton" else 120, device)
