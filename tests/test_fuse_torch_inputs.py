@@ -33,8 +33,8 @@ SAMPLE = 32
 them on auto.
 """
 LARGE_SAMPLE = 1 if HAS_GPU else 3
-"""``make test-all`` takes all of them on auto and on a GPU. In the interpreter and on the harness it
-takes a third: of flags, which come in powers of two, each in all of its values and by pairs.
+"""``make test-all`` takes all of them on auto and on a GPU. In the interpreter and on the harness
+it takes a third: of flags, which come in powers of two, each in all of its values and by pairs.
 """
 
 

@@ -241,8 +241,10 @@ _MUTATED_BACKWARDS = [
 
 @pytest.mark.slow
 def test_every_instantiation_runs() -> None:
-    """What nvcc compiles is what runs here, by name."""
-    compiled = compiled_kernels(("gemm_sm90", "activation_bwd"))
+    """What nvcc compiles is what runs here, by name; residuals have a test of their own."""
+    compiled = {
+        name for name in compiled_kernels(("gemm_sm90", "activation_bwd")) if "Residual" not in name
+    }
     harness = runtime.load(runtime.ONE)
     for call in [*INSTANTIATIONS, *SHARED[:4], *SHARED_GATED]:
         PRODUCTS.forward(harness, Data.of(call))

@@ -157,8 +157,8 @@ _MUTATED = [
 
 @pytest.mark.slow
 def test_every_instantiation_runs() -> None:
-    """What nvcc compiles is what runs here, by name."""
-    compiled = compiled_kernels("gemm_sm80")
+    """What nvcc compiles is what runs here, by name; residuals have a test of their own."""
+    compiled = {name for name in compiled_kernels("gemm_sm80") if "Residual" not in name}
     harness = runtime.load(runtime.ONE)
     for call in FORWARDS[:8]:
         PRODUCTS.forward(harness, Data.of(call))
