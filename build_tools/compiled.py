@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from build_tools import cubin, sources, toolchain
-from build_tools.cuda_build import DEVICE_FLAGS, RELEASE_ARCHS, ROOT, units_of
+from build_tools.cuda_build import DEVICE_FLAGS, PTX, RELEASE_ARCHS, ROOT, hopper_alone, units_of
 from build_tools.toolchain import Toolkit
 
 KERNELS = ROOT / "csrc/kernels"
@@ -155,7 +155,9 @@ def _compile(
 ) -> Compiled:
     start = time.perf_counter()
     target = work / "kernels.cubin"
-    command = [str(toolkit.nvcc), *flags, f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin"]
+    virtual = arch if hopper_alone(source.stem) else PTX
+    gencode = f"-gencode=arch=compute_{virtual},code=sm_{arch}"
+    command = [str(toolkit.nvcc), *flags, gencode, "-cubin"]
     command += ["--keep", "--keep-dir", str(work), str(source), "-o", str(target)]
     done = subprocess.run(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -28,6 +28,8 @@ from build_tools.toolchain import Missing, Toolchain
 ROOT = Path(__file__).resolve().parents[1]
 RELEASE_ARCHS = ("80", "90", "100", "120")
 MINIMUM_ARCH = 80
+PTX = "80"
+"""What every GPU without a cubin can compile from."""
 REPORT = "_build.json"
 FORMAT = 1
 TORCH_TARGET = "0x020a000000000000"
@@ -73,7 +75,7 @@ def chosen_archs(known: tuple[str, ...]) -> list[str]:
 
 @dataclass(frozen=True)
 class Unit:
-    """One kernel file and its targets; ``ptx`` is what newer GPUs compile from."""
+    """One kernel file, its targets, and the PTX that is kept for GPUs without a cubin, if any."""
 
     source: Path
     archs: list[str]
@@ -84,13 +86,13 @@ class Unit:
         return self.source.stem
 
     @property
-    def gencode(self) -> list[str]:
-        flags = []
-        for arch in self.archs:
-            virtual = f"compute_{arch}"
-            code = f"[sm_{arch},{virtual}]" if arch == self.ptx else f"sm_{arch}"
-            flags.append(f"-gencode=arch={virtual},code={code}")
-        return flags
+    def gencode(self) -> str:
+        """C++ becomes PTX once, for all targets, since that takes longer than PTX to a GPU: kernels
+        for every GPU have no line newer than sm_80, and the machine code is the same.
+        """
+        virtual = f"compute_{self.ptx or self.archs[0]}"
+        codes = [f"sm_{arch}" for arch in self.archs] + [virtual] * (self.ptx is not None)
+        return f"-gencode=arch={virtual},code=[{','.join(codes)}]"
 
 
 def hopper_alone(unit: str) -> bool:
@@ -106,8 +108,7 @@ def units_of(folder: Path, archs: list[str]) -> list[Unit]:
             if "90" in archs:
                 units.append(Unit(source, ["90a"], None))
         else:
-            # The lowest target's PTX serves every GPU that has no cubin.
-            units.append(Unit(source, archs, archs[0]))
+            units.append(Unit(source, archs, PTX))
     return units
 
 
@@ -140,7 +141,7 @@ def ninja_file(tools: Toolchain, units: list[Unit], folder: Path, target: Path, 
         objects.append(folder / f"{unit.name}.cu.o")
         lines.append(
             f"build {objects[-1]}: nvcc {unit.source.relative_to(ROOT)}\n"
-            f"  gencode = {' '.join(unit.gencode)}\n  keep = {folder / unit.name}"
+            f"  gencode = {unit.gencode}\n  keep = {folder / unit.name}"
         )
     for source in sorted((ROOT / "csrc").glob("*.c*")):
         rule = "cc" if source.suffix == ".c" else "cxx"
@@ -186,7 +187,7 @@ def build(tools: Toolchain, target: Path, folder: Path, schema: str) -> dict[str
         "toolkit": tools.toolkit.version,
         "torch_headers": tools.torch_version,
         "archs": archs,
-        "ptx": archs[0],
+        "ptx": PTX,
         "schema_hash": schema,
         "kernels": {u.name: sass.hashes_of(folder / u.name, u.archs, u.ptx) for u in units},
         "host_code": {u.name: host_code_of(u.name) for u in units},
@@ -225,7 +226,7 @@ def _operator_of(name: str) -> str:
 
 def _gencode_changed(keep: Path, unit: Unit) -> bool:
     """Starts an empty folder for what nvcc keeps, unless its targets are those of this build."""
-    stamp, flags = keep / "gencode", " ".join(unit.gencode)
+    stamp, flags = keep / "gencode", unit.gencode
     if stamp.is_file() and stamp.read_text() == flags:
         return False
     shutil.rmtree(keep, ignore_errors=True)
