@@ -11,18 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_lm
-from fused_lm.ops.registration import function_of
 from fused_lm.parity.cross_entropy_cases import formula
-from fused_lm.reference.linear_cross_entropy import (
-    CHUNK_BYTES,
-    LEAST_ROWS,
-    PREFERRED_ROWS,
-    SUM_TERMS,
-    rows_per_chunk,
-)
 from fused_lm.tolerance import check_close
 from tests import oracle
 from tests.gpu import CUDA, harness_later
@@ -57,6 +48,9 @@ CASES = [
     Case("a row at a time, bf16", (90,), 8, 5, BF16, True, {"chunk_rows": 1}),
     Case("chunks, fp16, bias", dtype=F16, bias=True, options={"chunk_rows": 5}),
     Case("chunks, fp64", dtype=F64, bias=True, options={"chunk_rows": 5}, backends=KERNELS[:1]),
+    Case("products of the tensor cores", (24,), 16, 40, BF16, options={"chunk_rows": 7}),
+    Case("the same, fp16, bias", (2, 9), 8, 24, F16, True, {"chunk_rows": 5}),
+    Case("the same, none", (20,), 24, 16, BF16, True, {"chunk_rows": 8, "reduction": "none"}),
     Case("none, chunks", bias=True, options={"chunk_rows": 9, "reduction": "none"}),
     Case("none, three dims, fp16", (2, 5), 8, 9, F16, options={"reduction": "none"}),
     Case("sum, three dims", (2, 5), options={"chunk_rows": 3, "reduction": "sum"}),
@@ -64,10 +58,10 @@ CASES = [
     Case("all options, none", options={**ALL_OPTIONS, "chunk_rows": 10, "reduction": "none"}),
     Case("one class", V=1),
     Case("width 1, one row", (1,), 1, 3),
-    # Of its 16411 terms a product of torch's in fp32 errs by more than any kernel: by luck alone
-    # less than twice what another order gives. CUDA's kernel has no such limit to be asked about.
+    # In fp32 luck decides: a product of torch's errs by more than any kernel, in another order of
+    # its 16411 terms by twice as much. CUDA's kernel has no such limit to be asked about.
     Case(
-        *("a vocabulary wider than a program's registers", (3,), 2, 16411),
+        *("a vocabulary wider than a program's registers", (3,), 2, 16411, BF16),
         options={"chunk_rows": 2},
         backends=("reference", "triton"),
     ),
@@ -119,11 +113,17 @@ def test_equals_fp64(case: Case, backend: str, device: torch.device) -> None:
 @pytest.mark.parametrize("backend", SLOW_KERNELS)
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("V", "dtype"), [(37, F32), (40, BF16)], ids=["fp32", "bf16"])
 def test_some_gradients(
-    reduction: str, wanted: tuple[int, ...], backend: str, device: torch.device
+    V: int,
+    dtype: torch.dtype,
+    reduction: str,
+    wanted: tuple[int, ...],
+    backend: str,
+    device: torch.device,
 ) -> None:
     """A frozen output layer, or a frozen model: the others' gradients are the same bits."""
-    inputs, target = _inputs(Case("", bias=True), device)
+    inputs, target = _inputs(Case("", (24,), 16, V, dtype, True), device)
     options = {"chunk_rows": 10, "reduction": reduction}
 
     def gradients(places: tuple[int, ...]) -> dict[int, Tensor]:
@@ -186,97 +186,21 @@ def test_a_loss_scale_is_a_factor(dtype: torch.dtype, backend: str, device: torc
 
 
 @pytest.mark.parametrize("backend", SLOW_KERNELS)
-def test_the_weights_gradient_adds_up_in_fp32(backend: str, device: torch.device) -> None:
-    """200 chunks of 6 rows, each -3 or 3 and exact: a bf16 sum would round from 512 on."""
-    x = torch.ones(1200, 8, device=device, dtype=BF16)
-    leaves = [
-        torch.zeros(2, 8, device=device, dtype=BF16),
-        torch.zeros(2, device=device).bfloat16(),
-    ]
+@pytest.mark.parametrize(("V", "N", "sums"), [(2, 1200, (-600, 600)), (8, 1024, (-896, 128))])
+def test_the_weights_gradient_adds_up_in_fp32(
+    V: int, N: int, sums: tuple[int, int], backend: str, device: torch.device
+) -> None:
+    """Chunks of 6 rows, each -3 or 3 (V = 8: -5.25, 0.75) and exact: a bf16 sum would round from
+    512 on.
+    """
+    x = torch.ones(N, 8, device=device, dtype=BF16)
+    leaves = [torch.zeros(shape, device=device, dtype=BF16) for shape in ((V, 8), (V,))]
     leaves = [t.requires_grad_() for t in leaves]
-    target = torch.zeros(1200, device=device, dtype=torch.int64)
+    target = torch.zeros(N, device=device, dtype=torch.int64)
     with fused_lm.use_backend(backend):
         loss = _call((x, *leaves), target, chunk_rows=6, reduction="sum")
     for gradient in torch.autograd.grad(loss, leaves):
-        assert bool((gradient[0] == -600).all()) and bool((gradient[1] == 600).all())
-
-
-class _Largest(TorchDispatchMode):
-    """Bytes of the largest tensor that an operator of torch's returns."""
-
-    nbytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for t in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(t, Tensor):
-                self.nbytes = max(self.nbytes, t.untyped_storage().nbytes())
-        return result
-
-
-class _Longest(TorchDispatchMode):
-    """Terms of the longest sum of a matrix product."""
-
-    terms = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "mm" in func.overloadpacket.__name__:
-            self.terms = max(self.terms, args[-1].shape[0])
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("backend", SLOW_KERNELS)
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
-def test_fp32_sums_over_the_vocabulary_are_made_in_parts(
-    dtype: torch.dtype, backend: str, device: torch.device
-) -> None:
-    """cuBLAS errs by the length of a sum; sums that are rounded to 16 bits must not be cut."""
-    V = 2 * SUM_TERMS + 8
-    inputs, target = _inputs(Case("", (3,), 2, V, dtype), device)
-    forward = function_of("linear_cross_entropy_fwd", backend)
-    options = (-100, 0.0, 0.0, 0.0, "sum", None, True, True, False)
-    with torch.no_grad(), _Longest() as seen:
-        forward(*inputs, None, target, *options)
-    assert seen.terms == (SUM_TERMS if dtype == F32 else V)
-
-
-@pytest.mark.parametrize("backend", SLOW_KERNELS)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_logits_never_exist_whole(reduction: str, backend: str, device: torch.device) -> None:
-    N, V, C, chunk = 96, 50, 4, 16
-    inputs, target = _inputs(Case("", (N,), C, V, BF16, True), device)
-    forward, backward = (
-        function_of(f"linear_cross_entropy_{way}", backend) for way in ("fwd", "bwd")
-    )
-    options = (-100, 0.1, 0.01, 5.0, reduction, chunk, True, True, True)
-    with torch.no_grad(), _Largest() as seen:
-        forward(*inputs, target, *options)
-        dloss = torch.ones(() if reduction == "mean" else N, device=device)
-        backward(dloss, *inputs, target, *options)
-    assert 2 * chunk * V <= seen.nbytes <= 4 * chunk * V < 2 * N * V
-    with torch.no_grad(), _Largest() as seen:
-        formula(F.linear(*inputs), target)
-    assert seen.nbytes >= 2 * N * V
-
-
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("V", [2, 256, 50257, 131072, 262144, 1 << 20])
-def test_chunk_formula(V: int, itemsize: int) -> None:
-    for N in [*range(1, 66), *range(2500, 30000, 97), 5119, 5120, 8192, 16384, 10**6, 10**7]:
-        rows = rows_per_chunk(N, V, itemsize)
-        chunks = -(-N // rows)
-        assert 1 <= rows <= N or N == 1
-        if chunks == 1:
-            assert rows == N < 2 * LEAST_ROWS
-            continue
-        assert rows % 128 == 0 and rows >= LEAST_ROWS
-        # The last chunk may be short by what rounding up to whole GEMM tiles took from it.
-        assert N - (chunks - 1) * rows > LEAST_ROWS - 128 * chunks or rows - 128 < N / chunks
-        assert rows <= PREFERRED_ROWS or N // rows < 2
-        if rows > 2 * LEAST_ROWS:
-            assert rows * V * itemsize <= CHUNK_BYTES
-    assert rows_per_chunk(0, V, itemsize) == 1
-    assert rows_per_chunk(16384, 50257, 2) == 4096
+        assert bool((gradient[0] == sums[0]).all()) and bool((gradient[1:] == sums[1]).all())
 
 
 @pytest.mark.parametrize("backend", SLOW_KERNELS)

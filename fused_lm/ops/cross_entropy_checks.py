@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 from fused_lm import dispatch, records
 from fused_lm.cuda import extension
 from fused_lm.ops.checks import FLOATS, check_same_device, shapes_of, triton_refusal
+from fused_lm.ops.linear_checks import CUDA_KERNELS as CUDA_PRODUCTS
 from fused_lm.ops.registration import in_transform, needs_gradient
 from fused_lm.reference.linear_cross_entropy import rows_at_once
 
@@ -238,7 +239,9 @@ for _op in ("cross_entropy", "linear_cross_entropy"):
         dispatch.Impl("pytorch", _pytorch_refuses),
         dispatch.Impl("reference", _never),
     )
-    records.KERNEL_SOURCES[_op, "cuda"] = ("cross_entropy_rows", "cross_entropy_scalars")
+_CUDA_KERNELS = ("cross_entropy_rows", "cross_entropy_scalars")
+records.KERNEL_SOURCES["cross_entropy", "cuda"] = _CUDA_KERNELS
+records.KERNEL_SOURCES["linear_cross_entropy", "cuda"] = (*_CUDA_KERNELS, *CUDA_PRODUCTS)
 records.SHAPE_CLASSES["cross_entropy"] = _shape_class
 records.SHAPE_CLASSES["linear_cross_entropy"] = _linear_shape_class
 records.KERNEL_SOURCES["cross_entropy", "triton"] = _KERNELS

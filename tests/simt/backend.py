@@ -68,11 +68,7 @@ def _functions(harness: runtime.Harness) -> dict[str, Callable[..., Any]]:
     for op in (name.removeprefix("cuda_") for name in CUDA_SCHEMAS):
         if op not in _INSIDE:
             found[op] = partial(_on_hopper, harness, op) if op in _ON_HOPPER else partial(call, op)
-    found |= {op: partial(_of_parts, harness, name) for op, name in _FFN.items()}
-    rows = partial(call, "cross_entropy_rows_in_place")
-    found["linear_cross_entropy_fwd"] = partial(linear_cross_entropy.forward_by, rows)
-    found["linear_cross_entropy_bwd"] = partial(linear_cross_entropy.backward_by, rows)
-    return found
+    return found | {op: partial(_of_parts, harness, whole) for op, whole in _OF_PARTS.items()}
 
 
 _INSIDE = {"attention_bwd_sm90", "ffn_dpre", "cross_entropy_rows_in_place"}
@@ -83,7 +79,13 @@ _ON_HOPPER = (
     *("linear_residual_fwd", "linear_residual_bwd"),
 )
 """Operators whose kernels for Hopper run here; those for other GPUs are tested apart."""
-_FFN = {"ffn_fwd": "ffn_forward", "ffn_bwd": "ffn_backward", "ffn_bwd_add": "ffn_backward"}
+_OF_PARTS: dict[str, Callable[..., Any]] = {
+    "ffn_fwd": ffn.ffn_forward,
+    "ffn_bwd": ffn.ffn_backward,
+    "ffn_bwd_add": ffn.ffn_backward,
+    "linear_cross_entropy_fwd": linear_cross_entropy.linear_cross_entropy_forward,
+    "linear_cross_entropy_bwd": linear_cross_entropy.linear_cross_entropy_backward,
+}
 
 
 def _on_hopper(harness: runtime.Harness, op: str, *arguments: Any) -> Any:
@@ -91,9 +93,9 @@ def _on_hopper(harness: runtime.Harness, op: str, *arguments: Any) -> Any:
         return harness.call(op, *arguments)
 
 
-def _of_parts(harness: runtime.Harness, name: str, *arguments: Any) -> Any:
+def _of_parts(harness: runtime.Harness, whole: Callable[..., Any], *arguments: Any) -> Any:
     with mock.patch.object(extension, "op", lambda op: partial(_on_hopper, harness, op)):
-        return getattr(ffn, name)(*arguments)
+        return whole(*arguments)
 
 
 _LIMITS = {
