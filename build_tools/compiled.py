@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from build_tools import cubin, sources, toolchain
-from build_tools.cuda_build import DEVICE_FLAGS, PTX, RELEASE_ARCHS, ROOT, hopper_alone, units_of
+from build_tools.cuda_build import DEVICE_FLAGS, RELEASE_ARCHS, ROOT, units_of, virtual_of
 from build_tools.toolchain import Toolkit
 
 KERNELS = ROOT / "csrc/kernels"
@@ -106,6 +106,7 @@ def compiled(
     parts: list[bytes | str] = [
         sources.code_hash(source),
         arch,
+        virtual_of(arch),
         *flags,
         toolkit.release,
         str(cuobjdump is not None),
@@ -155,8 +156,7 @@ def _compile(
 ) -> Compiled:
     start = time.perf_counter()
     target = work / "kernels.cubin"
-    virtual = arch if hopper_alone(source.stem) else PTX
-    gencode = f"-gencode=arch=compute_{virtual},code=sm_{arch}"
+    gencode = f"-gencode=arch=compute_{virtual_of(arch)},code=sm_{arch}"
     command = [str(toolkit.nvcc), *flags, gencode, "-cubin"]
     command += ["--keep", "--keep-dir", str(work), str(source), "-o", str(target)]
     done = subprocess.run(

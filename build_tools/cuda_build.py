@@ -28,8 +28,6 @@ from build_tools.toolchain import Missing, Toolchain
 ROOT = Path(__file__).resolve().parents[1]
 RELEASE_ARCHS = ("80", "90", "100", "120")
 MINIMUM_ARCH = 80
-PTX = "80"
-"""What every GPU without a cubin can compile from."""
 REPORT = "_build.json"
 FORMAT = 1
 TORCH_TARGET = "0x020a000000000000"
@@ -75,7 +73,7 @@ def chosen_archs(known: tuple[str, ...]) -> list[str]:
 
 @dataclass(frozen=True)
 class Unit:
-    """One kernel file, its targets, and the PTX that is kept for GPUs without a cubin, if any."""
+    """One kernel file and its targets; ``ptx`` is what GPUs without a cubin compile from."""
 
     source: Path
     archs: list[str]
@@ -86,13 +84,26 @@ class Unit:
         return self.source.stem
 
     @property
-    def gencode(self) -> str:
-        """C++ becomes PTX once, for all targets, since that takes longer than PTX to a GPU: kernels
-        for every GPU have no line newer than sm_80, and the machine code is the same.
-        """
-        virtual = f"compute_{self.ptx or self.archs[0]}"
-        codes = [f"sm_{arch}" for arch in self.archs] + [virtual] * (self.ptx is not None)
-        return f"-gencode=arch={virtual},code=[{','.join(codes)}]"
+    def gencode(self) -> list[str]:
+        made: dict[str, list[str]] = {}
+        for arch in self.archs:
+            made.setdefault(virtual_of(arch), []).append(f"sm_{arch}")
+        if self.ptx is not None:
+            made[self.ptx].append(f"compute_{self.ptx}")
+        return [
+            f"-gencode=arch=compute_{virtual},code=[{','.join(codes)}]"
+            for virtual, codes in made.items()
+        ]
+
+
+def virtual_of(arch: str) -> str:
+    """What PTX a target's machine code is made from. C++ to PTX takes longer than PTX to a GPU, and
+    nvcc writes two kinds: one for 80 to 90, one for what is newer. Of the same kind the machine
+    code is the same.
+    """
+    if arch.endswith("a"):
+        return arch
+    return "80" if int(arch) < 100 else "100"
 
 
 def hopper_alone(unit: str) -> bool:
@@ -108,7 +119,7 @@ def units_of(folder: Path, archs: list[str]) -> list[Unit]:
             if "90" in archs:
                 units.append(Unit(source, ["90a"], None))
         else:
-            units.append(Unit(source, archs, PTX))
+            units.append(Unit(source, archs, virtual_of(archs[0])))
     return units
 
 
@@ -141,7 +152,7 @@ def ninja_file(tools: Toolchain, units: list[Unit], folder: Path, target: Path, 
         objects.append(folder / f"{unit.name}.cu.o")
         lines.append(
             f"build {objects[-1]}: nvcc {unit.source.relative_to(ROOT)}\n"
-            f"  gencode = {unit.gencode}\n  keep = {folder / unit.name}"
+            f"  gencode = {' '.join(unit.gencode)}\n  keep = {folder / unit.name}"
         )
     for source in sorted((ROOT / "csrc").glob("*.c*")):
         rule = "cc" if source.suffix == ".c" else "cxx"
@@ -187,7 +198,7 @@ def build(tools: Toolchain, target: Path, folder: Path, schema: str) -> dict[str
         "toolkit": tools.toolkit.version,
         "torch_headers": tools.torch_version,
         "archs": archs,
-        "ptx": PTX,
+        "ptx": virtual_of(archs[0]),
         "schema_hash": schema,
         "kernels": {u.name: sass.hashes_of(folder / u.name, u.archs, u.ptx) for u in units},
         "host_code": {u.name: host_code_of(u.name) for u in units},
@@ -226,7 +237,7 @@ def _operator_of(name: str) -> str:
 
 def _gencode_changed(keep: Path, unit: Unit) -> bool:
     """Starts an empty folder for what nvcc keeps, unless its targets are those of this build."""
-    stamp, flags = keep / "gencode", unit.gencode
+    stamp, flags = keep / "gencode", " ".join(unit.gencode)
     if stamp.is_file() and stamp.read_text() == flags:
         return False
     shutil.rmtree(keep, ignore_errors=True)

@@ -105,11 +105,27 @@ def test_kernels_for_hopper_are_compiled_for_it_alone(tmp_path: Path) -> None:
     for name in ("norm.cu", "attention_sm90_bf16.cu"):
         (tmp_path / name).touch()
     hopper, norm = cuda_build.units_of(tmp_path, ["80", "90"])
-    assert hopper.gencode == "-gencode=arch=compute_90a,code=[sm_90a]"
-    assert norm.gencode == "-gencode=arch=compute_80,code=[sm_80,sm_90,compute_80]"
-    (one,) = cuda_build.units_of(tmp_path, ["120"])
-    assert one.gencode == "-gencode=arch=compute_80,code=[sm_120,compute_80]"
+    assert hopper.gencode == ["-gencode=arch=compute_90a,code=[sm_90a]"]
+    assert norm.name == "norm"
     assert [unit.name for unit in cuda_build.units_of(tmp_path, ["80"])] == ["norm"]
+
+
+@pytest.mark.parametrize(
+    ("archs", "gencode"),
+    [
+        (["80", "90"], ["80,code=[sm_80,sm_90,compute_80]"]),
+        (["90"], ["80,code=[sm_90,compute_80]"]),
+        (["86", "100", "120"], ["80,code=[sm_86,compute_80]", "100,code=[sm_100,sm_120]"]),
+        (["120"], ["100,code=[sm_120,compute_100]"]),
+    ],
+)
+def test_targets_of_a_kind_share_their_ptx(
+    archs: list[str], gencode: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "norm.cu").touch()
+    (unit,) = cuda_build.units_of(tmp_path, archs)
+    assert unit.gencode == [f"-gencode=arch=compute_{code}" for code in gencode]
+    assert f"compute_{unit.ptx}]" in unit.gencode[0]
 
 
 @pytest.mark.parametrize(
