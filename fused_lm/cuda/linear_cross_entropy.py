@@ -97,12 +97,10 @@ def _walk(
     chunk_rows: int | None,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`fused_lm.reference.linear_cross_entropy.walk`, by our products where they are made."""
+    """:func:`fused_lm.reference.linear_cross_entropy.walk`, by our products where they exist."""
     (N, C), V = x.shape, weight.shape[0]
     if x.dtype == torch.float32 or C % CUDA_STEP or V % CUDA_STEP:
-        return by_torch.walk(
-            rows_in_place, x, weight, bias, target, weights, chunk_rows, needs
-        )  # fmt: skip
+        return by_torch.walk(rows_in_place, x, weight, bias, target, weights, chunk_rows, needs)
     chunk = chunk_rows or rows_per_chunk(N, V, x.element_size())
     factor = weight.to(x.dtype)
     addend = None if bias is None else bias.to(x.dtype)
