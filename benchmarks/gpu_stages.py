@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import sys
+from collections.abc import Callable
 
 import torch
 
 from fused_lm.cuda import extension
 
+from .call_share import PLAIN, SANITIZERS
 from .contest import RACES
 from .stages import Piece, Stage
 
-TEST_PROCESSES = 8
-SANITIZERS = {
-    "memcheck": ("memcheck", ""),
-    "racecheck": ("racecheck", "not backward"),
-    "racecheck backward": ("racecheck", "backward"),  # the longest, halved
-    "synccheck": ("synccheck", ""),
-    "initcheck": ("initcheck", ""),
-}
-"""Stage -> the tool, and tests by pytest's -k."""
-OURS = "kernel_substring=fused_lm"
-SANITIZER_SECONDS = 120.0
+TEST_PROCESSES, SANITIZER_PROCESSES = 6, 3
+CALLS_SECONDS = 240.0
+"""Of the harness' calls, plain or under one sanitizer, in a round; all of these run at once."""
 RECORD_SECONDS, WARM_SECONDS, TUNE_SECONDS = 200.0, 120.0, 240.0
 SILENCE_SECONDS = 75.0
 """Of a race, whose contestants may compile for half a minute and more."""
@@ -70,19 +63,18 @@ def _surroundings(device: str) -> list[Stage]:
 
 def _proofs(device: str) -> list[Stage]:
     """The harness' calls, plain and under each sanitizer; on a CPU a few, on the harness."""
-    kernels = _pytest("-m", "gpu", *_in_parallel(), "tests/test_gpu_kernels.py")
+    on_harness = _pytest("tests/test_simt_attention_extremes.py", "-k", "simt_race and key")
+    plain = _calls("kernels", PLAIN, TEST_PROCESSES, lambda: extension.refusal_on("cuda", 0))
     if device == "cpu":
-        kernels = _pytest("tests/test_simt_attention_extremes.py", "-k", "simt_race and key")
-    plain = Stage(
-        *("kernels", lambda _: kernels, 300.0, 20.0, r"passed|failed|error"),
-        refusal=lambda: None if device == "cpu" else extension.refusal_on("cuda", 0),
-        beside=PROOFS,
-    )
+        plain = Stage(
+            *("kernels", lambda _: on_harness, 300.0, 20.0, r"passed|failed|error"), beside=PROOFS
+        )
     wrappers = _pytest("tests/test_gpu_wrappers.py", "-k", _of_wrappers(device))
     small = Stage(
         *("wrappers", lambda _: wrappers, 120.0, 20.0, r"passed|failed|error"), beside=PROOFS
     )
-    return [plain, small, *(_sanitizer(name, *what) for name, what in SANITIZERS.items())]
+    sanitizers = (_calls(tool, tool, SANITIZER_PROCESSES, _no_sanitizer) for tool in SANITIZERS)
+    return [plain, small, *sanitizers]
 
 
 def _of_wrappers(device: str) -> str:
@@ -90,19 +82,17 @@ def _of_wrappers(device: str) -> str:
     return "harness_own" if device == "cpu" else "gives"
 
 
-def _sanitizer(name: str, tool: str, tests: str) -> Stage:
-    quiet = ["--print-level", "error"] if tool == "racecheck" else []
-    # Without PyTorch's cache of memory, which would hide what is out of bounds or unwritten.
-    alone = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "OMP_NUM_THREADS=2"]
-    # PyTorch's kernels copy what isn't dense, and initcheck has to see them write.
-    kernels = [] if tool == "initcheck" else ["--kernel-name", OURS]
-    run = [*alone, "compute-sanitizer", "--tool", tool, *kernels, *quiet]
-    command = [*run, "--error-exitcode", "9", *_pytest("tests/test_gpu_kernels.py", "-k", tests)]
-    said = r"(ERROR|RACECHECK) SUMMARY"
+def _calls(name: str, tool: str, processes: int, refusal: Callable[[], str | None]) -> Stage:
+    """:mod:`benchmarks.gpu_calls`."""
+
+    def command(piece: Piece) -> list[str]:
+        minutes = f"{max(0.1, (piece.seconds - 8.0) / 60.0):.2f}"  # it ends at once
+        extent = ["--minutes", minutes, "--processes", str(processes)]
+        return _python("benchmarks.gpu_calls", tool, "--out", str(piece.folder), *extent)
+
+    said = r"\d+ calls:"
     return Stage(
-        *(name, lambda _: command, SANITIZER_SECONDS, 60.0, said),
-        refusal=_no_sanitizer,
-        beside=PROOFS,
+        *(name, command, CALLS_SECONDS, 40.0, said, None, MORE), refusal=refusal, beside=PROOFS
     )
 
 
@@ -156,10 +146,6 @@ def _python(*arguments: str) -> list[str]:
 
 def _pytest(*arguments: str) -> list[str]:
     return _python("pytest", "-q", "-p", "no:cacheprovider", *arguments)
-
-
-def _in_parallel() -> list[str]:
-    return ["-n", str(TEST_PROCESSES)] if importlib.util.find_spec("xdist") else []
 
 
 def _no_smi() -> str | None:

@@ -9,7 +9,7 @@ results.jsonl      ``fused-lm verify``: parity and times of each kernel, a line 
 roofs.jsonl        what this GPU can do at most
 attention.jsonl    and other races: a line per case, contestant and pass, or why there is none
 tune.jsonl         a line per tile that was tried (:mod:`benchmarks.tune`)
-proofs.txt         the last words of the kernels' tests and of each sanitizer
+proofs.txt         how the kernels' tests went, and what each sanitizer reported
 
 A record of the same GPU, day and commit is replaced. Of a dry run there is none.
 """
@@ -21,22 +21,20 @@ import json
 import re
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .call_share import SANITIZERS
 from .contest import RACES
 from .diary import whole_lines
-from .gpu_stages import SANITIZERS
+from .gpu_calls import CALLS, Proof
 from .gpu_suite import BUILD, STATE
 from .record import RESULTS, counts_more, slug
 from .stages import LOG
 from .suite_archive import unpack
 
 LAST_WORDS = re.compile(r"\d+ (passed|failed|error)|SUMMARY|^FAILED")
-REPORTS = re.compile(r"(Error: |Uninitialized |Invalid |Barrier error ).*")
-ADDRESS = re.compile(r"\+?0x[0-9a-f]+")
 OF_THE_USER = ("records", "forced backend")
 """What ``doctor`` says that is no property of the machine."""
 
@@ -93,15 +91,15 @@ def verified(suite: Path) -> Iterator[dict[str, Any]]:
 
 
 def _proofs(suite: Path) -> Iterator[str]:
-    """Last words, and before them each report once, with how often it came."""
+    """Last words of tests, and what compute-sanitizer reported."""
     for name in ("kernels", "wrappers", *SANITIZERS):
-        path = suite / name / LOG
-        if path.is_file():
-            lines = path.read_bytes().decode(errors="replace").splitlines()
-            reports = (REPORTS.search(line) for line in lines)
-            times = Counter(ADDRESS.sub("", found[0])[:200] for found in reports if found)
+        folder = suite / name
+        if (folder / CALLS).is_file():
+            proof = Proof(folder)
+            yield from (f"== {name}", *proof.words(), proof.sum_up())
+        elif (folder / LOG).is_file():
+            lines = (folder / LOG).read_bytes().decode(errors="replace").splitlines()
             yield f"== {name}"
-            yield from (f"{count} times {report}" for report, count in times.items())
             yield from (line.strip()[:200] for line in lines if LAST_WORDS.search(line))
 
 

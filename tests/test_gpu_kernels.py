@@ -2,12 +2,14 @@
 and the same bits from run to run. Which of two kernels runs may depend on how much shared memory a
 block can have: those of other GPUs are the harness' alone.
 
-``compute-sanitizer --tool racecheck python -m pytest tests/test_gpu_kernels.py`` looks for races;
-what it says about ``norm_bwd`` is discussed in benchmarks/LOG.md, 2026-11-26.
+``python -m benchmarks.gpu_calls racecheck --out DIR`` looks for races in them, some at once; what
+it says about ``norm_bwd`` is discussed in benchmarks/LOG.md, 2026-11-26. A sanitizer needs no call
+twice: FUSED_LM_TEST_REPEATS=1.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,7 +39,7 @@ from tests.attention_hopper_calls import HOPPER_CALLS
 from tests.simt import runtime
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(gpu.PROBLEM is not None, reason=str(gpu.PROBLEM))]
-REPEATS = 3
+REPEATS = int(os.environ.get("FUSED_LM_TEST_REPEATS", "3"))
 
 
 def _repeated(run: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
