@@ -77,6 +77,18 @@ def head_of(dry: bool, commit: str) -> dict[str, Any]:
     }
 
 
+def chosen(contestants: Sequence[Contestant], names: Sequence[str] | None) -> list[Contestant]:
+    """All of them, or those with a name; a case that they have run counts as done.
+
+    Raises:
+        SystemExit: None has.
+    """
+    found = [one for one in contestants if names is None or one.name in names]
+    if not found:
+        raise SystemExit(f"none of these races: {', '.join(one.name for one in contestants)} do")
+    return found
+
+
 def main(
     name: str,
     grid: Callable[[bool], Sequence[Case]],
@@ -88,10 +100,12 @@ def main(
     parser.add_argument("--out", type=Path, help=f"folder for {name}.jsonl, gone on with if there")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--only", default="", help="cases with this in their names")
+    parser.add_argument("--contestants", nargs="+", metavar="NAME", help="of these, those it has")
     parser.add_argument("--commit", default="", help="what is written beside the numbers")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     args = parser.parse_args()
     end = time.monotonic() + 60.0 * args.minutes
+    contestants = chosen(contestants, args.contestants)
     device = device_of(args.device)
     dry = device.type == "cpu"
     head = head_of(dry, args.commit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -33,14 +33,14 @@ OTHERS_SECONDS = 25.0
 """Of a race, in a round, so that all of them begin."""
 
 
-def all_stages(device: str, commit: str) -> list[Stage]:
-    """In order of worth."""
+def all_stages(device: str, commit: str, contestants: Sequence[str] = ()) -> list[Stage]:
+    """In order of worth; races of all contestants, or of some."""
     return [
         *_surroundings(device),
         *_proofs(device),
         _warm(device),
         _record("record", device, "bfloat16"),
-        *(_race(name, device, commit) for name in RACES),
+        *(_race(name, device, commit, contestants) for name in RACES),
         _record("record of others", device, "float16", "float32"),
         _tune(device, commit),
     ]
@@ -121,11 +121,12 @@ def _record(name: str, device: str, *dtypes: str) -> Stage:
     return Stage(name, command, RECORD_SECONDS, 40.0, r"\d passed", more=MORE)
 
 
-def _race(name: str, device: str, commit: str) -> Stage:
+def _race(name: str, device: str, commit: str, contestants: Sequence[str]) -> Stage:
     def command(piece: Piece) -> list[str]:
         minutes = f"{max(0.1, (piece.seconds - 8.0) / 60.0):.2f}"  # it ends after a case
         out = ["--out", str(piece.folder), "--commit", commit, "--device", device]
-        return _python(f"benchmarks.{name}", "--minutes", minutes, *out)
+        some = ["--contestants", *contestants] if contestants else []
+        return _python(f"benchmarks.{name}", "--minutes", minutes, *out, *some)
 
     seconds = RACE_SECONDS.get(name, OTHERS_SECONDS)
     return Stage(name, command, seconds, 20.0, r"\d cases", SILENCE_SECONDS, MORE)

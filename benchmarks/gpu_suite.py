@@ -215,6 +215,7 @@ def main() -> int:
     parser.add_argument("--commit", help="where there is no git")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--only", nargs="+", default=[], metavar="STAGE", help="only these")
+    parser.add_argument("--contestants", nargs="+", default=[], metavar="NAME", help="of races")
     parser.add_argument("--quick", action="store_true", help="parity and record")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -222,7 +223,7 @@ def main() -> int:
     minutes = min(args.minutes, QUICK_MINUTES) if args.quick else args.minutes
     end = time.monotonic() + 60.0 * minutes
     commit = args.commit or _commit()
-    found = all_stages(args.device, commit)
+    found = all_stages(args.device, commit, args.contestants)
     unknown = {*args.only} - {stage.name for stage in found}
     if unknown:
         parser.error(

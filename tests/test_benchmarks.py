@@ -246,6 +246,14 @@ def test_the_table_has_a_cell_for_every_time_and_none_for_what_failed() -> None:
     ]  # fmt: skip
 
 
+def test_a_race_may_be_of_some() -> None:
+    assert command.chosen(CONTESTANTS, None) == CONTESTANTS
+    some = command.chosen(CONTESTANTS, ["right too", "another race's", "right"])
+    assert [one.name for one in some] == ["right", "right too"]
+    with pytest.raises(SystemExit, match="right, wrong, wrong gradient"):
+        command.chosen(CONTESTANTS, ["another race's"])
+
+
 @pytest.mark.parametrize("module", RACES, ids=lambda module: module.__name__)
 def test_cases_have_names_of_their_own(module: ModuleType) -> None:
     for dry in (True, False):

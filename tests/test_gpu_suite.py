@@ -332,6 +332,13 @@ def test_the_stages_of_a_gpu_fit_a_piece() -> None:
         assert {*dtypes} <= {*stage.command(Piece(Path("/out"), 100.0, first=True))}
 
 
+def test_the_races_of_a_suite_may_be_of_some(tmp_path: Path) -> None:
+    run = _dry(tmp_path, "--only", "layernorm", "--contestants", "triton", "eager")
+    assert run.returncode == 0, run.stdout + run.stderr
+    lines = _lines(tmp_path / "layernorm/layernorm.jsonl")
+    assert {line["contestant"] for line in lines if "us" in line} == {"triton", "eager"}
+
+
 def test_roofs_are_of_the_device_they_name() -> None:
     import torch
 
