@@ -26,6 +26,10 @@ pytestmark = pytest.mark.skipif(
 OPERATORS = {
     "norms": (60, ["tests/test_layernorm.py", "tests/test_simt_layernorm.py"]),
     "losses": (60, ["tests/test_cross_entropy.py", "tests/test_simt_cross_entropy.py"]),
+    "losses, with the head": (
+        50,
+        ["tests/test_linear_cross_entropy.py", "tests/test_linear_cross_entropy_products.py"],
+    ),
     "attention": (50, ["tests/test_attention.py", "tests/test_simt_attention_weights.py"]),
     "attention, every kernel": (
         140,
