@@ -1,7 +1,7 @@
 """The harness' calls (``tests/test_gpu_kernels.py``) on this GPU, plain or under a tool of
 compute-sanitizer: ``python -m benchmarks.gpu_calls racecheck --out DIR --minutes 3``.
 
-Thirty-two calls are a process, and some processes run at once. A call that hangs, or crashes
+Some dozens of calls are a process, and some processes run at once. A call that hangs, or crashes
 the GPU's context, takes no other with it: the others of its process run again, in another one,
 and of a test that did so three times the rest is left out. Run again, it goes on.
 
@@ -29,7 +29,7 @@ from .diary import whole_lines
 TESTS = "tests/test_gpu_kernels.py"
 CALLS, REPORTS = "calls.jsonl", "reports.jsonl"
 
-AT_ONCE = 32
+AT_ONCE, PLAIN_AT_ONCE = 32, 128
 """Calls of a process: torch takes it seconds to load, and what it does is lost if it is cut."""
 PROCESSES = 3
 LEAST_SECONDS = 20.0
@@ -113,6 +113,7 @@ def run(tool: str, proof: Proof, calls: Sequence[str], processes: int, end: floa
         proof.outcomes = {c: found for c, found in proof.outcomes.items() if found[0] in FINE}
     waiting = [call for call in calls if call not in proof.outcomes]
     running: dict[Future[Share], list[str]] = {}
+    most = PLAIN_AT_ONCE if tool == PLAIN else AT_ONCE
     with ThreadPoolExecutor(processes) as pool:
         while True:
             left_out = {c: (LEFT_OUT, "") for c in waiting if proof.is_left_out(c)}
@@ -120,7 +121,7 @@ def run(tool: str, proof: Proof, calls: Sequence[str], processes: int, end: floa
                 proof.add(Share(left_out))
             waiting = [call for call in waiting if call not in left_out]
             while waiting and len(running) < processes and end - time.monotonic() > LEAST_SECONDS:
-                share, waiting = waiting[:AT_ONCE], waiting[AT_ONCE:]
+                share, waiting = waiting[:most], waiting[most:]
                 running[pool.submit(run_share, tool, share, end)] = share
             if not running:
                 return len(waiting)

@@ -14,7 +14,7 @@ from .call_share import PLAIN, SANITIZERS
 from .contest import RACES
 from .stages import Piece, Stage
 
-TEST_PROCESSES, SANITIZER_PROCESSES = 6, 3
+TEST_PROCESSES, SANITIZER_PROCESSES = 8, 3
 CALLS_SECONDS = 240.0
 """Of the harness' calls, plain or under one sanitizer, in a round; all of these run at once."""
 RECORD_SECONDS, WARM_SECONDS, TUNE_SECONDS = 200.0, 120.0, 240.0
