@@ -161,6 +161,12 @@ def test_what_did_not_pass_is_asked_again_when_nothing_is_new(
     assert Proof(tmp_path).is_clean()
 
 
+def test_what_is_skipped_proves_nothing(calls: list[str], tmp_path: Path) -> None:
+    proof = Proof(tmp_path)
+    assert run("plain", proof, _only(calls, "test_elsewhere"), 1, _soon()) == 0
+    assert proof.sum_up() == "none passed, 1 skipped" and not proof.is_clean()
+
+
 def test_a_report_is_kept_though_all_calls_pass(
     calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
