@@ -38,6 +38,7 @@ class Share:
     """What came of them. Calls without an outcome are to run again."""
 
     outcomes: dict[str, tuple[str, str]] = field(default_factory=dict)  # and what it said
+    kernels: set[str] = field(default_factory=set)
     reports: Counter[str] = field(default_factory=Counter)
     summary: str = ""
     seconds: float = 0.0
@@ -51,11 +52,17 @@ def run_share(tool: str, calls: Sequence[str], end: float) -> Share:
     """
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
-        outcomes, log = Path(temporary) / "outcomes", Path(temporary) / "log"
-        code = _wait([*_tool(tool, log), *_pytest(outcomes, calls)], tool, outcomes, end)
+        outcomes, kernels, log = (Path(temporary) / name for name in ("outcomes", "kernels", "log"))
+        # Without PyTorch's cache of memory, which would hide what is out of bounds or unwritten.
+        sanitized = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FUSED_LM_TEST_REPEATS": "1"}
+        plain = {"FUSED_LM_TEST_KERNELS": str(kernels)}
+        environment = {"OMP_NUM_THREADS": "2", **(plain if tool == PLAIN else sanitized)}
+        command = [*_tool(tool, log), *_pytest(outcomes, calls)]
+        code = _wait(command, environment, outcomes, end)
         ended, begun = _read(outcomes)
+        ran = {*kernels.read_text().splitlines()} if kernels.is_file() else set()
         text = log.read_text(errors="replace") if log.is_file() else ""
-    found = Share(seconds=time.monotonic() - begin)
+    found = Share(kernels=ran, seconds=time.monotonic() - begin)
     if code is None and time.monotonic() >= end:
         return found  # not its own fault
     died = code is None or code < 0 or bool(begun)
@@ -119,14 +126,13 @@ def _pytest(outcomes: Path, calls: Sequence[str]) -> list[str]:
     return [*pytest, f"--outcomes={outcomes}", *calls]  # a word of its own would move the rootdir
 
 
-def _wait(command: Sequence[str], tool: str, outcomes: Path, end: float) -> int | None:
+def _wait(
+    command: Sequence[str], environment: Mapping[str, str], outcomes: Path, end: float
+) -> int | None:
     """Its exit status; None if it was stopped, by the clock or for its silence."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    if tool != PLAIN:
-        # Without PyTorch's cache of memory, which would hide what is out of bounds or unwritten.
-        environment |= {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FUSED_LM_TEST_REPEATS": "1"}
     outcomes.touch()
-    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+    everything = {**os.environ, **environment}
+    process = subprocess.Popen(command, env=everything, stdin=subprocess.DEVNULL)
     try:
         while time.monotonic() < end:
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -5,8 +5,9 @@ Some dozens of calls are a process, and some processes run at once. A call that 
 the GPU's context, takes no other with it: the others of its process run again, in another one,
 and of a test that did so three times the rest is left out. Run again, it goes on.
 
-DIR then has ``calls.jsonl``, a line per call, and ``reports.jsonl``, a line per process: what
-compute-sanitizer reported, addresses aside, and how often.
+DIR then has ``calls.jsonl``, a line per call; ``reports.jsonl``, a line per process: what
+compute-sanitizer reported, addresses aside, and how often; and, of a plain run, ``kernels.txt``,
+which has every kernel that CUPTI saw.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .call_share import CRASHED, HUNG, PLAIN, SANITIZERS, Share, run_share
 from .diary import whole_lines
 
 TESTS = "tests/test_gpu_kernels.py"
-CALLS, REPORTS = "calls.jsonl", "reports.jsonl"
+CALLS, REPORTS, KERNELS = "calls.jsonl", "reports.jsonl", "kernels.txt"
 
 AT_ONCE, PLAIN_AT_ONCE = 32, 128
 """Calls of a process: torch takes it seconds to load, and what it does is lost if it is cut."""
@@ -52,8 +53,15 @@ class Proof:
         for line in _lines(folder / REPORTS):
             self.reports.update(line["reports"])
 
+        file = folder / KERNELS
+        self.kernels = {*file.read_text().splitlines()} if file.is_file() else set()
+
     def add(self, share: Share) -> None:
-        """Reports first: a kill between both runs calls again, and loses no report."""
+        """Calls last: a kill before them runs them again, and loses nothing."""
+        self.kernels |= share.kernels
+        if share.kernels:
+            text = "".join(f"{name}\n" for name in sorted(self.kernels))
+            (self.folder / KERNELS).write_text(text)
         self.reports.update(share.reports)
         self.outcomes.update(share.outcomes)
         if share.summary:
@@ -164,9 +172,10 @@ def main() -> int:
         return 1
     for word in proof.words():
         print(word)
-    reports = "" if args.tool == PLAIN else f", {sum(proof.reports.values())} reports"
+    reports = f", {sum(proof.reports.values())} reports"
+    found = f", {len(proof.kernels)} kernels" if args.tool == PLAIN else reports
     more = f", {left} not reached: run it again, it goes on there" if left else ""
-    print(f"{args.tool}, {len(calls)} calls: {proof.sum_up()}{reports}{more}", flush=True)
+    print(f"{args.tool}, {len(calls)} calls: {proof.sum_up()}{found}{more}", flush=True)
     return int(not proof.is_clean())
 
 

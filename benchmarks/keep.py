@@ -9,6 +9,7 @@ results.jsonl      ``fused-lm verify``: parity and times of each kernel, a line 
 roofs.jsonl        what this GPU can do at most
 attention.jsonl    and other races: a line per case, contestant and pass, or why there is none
 tune.jsonl         a line per tile that was tried (:mod:`benchmarks.tune`)
+kernels.txt        every CUDA kernel that the tests ran, as CUPTI saw them
 proofs.txt         how the kernels' tests went, and what each sanitizer reported
 
 A record of the same GPU, day and commit is replaced. Of a dry run there is none.
@@ -28,7 +29,7 @@ from typing import Any
 from .call_share import SANITIZERS
 from .contest import RACES
 from .diary import whole_lines
-from .gpu_calls import CALLS, Proof
+from .gpu_calls import CALLS, KERNELS, Proof
 from .gpu_suite import BUILD, STATE
 from .record import RESULTS, counts_more, slug
 from .stages import LOG
@@ -65,6 +66,8 @@ def keep(archive: Path, results: Path = RESULTS) -> Path:
             lines = _lines(suite / race / f"{race}.jsonl")
             _write_lines(folder / f"{race}.jsonl", (line for line in lines if "event" not in line))
         (folder / "proofs.txt").write_text("\n".join(_proofs(suite)) + "\n")
+        if (suite / "kernels" / KERNELS).is_file():
+            shutil.copy(suite / "kernels" / KERNELS, folder / KERNELS)
     return folder
 
 

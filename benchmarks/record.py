@@ -65,6 +65,11 @@ class Record:
         """What the extension that ran was built of; nothing if there was none."""
         return dict(self._json("build.json", {}))
 
+    def kernels(self) -> set[str] | None:
+        """CUDA kernels that its tests ran; None if nobody looked."""
+        path = self.folder / "kernels.txt"
+        return {*path.read_text().splitlines()} if path.is_file() else None
+
     def _json(self, name: str, default: Any) -> Any:
         path = self.folder / name
         return json.loads(path.read_text()) if path.is_file() else default

@@ -16,6 +16,7 @@ from fused_lm import dispatch
 from fused_lm import records as evidence
 from fused_lm.cuda.extension import code_hashes
 from fused_lm.parity.run import NOT_MEASURED
+from tests.golden import compiled_kernels
 
 from .contest import OURS, RACES
 from .record import Line, Record, gpus, records, times_of, verified
@@ -43,7 +44,7 @@ def _of_gpu(gpu: str, found: list[Record]) -> str:
         "### Operators\n",
         _table(OPERATORS, operators(gpu, own)),
         "### Sources of the CUDA kernels\n",
-        _table(("source", "machine code", "record", "now"), sources(own)),
+        _table(("source", "machine code", "record", "kernels that ran", "now"), sources(own)),
         "### Proofs\n",
         _table(("record", "stage", "how it went", "last words"), proofs(own)),
         "### Against others\n",
@@ -137,17 +138,38 @@ def _target(record: Record) -> str:
 
 
 def sources(own: list[Record]) -> Iterator[tuple[str, ...]]:
-    """A row per source, as the newest record that holds a build has it."""
-    built = [record for record in own if record.build()]
-    if not built:
-        return
-    build, target = built[-1].build(), _target(built[-1])
-    for unit, hashes in build["kernels"].items():
+    """A row per source, as the newest record has it whose tests came to their end and ran one of
+    its kernels: how many, of those that are compiled for this GPU now.
+    """
+    tested = [record for record in own if record.build() and _finished(record)]
+    newest = [unit for record in tested[-1:] for unit in record.build()["kernels"]]
+    for unit in [*newest, *sorted(_cuda_units() - {*newest})]:
+        record = next((r for r in reversed(tested) if _ran(r, unit)), None)
+        if record is None:
+            yield f"{unit}.cu", "none", "none", "", NEVER_RUN
+            continue
+        build, ran, compiled = record.build(), record.kernels(), _compiled(record, unit)
         now = "current" if build["host_code"].get(unit) == host_code_of(unit) else "stale"
-        code = ", ".join(code_hashes(hashes, target))
-        yield f"{unit}.cu", f"`{code}`", built[-1].label, now
-    for unit in sorted(_cuda_units() - build["kernels"].keys()):
-        yield f"{unit}.cu", "none", "none", NEVER_RUN
+        code = ", ".join(code_hashes(build["kernels"][unit], _target(record)))
+        count = "not counted" if ran is None else f"{len(compiled & ran)} of {len(compiled)}"
+        yield f"{unit}.cu", f"`{code}`", record.label, count, now
+
+
+def _finished(record: Record) -> bool:
+    """Whether its tests of the kernels came to their end, good or bad."""
+    return record.stages().get("kernels", {}).get("status") in ("done", "failed")
+
+
+def _ran(record: Record, unit: str) -> bool:
+    """Whether one of the unit's kernels did; where nobody counted, whether it was there."""
+    ran = record.kernels()
+    there = unit in record.build()["kernels"]
+    return there and (ran is None or not ran.isdisjoint(_compiled(record, unit)))
+
+
+def _compiled(record: Record, unit: str) -> set[str]:
+    """A unit's kernels for the record's GPU."""
+    return compiled_kernels(f"{unit} ", (_target(record), f"{_target(record)}a"))
 
 
 def _cuda_units() -> set[str]:

@@ -4,13 +4,18 @@ the same tables of calls run on both.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
+from build_tools.cubin import short_name
 from fused_lm.cuda import extension
 from tests.simt import backend as simt
 
@@ -72,12 +77,29 @@ def call(op: str, *arguments: Any) -> Any:
     """``cuda_<op>`` on copies of the tensors, with their strides and alignment; waits, so that a
     kernel's mistake is raised here. Results come back as CPU tensors with the strides they had.
     """
-    with torch.no_grad():
-        results = extension.op(op)(*(moved(a) for a in arguments))
+    inputs = [moved(a) for a in arguments]
+    with torch.no_grad(), kernels_noted():
+        results = extension.op(op)(*inputs)
         torch.cuda.synchronize()
     if isinstance(results, Tensor):
         return _with_strides(results, "cpu")
     return [_with_strides(result, "cpu") for result in results]
+
+
+@contextmanager
+def kernels_noted() -> Iterator[None]:
+    """Appends this project's kernels that run meanwhile to the file that FUSED_LM_TEST_KERNELS
+    names, if it does; by CUPTI, which shares no process with compute-sanitizer.
+    """
+    file = os.environ.get("FUSED_LM_TEST_KERNELS")
+    if file is None:
+        yield
+        return
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        yield
+    names = {short_name(e.name) for e in seen.events() or () if "fused_lm::" in e.name}
+    with Path(file).open("a") as out:
+        out.write("".join(f"{name}\n" for name in sorted(names)))
 
 
 def moved(value: Any) -> Any:

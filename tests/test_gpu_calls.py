@@ -11,11 +11,14 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import call_share, gpu_calls
 from benchmarks.gpu_calls import Proof, run
+from tests import gpu
+from tests.golden import compiled_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 CALLS = """
@@ -30,6 +33,8 @@ def once(name):
 @pytest.mark.parametrize("i", range(5))
 def test_fine(i):
     open(f"fine{i}", "a").write("x")
+    if file := os.environ.get("FUSED_LM_TEST_KERNELS"):
+        open(file, "a").write(f"kernel<{i % 2}>\\n")
 
 def test_wrong():
     assert 1 == 2, "numbers"
@@ -140,7 +145,9 @@ def test_it_goes_on_where_its_time_was_over(calls: list[str], tmp_path: Path) ->
     assert not proof.outcomes
     assert run("plain", proof, chosen[:5], 1, _soon()) == 0
     before = (tmp_path / "fine0").read_text()
+    assert proof.kernels == {"kernel<0>", "kernel<1>"}
     again = Proof(tmp_path)
+    assert again.kernels == proof.kernels
     assert run("plain", again, [*chosen[:5], *_only(calls, "test_wrong")], 1, _soon()) == 0
     assert (tmp_path / "fine0").read_text() == before, "not again"
     assert again.sum_up() == "5 passed, 1 failed"
@@ -178,6 +185,7 @@ def test_a_report_is_kept_though_all_calls_pass(
     assert _outcomes(proof) == {"test_fine": {"passed": 5}, "test_after_it": {"passed": 1}}
     assert [*proof.words()] == ["5 times Error: Race reported between Read access at f()"]
     assert not proof.is_clean() and Proof(tmp_path).reports == proof.reports
+    assert not proof.kernels, "CUPTI and a sanitizer share no process"
 
 
 def test_a_tool_that_does_not_work_proves_nothing(
@@ -198,7 +206,7 @@ def test_the_command_says_what_came_out(fine: bool, calls: list[str], tmp_path: 
     )
     assert process.returncode == (not fine), process.stderr
     how = "passed" if fine else "failed"
-    assert process.stdout.splitlines()[-1] == f"plain, 1 calls: 1 {how}"
+    assert process.stdout.splitlines()[-1] == f"plain, 1 calls: 1 {how}, 0 kernels"
     assert Proof(tmp_path / "found").sum_up() == f"1 {how}"
 
 
@@ -224,3 +232,30 @@ def _runs(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"
+
+
+def test_kernels_are_noted_by_this_projects_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As CUPTI has them, demangled; torch's own are none of ours."""
+    template = "void fused_lm::attention_fwd::attention_fwd_sm80<__nv_bfloat16, 192, true>"
+    ours = SimpleNamespace(name=f"{template}(fused_lm::AttentionForwardParams, int)")
+    torchs = SimpleNamespace(name="void at::native::copy<float>(int)")
+
+    class Seen:
+        def __enter__(self) -> Seen:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def events(self) -> list[SimpleNamespace]:
+            return [ours, torchs, ours]
+
+    monkeypatch.setattr(gpu, "profile", lambda activities: Seen())
+    with gpu.kernels_noted():
+        pass
+    monkeypatch.setenv("FUSED_LM_TEST_KERNELS", str(tmp_path / "kernels"))
+    with gpu.kernels_noted():
+        pass
+    (noted,) = (tmp_path / "kernels").read_text().splitlines()
+    assert noted in compiled_kernels("attention_fwd_sm80_bf16", ("sm_90",))

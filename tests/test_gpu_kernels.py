@@ -165,7 +165,7 @@ def test_linear_act_adds_into_a_given_gradient(call: linear_calls.Call) -> None:
 
     def run() -> list[Tensor]:
         total = gpu.moved(linear_calls.total_of(data))
-        with torch.no_grad():
+        with torch.no_grad(), gpu.kernels_noted():
             dx, _, dbias = gpu.extension.op("linear_act_bwd_add")(*arguments, False, total)
         return [dx.cpu(), total.cpu(), dbias.cpu()]
 
@@ -226,8 +226,10 @@ def test_cross_entropy_in_place(call: losses.Call) -> None:
     if call.reduction == "mean":
         count = loss_reference.inverse_count(data.target, losses.IGNORED).float()
         weights = count.cuda().expand(call.N)
-    gpu.extension.op("cross_entropy_rows_in_place")(logits, target, loss, weights, *options)
+    with gpu.kernels_noted():
+        gpu.extension.op("cross_entropy_rows_in_place")(logits, target, loss, weights, *options)
     assert same_bits(logits.cpu(), apart)
-    gpu.extension.op("cross_entropy_scale_in_place")(logits, torch.tensor(2.0, device="cuda"))
+    with gpu.kernels_noted():
+        gpu.extension.op("cross_entropy_scale_in_place")(logits, torch.tensor(2.0, device="cuda"))
     loss_reference.scale_in_place(apart, torch.tensor(2.0))
     assert same_bits(logits.cpu(), apart)

@@ -14,6 +14,7 @@ from benchmarks.record import Record
 from benchmarks.suite_archive import pack
 from build_tools import cuda_build
 from fused_lm.cuda import extension
+from tests.golden import compiled_kernels
 
 GPU = "NVIDIA Imaginary 1"
 MEND = "python -m benchmarks.report"
@@ -192,6 +193,7 @@ def test_a_kernel_that_changed_is_stale(tmp_path: Path) -> None:
         "host_code": {unit: cuda_build.host_code_of(unit) for unit in units},
     }
     (of.folder / "build.json").write_text(json.dumps(build))
+    (of.folder / "stages.json").write_text(json.dumps({"kernels": {"status": "done"}}))
     now = {(row[0], row[1]): row[5] for row in status.operators(GPU, [of])}
     assert now == {("layer_norm", "triton"): "current", ("rms_norm", "triton"): "stale"}
     assert status._built_id(of, "layer_norm") in status.current_ids([of])
@@ -199,8 +201,36 @@ def test_a_kernel_that_changed_is_stale(tmp_path: Path) -> None:
     (of.folder / "build.json").write_text(json.dumps(build))
     assert status._built_id(of, "layer_norm") is None
     ran, others = list(status.sources([of]))[:2], list(status.sources([of]))[2:]
-    assert [row[3] for row in ran] == ["stale", "current"]
-    assert others and {row[3] for row in others} == {status.NEVER_RUN}
+    assert [row[3:] for row in ran] == [("not counted", "stale"), ("not counted", "current")]
+    assert others and {row[3:] for row in others} == {("", status.NEVER_RUN)}
+
+
+def test_a_source_has_run_where_one_of_its_kernels_has(tmp_path: Path) -> None:
+    """That it was built does not count, nor a run of the tests that was cut."""
+    units = ("layernorm_fwd", "gemm_sm80_bf16", "attention_fwd_sm90_bf16")
+    built = {
+        "kernels": {unit: {"sm_90": f"code of {unit}"} for unit in units},
+        "host_code": {unit: cuda_build.host_code_of(unit) for unit in units},
+    }
+    norms = sorted(compiled_kernels("layernorm_fwd", ("sm_90",)))
+    hopper = compiled_kernels("attention_fwd_sm90_bf16", ("sm_90a",))
+    found = []
+    for day, how, ran in (
+        ("01", "done", {*norms[:3], *hopper, "a_kernel_that_is_gone"}),
+        ("02", "unfinished", {*norms}),
+        ("03", "failed", {*norms[:5]}),
+    ):
+        of = _record(tmp_path / f"r/g/{day}", f"2026-01-{day}")
+        (of.folder / "build.json").write_text(json.dumps(built))
+        (of.folder / "stages.json").write_text(json.dumps({"kernels": {"status": how}}))
+        (of.folder / "kernels.txt").write_text("\n".join(ran))
+        found.append(of)
+    rows = {row[0].removesuffix(".cu"): row[2:] for row in status.sources(found)}
+    assert rows["layernorm_fwd"] == (found[2].label, f"5 of {len(norms)}", "current")
+    assert rows["attention_fwd_sm90_bf16"] == (
+        *(found[0].label, f"{len(hopper)} of {len(hopper)}", "current"),
+    )
+    assert rows["gemm_sm80_bf16"] == ("none", "", status.NEVER_RUN)
 
 
 def test_code_for_one_target_alone_counts_on_its_gpus() -> None:

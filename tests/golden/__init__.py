@@ -6,6 +6,7 @@ Files per version of a compiler hold the resources; ``written_for.json`` names t
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -18,11 +19,23 @@ def written_for(name: str) -> dict[str, str]:
     return json.loads(CODE.read_text()).get(name, {}) if CODE.is_file() else {}
 
 
-def compiled_kernels(units: str | tuple[str, ...]) -> set[str]:
-    """Names of the CUDA kernels that are compiled from units whose names begin so."""
+def compiled_kernels(units: str | tuple[str, ...], architectures: tuple[str, ...] = ()) -> set[str]:
+    """Names of the CUDA kernels that are compiled from units whose names begin so, for some
+    architectures, like "sm_90a", or any.
+    """
+    places = [place.split(" ", 2) for place in _places()]
+    return {
+        name
+        for architecture, unit, name in places
+        if f"{unit} ".startswith(units) and (not architectures or architecture in architectures)
+    }
+
+
+@functools.cache
+def _places() -> list[str]:
+    """ "sm_90a unit kernel", of the newest compiler."""
     newest = sorted(FOLDER.glob("cuda-*.json"))[-1]
-    places = [place.split(" ", 2) for place in json.loads(newest.read_text())]
-    return {name for _, unit, name in places if unit.startswith(units)}
+    return [*json.loads(newest.read_text())]
 
 
 def remember(name: str, hashes: dict[str, str]) -> None:
