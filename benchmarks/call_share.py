@@ -148,7 +148,9 @@ def _wait(
 
 
 def _family(pid: int) -> list[int]:
-    """A process and all that it has started, in the group of the suite's stage."""
+    """A process and all that it has started. They stay in the group of the suite's stage, with
+    which they are to end, so that no signal to a group of their own can reach them.
+    """
     found = [pid]
     with contextlib.suppress(OSError):
         for file in Path(f"/proc/{pid}/task").glob("*/children"):

@@ -52,7 +52,6 @@ class Proof:
         self.reports = Counter[str]()
         for line in _lines(folder / REPORTS):
             self.reports.update(line["reports"])
-
         file = folder / KERNELS
         self.kernels = {*file.read_text().splitlines()} if file.is_file() else set()
 
@@ -86,11 +85,10 @@ class Proof:
         yield from (f"{LEFT_OUT}: {count} more of {test}" for test, count in left_out.items())
 
     def sum_up(self) -> str:
-        """Counts of every outcome there was."""
+        """How many passed, and counts of every other outcome there was."""
         counts = Counter(outcome for outcome, _ in self.outcomes.values())
-        found = [f"{counts[o]} {o}" for o in (PASSED, FAILED, CRASHED, HUNG, LEFT_OUT) if counts[o]]
-        skipped = [f"{counts[SKIPPED]} {SKIPPED}"] if counts[SKIPPED] else []
-        return ", ".join([*(found or ["none passed"]), *skipped])
+        others = (FAILED, CRASHED, HUNG, LEFT_OUT, SKIPPED)
+        return ", ".join(f"{counts[o]} {o}" for o in (PASSED, *others) if counts[o] or o == PASSED)
 
     def is_clean(self) -> bool:
         """Whether nothing is wrong so far; where all is skipped, nothing is known."""
@@ -164,8 +162,9 @@ def main() -> int:
     args = parser.parse_args()
     end = time.monotonic() + 60.0 * args.minutes
     args.out.mkdir(parents=True, exist_ok=True)
-    proof, calls = Proof(args.out), collected(args.tests)
+    proof = Proof(args.out)
     try:
+        calls = collected(args.tests)
         left = run(args.tool, proof, calls, args.processes, end)
     except RuntimeError as error:
         print(error)

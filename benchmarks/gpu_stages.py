@@ -63,18 +63,19 @@ def _surroundings(device: str) -> list[Stage]:
 
 def _proofs(device: str) -> list[Stage]:
     """The harness' calls, plain and under each sanitizer; on a CPU a few, on the harness."""
-    on_harness = _pytest("tests/test_simt_attention_extremes.py", "-k", "simt_race and key")
-    plain = _calls("kernels", PLAIN, TEST_PROCESSES, lambda: extension.refusal_on("cuda", 0))
     if device == "cpu":
-        plain = Stage(
-            *("kernels", lambda _: on_harness, 300.0, 20.0, r"passed|failed|error"), beside=PROOFS
-        )
-    wrappers = _pytest("tests/test_gpu_wrappers.py", "-k", _of_wrappers(device))
-    small = Stage(
-        *("wrappers", lambda _: wrappers, 120.0, 20.0, r"passed|failed|error"), beside=PROOFS
-    )
+        plain = _tests("kernels", "tests/test_simt_attention_extremes.py", "simt_race and key")
+    else:
+        plain = _calls("kernels", PLAIN, TEST_PROCESSES, lambda: extension.refusal_on("cuda", 0))
+    small = _tests("wrappers", "tests/test_gpu_wrappers.py", _of_wrappers(device))
     sanitizers = (_calls(tool, tool, SANITIZER_PROCESSES, _no_sanitizer) for tool in SANITIZERS)
     return [plain, small, *sanitizers]
+
+
+def _tests(name: str, file: str, which: str) -> Stage:
+    """Those of a file, by pytest's -k."""
+    command = _python("pytest", "-q", "-p", "no:cacheprovider", file, "-k", which)
+    return Stage(name, lambda _: command, 120.0, 20.0, r"passed|failed|error", beside=PROOFS)
 
 
 def _of_wrappers(device: str) -> str:
@@ -86,13 +87,15 @@ def _calls(name: str, tool: str, processes: int, refusal: Callable[[], str | Non
     """:mod:`benchmarks.gpu_calls`."""
 
     def command(piece: Piece) -> list[str]:
-        minutes = f"{max(0.1, (piece.seconds - 8.0) / 60.0):.2f}"  # it ends at once
+        minutes = f"{max(0.1, (piece.seconds - 8.0) / 60.0):.2f}"  # it ends its processes then
         extent = ["--minutes", minutes, "--processes", str(processes)]
         return _python("benchmarks.gpu_calls", tool, "--out", str(piece.folder), *extent)
 
-    said = r"\d+ calls:"
     return Stage(
-        *(name, command, CALLS_SECONDS, 40.0, said, None, MORE), refusal=refusal, beside=PROOFS
+        *(name, command, CALLS_SECONDS, 40.0, r"\d+ calls:"),
+        more=MORE,
+        refusal=refusal,
+        beside=PROOFS,
     )
 
 
@@ -143,10 +146,6 @@ def _tune(device: str, commit: str) -> Stage:
 
 def _python(*arguments: str) -> list[str]:
     return [sys.executable, "-m", *arguments]
-
-
-def _pytest(*arguments: str) -> list[str]:
-    return _python("pytest", "-q", "-p", "no:cacheprovider", *arguments)
 
 
 def _no_smi() -> str | None:

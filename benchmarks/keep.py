@@ -66,8 +66,9 @@ def keep(archive: Path, results: Path = RESULTS) -> Path:
             lines = _lines(suite / race / f"{race}.jsonl")
             _write_lines(folder / f"{race}.jsonl", (line for line in lines if "event" not in line))
         (folder / "proofs.txt").write_text("\n".join(_proofs(suite)) + "\n")
-        if (suite / "kernels" / KERNELS).is_file():
-            shutil.copy(suite / "kernels" / KERNELS, folder / KERNELS)
+        if (suite / "kernels" / CALLS).is_file():  # without a name, if CUPTI saw none
+            names = sorted(Proof(suite / "kernels").kernels)
+            (folder / KERNELS).write_text("".join(f"{name}\n" for name in names))
     return folder
 
 

@@ -169,7 +169,7 @@ def _ran(record: Record, unit: str) -> bool:
 
 def _compiled(record: Record, unit: str) -> set[str]:
     """A unit's kernels for the record's GPU."""
-    return compiled_kernels(f"{unit} ", (_target(record), f"{_target(record)}a"))
+    return compiled_kernels(unit, (_target(record), f"{_target(record)}a"))
 
 
 def _cuda_units() -> set[str]:

@@ -171,7 +171,7 @@ def test_what_did_not_pass_is_asked_again_when_nothing_is_new(
 def test_what_is_skipped_proves_nothing(calls: list[str], tmp_path: Path) -> None:
     proof = Proof(tmp_path)
     assert run("plain", proof, _only(calls, "test_elsewhere"), 1, _soon()) == 0
-    assert proof.sum_up() == "none passed, 1 skipped" and not proof.is_clean()
+    assert proof.sum_up() == "0 passed, 1 skipped" and not proof.is_clean()
 
 
 def test_a_report_is_kept_though_all_calls_pass(
@@ -205,9 +205,9 @@ def test_the_command_says_what_came_out(fine: bool, calls: list[str], tmp_path: 
         [*COMMAND, "--out", "found"], capture_output=True, text=True, check=False
     )
     assert process.returncode == (not fine), process.stderr
-    how = "passed" if fine else "failed"
-    assert process.stdout.splitlines()[-1] == f"plain, 1 calls: 1 {how}, 0 kernels"
-    assert Proof(tmp_path / "found").sum_up() == f"1 {how}"
+    how = "1 passed" if fine else "0 passed, 1 failed"
+    assert process.stdout.splitlines()[-1] == f"plain, 1 calls: {how}, 0 kernels"
+    assert Proof(tmp_path / "found").sum_up() == how
 
 
 def test_what_it_started_ends_with_it(calls: list[str], tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def _archive(folder: Path, device: str = "cuda", **about: Any) -> Path:
         + json.dumps({**raced, "tflops": 3.0}),
         "memcheck/calls.jsonl": json.dumps(called),
         "memcheck/reports.jsonl": json.dumps({"reports": {"Invalid read": 2}}),
+        "kernels/calls.jsonl": json.dumps(called),
         "wrappers/log.txt": "...\n3 passed",
         "cache/triton/kernel": "binary",
     }.items():
@@ -77,7 +78,11 @@ def test_a_record_is_kept_without_what_belongs_to_the_machine(tmp_path: Path) ->
     assert [line["us"] for line in kept.lines("attention")] == [2.0], "events are none"
     assert kept.lines("layernorm") == [] and kept.stages()["memcheck"]["status"] == "done"
     proofs = (folder / "proofs.txt").read_text().splitlines()
-    assert proofs == ["== wrappers", "3 passed", "== memcheck", "2 times Invalid read", "1 passed"]
+    assert proofs == [
+        *("== kernels", "1 passed", "== wrappers", "3 passed"),
+        *("== memcheck", "2 times Invalid read", "1 passed"),
+    ]
+    assert kept.kernels() == set(), "CUPTI saw none, so none counts"
     assert not [path for path in folder.rglob("*") if "cache" in path.name or "log" in path.name]
 
 

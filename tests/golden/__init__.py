@@ -27,13 +27,13 @@ def compiled_kernels(units: str | tuple[str, ...], architectures: tuple[str, ...
     return {
         name
         for architecture, unit, name in places
-        if f"{unit} ".startswith(units) and (not architectures or architecture in architectures)
+        if unit.startswith(units) and (not architectures or architecture in architectures)
     }
 
 
 @functools.cache
 def _places() -> list[str]:
-    """ "sm_90a unit kernel", of the newest compiler."""
+    """Architecture, unit and kernel in a line each, by the newest compiler."""
     newest = sorted(FOLDER.glob("cuda-*.json"))[-1]
     return [*json.loads(newest.read_text())]
 
